@@ -1,0 +1,44 @@
+# `make quickstart` and `make test` do everything from a fresh clone: Python 3.11 or later (Debian: python3.11-venv).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install quickstart test test-fast lint format
+
+help:
+	@echo 'make install     .venv with the pinned packages and rayft itself, editable; quick when up to date'
+	@echo 'make quickstart  train MiniLM on SMS messages with two workers, print the scores and the model folder'
+	@echo 'make test        every test'
+	@echo 'make test-fast   the tests that take a few seconds each'
+	@echo 'make lint        formatting, lint and types'
+	@echo 'make format      mend formatting and what lint can mend'
+
+install: $(STAMP)
+
+# The stamp is written last, so an installation that was interrupted starts again.
+$(STAMP): cluster/requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rayft needs Python 3.11 or later")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo 'Python cannot make virtual environments here; on Debian: apt-get install python3.11-venv' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r cluster/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: install
+	$(BIN)/rayft run jobs/quickstart.yaml
+
+test: install
+	$(BIN)/pytest
+
+test-fast: install
+	$(BIN)/pytest -m 'not slow and not cluster and not gpu'
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,5 @@
+"""`python -m rayft` is the command line."""
+
+from rayft.cli import main
+
+main()

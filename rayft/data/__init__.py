@@ -1,0 +1,1 @@
+"""Rows to global batches: reading, preparation, packing and the feed."""

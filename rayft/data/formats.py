@@ -1,0 +1,324 @@
+"""Reads single files of rows, exactly and in flat memory: csv, tsv, jsonl, json, txt (each also .gz), parquet.
+
+A broken row never ends a file where the next one can still be found: it comes out as a Row with a fault.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rayft import retry, storage
+from rayft.errors import DataError
+
+# A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
+LONGEST_FIELD = 64 << 20
+_CHUNK = 1 << 20
+
+
+class Row(NamedTuple):
+    """`number` counts the file's rows from 0, `line` its lines from 1 (0: there are none); `fault` "": all is well."""
+
+    number: int
+    line: int
+    values: dict[str, Any]
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in the file's order. `columns` are those of every row; None where each row brings its own."""
+
+    columns: tuple[str, ...] | None
+    rows: Iterator[Row]
+
+
+@dataclass
+class _Lines:
+    """The lines of a UTF-8 file as text, with their ends.
+
+    Bytes that are no UTF-8 come through as lone surrogates, and `fault` says so until it is taken: the reader above
+    knows which row they belong to.
+    """
+
+    path: str
+    number: int = 0
+    fault: str = field(default="", init=False)
+
+    def __iter__(self) -> Iterator[str]:
+        with open_binary(self.path) as file:
+            for line in file:
+                if not self.number:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise DataError(f"{self.path} is UTF-16; rows are read as UTF-8, so save it as that")
+                    line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
+                self.number += 1
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError as error:
+                    self.fault = f"byte {line[error.start]:#04x} at position {error.start + 1} of its line is not UTF-8"
+                    yield line.decode(errors="surrogateescape")
+
+    def take_fault(self) -> str:
+        fault, self.fault = self.fault, ""
+        return fault
+
+
+@contextlib.contextmanager
+def open_binary(path: str) -> Iterator[Any]:
+    """The file's bytes, decompressed where its name ends in .gz."""
+    with storage.open_read(path) as raw:
+        if not path.endswith(".gz"):
+            yield raw
+            return
+        try:
+            with gzip.GzipFile(fileobj=raw) as file:
+                yield io.BufferedReader(file, _CHUNK)
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise DataError(f"{path} is not a whole gzip file: {error}") from None
+
+
+def read_csv(path: str, delimiter: str) -> Table:
+    """A header, then rows of as many fields; all values are strings, an empty field is "". Blank lines are no rows."""
+    csv.field_size_limit(LONGEST_FIELD)
+    lines = _Lines(path)
+    # Strict: a stray quote is a fault with a place, where the lenient reader would guess.
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = next((fields for fields in reader if fields), None)
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: the header can't be read: {error}") from None
+    if header is None:
+        raise DataError(f"{path} is empty; it needs a header and rows")
+    if fault := lines.take_fault():
+        raise DataError(f"{path} line {reader.line_num}: the header can't be read: {fault}")
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice")
+    return Table(tuple(header), _csv_rows(reader, lines, header))
+
+
+def _csv_rows(reader: Any, lines: _Lines, header: list[str]) -> Iterator[Row]:
+    number = 0
+    while True:
+        line = lines.number + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            lines.take_fault()
+            yield Row(number, line, {}, f"broken {'quotes' if 'field' not in str(error) else 'field'}: {error}")
+        else:
+            if not fields:
+                continue
+            fault = lines.take_fault()
+            if not fault and len(fields) != len(header):
+                fault = f"{len(fields)} field{'s' * (len(fields) != 1)} where the header has {len(header)}"
+            yield Row(number, line, {} if fault else dict(zip(header, fields, strict=True)), fault)
+        number += 1
+
+
+def read_jsonl(path: str) -> Table:
+    """One JSON object a line; blank lines are no rows."""
+    return Table(None, _jsonl_rows(path))
+
+
+def _jsonl_rows(path: str) -> Iterator[Row]:
+    lines, number = _Lines(path), 0
+    for text in lines:
+        if not text.strip():
+            continue
+        fault = lines.take_fault()
+        if fault:
+            yield Row(number, lines.number, {}, fault)
+        else:
+            try:
+                yield _object(number, lines.number, json.loads(text.rstrip()))
+            except (ValueError, RecursionError) as error:
+                yield Row(number, lines.number, {}, _broken_json(error))
+        number += 1
+
+
+def _broken_json(error: Exception) -> str:
+    place = f" at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+    return f"broken JSON: {getattr(error, 'msg', error)}{place}"
+
+
+def _object(number: int, line: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, line, value)
+    return Row(number, line, {}, f"a JSON {_KINDS.get(type(value), 'value')} where a row is an object of columns")
+
+
+_KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+
+
+def read_json(path: str) -> Table:
+    """An array of objects, {"data": [...]}, or one object a line. Arrays are streamed; {"data": …} is read whole."""
+    with open_binary(path) as file:
+        # Blank bytes are skipped by hand, since the first sign decides how the file is read.
+        first = file.readline()
+        while first and not first.removeprefix(codecs.BOM_UTF8).strip():
+            first = file.readline()
+        start = first.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if start == b"[":
+            return Table(None, _array_rows(path))
+        whole: Any = None
+        try:
+            whole = json.loads(first)
+        except ValueError:  # an object over several lines, or a broken one
+            with contextlib.suppress(ValueError):
+                whole = json.loads(first + file.read())
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        return Table(None, (_object(number, 0, value) for number, value in enumerate(whole["data"])))
+    if start != b"{":
+        raise DataError(f'{path} is no JSON of rows; an array of objects, {{"data": [...]}} or one object a line fits')
+    return read_jsonl(path)
+
+
+class _Array:
+    """The elements of a JSON array, decoded one after the other.
+
+    What follows a broken one can't be found, so that it ends the file with a DataError.
+    """
+
+    _blanks = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, path: str, file: Any):
+        self._path = path
+        self._stream = codecs.getreader("utf-8-sig")(file)
+        self._text = ""  # what has been read and not been decoded, from `_place` on
+        self._place = 0
+        self._line = 1  # of the text's begin
+        self._number = 0
+        self._ended = False
+
+    def rows(self) -> Iterator[Row]:
+        self._sign()
+        self._place += 1  # the bracket
+        sign = self._sign()
+        while sign != "]":
+            line = self._line_here()
+            yield _object(self._number, line, self._element())
+            self._number += 1
+            sign = self._sign()
+            if sign == ",":
+                self._place += 1
+                sign = self._sign()
+            elif sign != "]":
+                raise self._broken("the array ends too early" if not sign else "a comma is missing before this row")
+        self._place += 1
+        if self._sign():
+            raise self._broken("more follows the array")
+
+    def _element(self) -> Any:
+        decoder = json.JSONDecoder()
+        while True:
+            fault = "a row is too long"
+            try:
+                value, end = decoder.raw_decode(self._text, self._place)
+                if end < len(self._text) or self._ended:  # else a number might go on
+                    self._place = end
+                    return value
+            except (ValueError, RecursionError) as error:
+                fault = f"broken JSON: {getattr(error, 'msg', error)}"  # its position is one in the buffer
+            if self._ended or len(self._text) - self._place > LONGEST_FIELD:
+                raise self._broken(fault)
+            self._more()
+
+    def _sign(self) -> str:
+        """Skips blanks and gives the sign that follows, "" at the end of the file."""
+        while True:
+            blanks = self._blanks.match(self._text, self._place)
+            self._place = blanks.end() if blanks else self._place
+            if self._place < len(self._text) or self._ended:
+                return self._text[self._place : self._place + 1]
+            self._more()
+
+    def _more(self) -> None:
+        self._line, rest = self._line_here(), self._text[self._place :]
+        try:
+            read = self._stream.read(max(_CHUNK, len(rest)))  # doubling keeps a long element linear
+        except UnicodeDecodeError as error:
+            raise self._broken(f"byte {error.object[error.start]:#04x} after its begin is not UTF-8") from None
+        self._text, self._place, self._ended = rest + read, 0, not read
+
+    def _line_here(self) -> int:
+        return self._line + self._text.count("\n", 0, self._place)
+
+    def _broken(self, fault: str) -> DataError:
+        place = place_of(self._path, self._number, self._line_here())
+        return DataError(f"{place}: {fault}; nothing can be read from here on")
+
+
+def _array_rows(path: str) -> Iterator[Row]:
+    with open_binary(path) as file:
+        yield from _Array(path, file).rows()
+
+
+def read_text(path: str) -> Table:
+    """One row a line, in the column `text`, without the line's end; blank lines are no rows."""
+    return Table(("text",), _text_rows(path))
+
+
+def _text_rows(path: str) -> Iterator[Row]:
+    lines, number = _Lines(path), 0
+    for text in lines:
+        if text.strip():
+            yield Row(number, lines.number, {"text": text.rstrip("\r\n")}, lines.take_fault())
+            number += 1
+
+
+def parquet_groups(path: str) -> list[tuple[int, int]]:
+    """(rows, uncompressed bytes) of each row group."""
+    with _parquet(path) as file:
+        groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int) -> Table:
+    """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`."""
+    with _parquet(path) as file:
+        columns = tuple(file.schema_arrow.names)
+
+    def rows() -> Iterator[Row]:
+        number = first_row
+        with _parquet(path) as file:
+            options = {"row_groups": list(range(*part)), "columns": [name for name in columns if name in wanted]}
+            for batch in file.iter_batches(batch_size, **options):
+                # A batch without columns has rows all the same.
+                for values in batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows)):
+                    yield Row(number, 0, values)
+                    number += 1
+
+    return Table(columns, rows())
+
+
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        filesystem, inside = storage.arrow(path)
+        with (
+            retry.telling(path, "reading"),
+            filesystem.open_input_file(inside) as file,
+            pq.ParquetFile(file) as parquet,
+        ):
+            yield parquet
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}") from None
+
+
+def place_of(path: str, number: int, line: int) -> str:
+    """Where a row is, as a user counts: from 1, and with its line where the format has lines."""
+    return f"{path} row {number + 1}" + (f" (line {line})" if line else "")

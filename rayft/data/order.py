@@ -1,0 +1,224 @@
+"""Which rows are in which global batch: a function of (seed, epoch), never of the cluster.
+
+    chunks (row groups), permuted per epoch:   c7 c2 c9 c0 ...
+    cut into windows of whole global batches:  [ window 0 ][ window 1 ] ... [ last ]
+    a window's rows, shuffled, sorted by length, cut into global batches, and these shuffled again
+    a global batch's rows, dealt to the ranks: rank r of n takes r, r+n, ...
+
+Rows of like length meet in a batch, so that little is padding and no rank waits for a longer share. The number of ranks
+comes in only at the last line. Random numbers are raw 64-bit words of Philox, which neither numpy's version nor the
+platform changes, unlike the results of `Generator.permutation`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rayft.errors import DataError
+
+WINDOW_ROWS = 4096  # enough rows of like length to meet; small enough to be read whole by one task
+WINDOW_BYTES = 64 * 2**20
+WINDOWS = 1024  # of an epoch, about, where the bytes allow: each costs 1 ms when an execution starts
+
+_CHUNKS, _ROWS, _INCOMPLETE, _BATCHES, _VARY = range(5)  # what random numbers are drawn for: streams that never overlap
+
+
+class Chunk(NamedTuple):
+    """A row group of a shard: the unit that is read."""
+
+    shard: int
+    group: int
+    rows: int
+
+
+class Piece(NamedTuple):
+    """Rows `start` to `stop` (exclusive) of a row group."""
+
+    shard: int
+    group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive rows of an epoch that one task reads; `first_step` counts optimizer steps within the epoch from 0."""
+
+    epoch: int
+    index: int
+    pieces: tuple[Piece, ...]
+    first_step: int
+    steps: int
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The steps `start` to `stop` (exclusive), counted within the window, that are still to be made of it."""
+
+    window: Window
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """`step` optimizer steps of epoch `epoch` are done (both from 0)."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+class Order:
+    """The order of one split's rows. Plain data: it may be sent to any process and says the same there.
+
+    A window has about `window_rows` rows, more where an epoch would have too many windows, fewer where rows are large:
+    `bytes_per_row` caps it at 64 MiB. It holds at least one global batch.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        window_rows: int = WINDOW_ROWS,
+        bytes_per_row: float = 0.0,
+    ):
+        self.chunks = tuple(Chunk(*chunk) for chunk in chunks if chunk[2])
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rows = sum(chunk.rows for chunk in self.chunks)
+        if not self.rows:
+            raise DataError("the training split has no rows left after preparation")
+        window_rows = max(window_rows, math.ceil(self.rows / WINDOWS))
+        if bytes_per_row:
+            window_rows = min(window_rows, int(WINDOW_BYTES / bytes_per_row))
+        self.steps_per_window = max(1, window_rows // global_batch_size)
+        self.window_rows = self.steps_per_window * global_batch_size
+        self.steps_per_epoch = math.ceil(self.rows / global_batch_size)
+        self.windows_per_epoch = math.ceil(self.rows / self.window_rows)
+
+    # Positions
+
+    def step(self, position: Position) -> int:
+        """Optimizer steps done at `position`, over all epochs."""
+        return position.epoch * self.steps_per_epoch + position.step
+
+    def position(self, step: int) -> Position:
+        """The position after `step` optimizer steps; an epoch's end is the next one's start."""
+        return Position(*divmod(step, self.steps_per_epoch))
+
+    def window_at(self, step: int) -> tuple[int, int]:
+        """The index of the window that holds step `step` of an epoch, and the step's place in it."""
+        return divmod(step, self.steps_per_window)
+
+    # Windows
+
+    def windows(self, epoch: int) -> tuple[Window, ...]:
+        """All windows of an epoch, in order."""
+        return tuple(part.window for part in self.parts(Position(epoch), (epoch + 1) * self.steps_per_epoch))
+
+    def parts(self, start: Position, total_steps: int) -> Iterator[Part]:
+        """What is still to be read of a run of `total_steps` optimizer steps that stands at `start`."""
+        step = self.step(start)
+        epoch, layout = -1, _Layout((), self.window_rows)
+        while step < total_steps:
+            position = self.position(step)
+            if position.epoch != epoch:
+                epoch, layout = position.epoch, self._layout(position.epoch)
+            index, offset = self.window_at(position.step)
+            first = index * self.steps_per_window
+            steps = min(self.steps_per_window, self.steps_per_epoch - first)
+            stop = min(steps, offset + total_steps - step)
+            yield Part(Window(epoch, index, layout.pieces(index), first, steps), offset, stop)
+            step += stop - offset
+
+    def _layout(self, epoch: int) -> _Layout:
+        chunks = self.chunks
+        if self.shuffle:
+            chunks = tuple(chunks[i] for i in _permutation(len(chunks), self.seed, _CHUNKS, epoch))
+        return _Layout(chunks, self.window_rows)
+
+    def batches(self, window: Window, lengths: np.ndarray) -> list[np.ndarray]:
+        """The rows of each of the window's global batches, in the order of its steps: see `batches`."""
+        return batches(window, lengths, self.global_batch_size, self.seed, self.shuffle)
+
+
+def batches(window: Window, lengths: np.ndarray, size: int, seed: int, shuffle: bool) -> list[np.ndarray]:
+    """The rows of each of a window's global batches of `size` rows, as indices into the window.
+
+    `lengths` holds each row's length in tokens (or frames, ...): integers of shape (rows of the window,).
+    """
+    rows, key = len(lengths), (window.epoch, window.index)
+    if not shuffle:
+        return np.split(np.arange(rows), range(size, rows, size))
+    shuffled = _permutation(rows, seed, _ROWS, *key)
+    ordered = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    # The epoch's incomplete batch lies anywhere among the lengths: at their end it would always get the longest.
+    sizes = np.full(window.steps, size)
+    sizes[_permutation(window.steps, seed, _INCOMPLETE, *key)[0]] -= window.steps * size - rows
+    cut = np.split(ordered, np.cumsum(sizes)[:-1])
+    return [cut[i] for i in _permutation(window.steps, seed, _BATCHES, *key)]
+
+
+class _Layout:
+    """The chunks of an epoch in their order, cut into windows."""
+
+    def __init__(self, chunks: tuple[Chunk, ...], window_rows: int):
+        self._chunks = chunks
+        self._window_rows = window_rows
+        self._ends = np.cumsum([chunk.rows for chunk in chunks], dtype=np.int64)
+
+    def pieces(self, index: int) -> tuple[Piece, ...]:
+        """The parts of chunks that window `index` covers."""
+        begin, end = index * self._window_rows, (index + 1) * self._window_rows
+        pieces = []
+        for i in range(int(np.searchsorted(self._ends, begin, side="right")), len(self._chunks)):
+            chunk = self._chunks[i]
+            first = int(self._ends[i]) - chunk.rows
+            if first >= end:
+                break
+            pieces.append(Piece(chunk.shard, chunk.group, max(0, begin - first), min(chunk.rows, end - first)))
+        return tuple(pieces)
+
+
+def share(rows: int, world: int, rank: int) -> slice:
+    """What rank `rank` of `world` takes of a global batch of `rows` rows."""
+    return slice(rank, rows, world)
+
+
+def micro_batches(rows: int, world: int, rank: int, micro_batch_size: int) -> tuple[slice, ...]:
+    """Cuts a rank's share of a global batch of `rows` rows into micro-batches of nearly equal size.
+
+    Every rank makes as many as the one with the largest share, so that all meet in the same collective operations;
+    those that have no row for it get an empty slice.
+    """
+    own = len(range(rank, rows, world))
+    count = max(1, math.ceil(math.ceil(rows / world) / micro_batch_size))
+    size, larger = divmod(own, count)
+    ends = [size * i + min(i, larger) for i in range(count + 1)]
+    return tuple(slice(begin, end) for begin, end in itertools.pairwise(ends))
+
+
+def row_generator(seed: int, epoch: int, row_id: int) -> np.random.Generator:
+    """The random numbers of one row in one epoch."""
+    return np.random.Generator(_philox(seed, _VARY, epoch, row_id))
+
+
+def _permutation(count: int, seed: int, *key: int) -> np.ndarray:
+    return np.argsort(_philox(seed, *key).random_raw(count), kind="stable")
+
+
+def _philox(seed: int, *key: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key))

@@ -1,0 +1,308 @@
+"""Rows to prepared shards, once: the key of what they depend on, the preparation under it, and its commit.
+
+`<storage>/prepared/<key>/manifest.json` is written last, and what has none does not exist. Shards lie in a folder of
+their attempt, so that processes which prepare the same key at once can't meet; the first to commit wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from rayft import storage
+from rayft.data.scan import Scan, scan
+from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
+from rayft.data.splits import (
+    Split,
+    facts_key,
+    groups_of,
+    processor_hash,
+    rows_of,
+    shards_of,
+    split_key,
+    splits_of,
+    units_of,
+)
+from rayft.data.spread import spread
+from rayft.errors import DataError, StorageError
+from rayft.recipe import Recipe
+from rayft.tasks.task import Pretrained
+
+MOST_BAD = 0.1  # the share of bad rows beyond which skipping them is refused
+ENOUGH_BAD = 1000  # bad rows after which the rest is not looked at
+
+Progress = Callable[[str, int, int | None], None]
+
+
+class Manifest(BaseModel):
+    """What was prepared.
+
+    order        "hash" or "source"
+    rows         prepared rows: features, or packed rows
+    source_rows  rows of the source that were taken, those that were dropped too
+    tokens       sum of the prepared rows' lengths; `longest` is the largest of them
+    lengths      [upper bound, count] of the features' lengths, before packing
+    dropped      reason -> rows that gave no feature
+    bad          {"count", "examples"} of the rows that were skipped
+    shards       [{"path" below the prepared folder, "rows", "row_groups": rows of each, "bytes" in memory, "checksum"}]
+    cut          rows that were cut from train for validation, told in both splits
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    split: str
+    order: str
+    rows: int
+    source_rows: int
+    tokens: int
+    longest: int
+    lengths: list[tuple[int, int]]
+    truncated: int
+    dropped: dict[str, int]
+    bad: dict[str, Any]
+    facts: dict[str, Any]
+    shards: list[dict[str, Any]]
+    cut: int = 0
+
+    def notes(self, split: str) -> list[str]:
+        """What a user should know about how the rows became what they are."""
+        found = []
+        if self.cut and split == "validation":
+            found.append(f"validation: not given, so {self.cut:,} rows were cut from train by a hash of their place")
+        if self.truncated:
+            found.append(f"{split}: {self.truncated:,} of {self.source_rows:,} rows were truncated to what fits")
+        found += [f"{split}: {count:,} rows were dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+        if self.bad["count"]:
+            found.append(f"{split}: {self.bad['count']:,} bad rows were skipped, such as {self.bad['examples'][0]}")
+        return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared split; `folder` is `<storage>/prepared/<key>`."""
+
+    folder: str
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str) -> Prepared:
+        return cls(folder, Manifest.model_validate(storage.read_json(storage.join(folder, "manifest.json"))))
+
+    @classmethod
+    def find(cls, folder: str) -> Prepared | None:
+        """None where no preparation was committed."""
+        return cls.open(folder) if storage.exists(storage.join(folder, "manifest.json")) else None
+
+
+def prepare(
+    recipe: Recipe,
+    model_path: str,
+    *,
+    progress: Progress | None = None,
+    splits: Sequence[str] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Prepared]:
+    """The recipe's splits, found prepared or prepared now: "train", "validation" and, where given, "test".
+
+    `model_path` is what `fetch_model` gave. `splits` asks for some of them only. `facts` are those of an earlier
+    preparation, where other rows are prepared for a model that has been trained; else they come from train.
+    `progress(stage, done, total)` is called on the way; Ray has to be initialised unless all is prepared already.
+    DataError names files and rows that can't be used.
+    """
+    show = progress or (lambda stage, done, total: None)
+    wanted = [name for name in ("train", "validation", "test") if splits is None or name in splits]
+    cuts = recipe.data.validation is None and any(name in wanted for name in ("train", "validation"))
+    parts = splits_of(recipe, wanted, with_train=facts is None or cuts)
+    home = storage.join(storage.absolute(recipe.storage), "prepared")
+    known = _scanned(recipe, parts["train"], cuts, home, show) if facts is None or cuts else Scan(facts={})
+    if facts is not None:
+        known = known.model_copy(update={"facts": facts})
+    model = Pretrained(model_path, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    encoder = Encoder(recipe.task, model, recipe.model.path, processor_hash(recipe.task, model), known.facts)
+    keys = {name: split_key(recipe, parts[name], known, encoder.processor) for name in wanted if name in parts}
+    found = {name: Prepared.find(storage.join(home, key)) for name, key in keys.items()}
+    missing = [parts[name] for name, prepared in found.items() if prepared is None]
+    made = _make(recipe, missing, {name: storage.join(home, key) for name, key in keys.items()}, known, encoder, show)
+    return {name: prepared or made[name] for name, prepared in found.items()}
+
+
+def facts_of(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
+    """The facts of the training rows, found or scanned now, where the rows can't be prepared; raises as `prepare`."""
+    train = splits_of(recipe, ["train"], with_train=True)["train"]
+    home = storage.join(storage.absolute(recipe.storage), "prepared")
+    show = progress or (lambda stage, done, total: None)
+    return _scanned(recipe, train, recipe.data.validation is None, home, show).facts
+
+
+def _scanned(recipe: Recipe, train: Split, cut: bool, home: str, show: Progress) -> Scan:
+    """Facts and cut: a function of the training rows and the task, kept under a key of their own."""
+    path = storage.join(home, f"facts-{facts_key(recipe, train, cut)}.json")
+    if storage.exists(path):
+        return Scan.model_validate(storage.read_json(path))
+    total = rows_of(train.pieces)
+    units = units_of(train.pieces)
+    found = scan(
+        recipe.task, units, train.sources, recipe.data.columns, cut, lambda done: show("reading rows", done, total)
+    )
+    storage.write_json(path, found.model_dump(mode="json"))
+    return found
+
+
+def _plan(recipe: Recipe, split: Split, known: Scan, folder: str) -> Plan:
+    return Plan(
+        folder=storage.join(folder, f"attempt-{uuid.uuid4().hex[:12]}"),
+        sources=split.sources,
+        names=recipe.data.columns,
+        columns=recipe.task.columns(),
+        optional=recipe.task.optional_columns(),
+        evaluation=split.evaluation,
+        in_order=split.in_order,
+        capacity=None if split.evaluation else recipe.task.packs(),
+        shards=shards_of(split.pieces),
+        groups=groups_of(split.pieces),
+        threshold=known.threshold if split.cut or split.name == "train" else None,
+        cut=split.cut,
+    )
+
+
+def _make(
+    recipe: Recipe, splits: Sequence[Split], folders: dict[str, str], known: Scan, encoder: Encoder, show: Progress
+) -> dict[str, Prepared]:
+    """Prepares the splits together, and commits each. What a failure leaves behind is deleted."""
+    plans = {split.name: _plan(recipe, split, known, folders[split.name]) for split in splits}
+    if not plans:
+        return {}
+    attempts = {name: plan.folder for name, plan in plans.items()}
+    try:
+        tallies = _scatter(recipe, splits, plans, encoder, known, show)
+        counts = {name: tallies[name].counts for name in plans}
+        # Where reading ended early, only splits with bad rows are known to be at fault.
+        early = recipe.data.on_bad_row == "error" and any(count.bad >= ENOUGH_BAD for count in counts.values())
+        judged = {name: count for name, count in counts.items() if count.bad or not early}
+        refused = [sentence for name, count in judged.items() for sentence in _faults(recipe, name, count)]
+        if refused:
+            raise DataError("\n".join(refused))
+        _gather(plans, tallies, show)
+        manifests = {name: _manifest(name, plans[name], folders[name], tallies[name], known) for name in plans}
+        # From here on an attempt's manifest may be there, even where writing it seemed to fail.
+        return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
+    except BaseException:
+        for attempt in attempts.values():
+            with contextlib.suppress(StorageError):  # the error on its way says more
+                storage.delete(attempt)
+        raise
+
+
+@dataclass
+class _Tally:
+    """What has been learned of a split so far: counts, the pieces of each shard, and what was written."""
+
+    counts: Counts = field(default_factory=Counts)
+    pieces: dict[int, list[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    written: list[Written] = field(default_factory=list)
+
+
+def _scatter(
+    recipe: Recipe, splits: Sequence[Split], plans: dict[str, Plan], encoder: Encoder, known: Scan, show: Progress
+) -> dict[str, _Tally]:
+    """Reads and encodes all rows of all splits in one execution."""
+    tallies = {split.name: _Tally() for split in splits}
+    units = [(split.name, unit) for split in splits for unit in units_of(split.pieces)]
+    totals = [_expected(split, known) for split in splits]
+    total = None if None in totals else sum(count or 0 for count in totals)
+    done = 0
+    stages = (partial(read_rows, plans=plans), partial(encode_rows, plans=plans, encoder=encoder))
+    with contextlib.closing(spread(units, *stages)) as scattered:
+        for result in scattered:
+            tally = tallies[result.split]
+            tally.counts.add(result.counts)
+            for shard, offset, length in result.pieces:
+                tally.pieces[shard].append((result.path, offset, length))
+            done += result.counts.source_rows + result.counts.bad
+            show("encoding rows", done, total)
+            if recipe.data.on_bad_row == "error" and tally.counts.bad >= ENOUGH_BAD:
+                break
+    return tallies
+
+
+def _expected(split: Split, known: Scan) -> int | None:
+    """How many rows the split has, where that is known."""
+    if split.cut:
+        return known.cut
+    return known.rows - known.cut if split.name == "train" and known.rows else rows_of(split.pieces)
+
+
+def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
+    """Why the split can't be used: bad rows (or more of them than may be skipped), or no features."""
+    cut = split == "validation" and recipe.data.validation is None
+    what = "the validation rows of data.train" if cut else f"data.{split}"
+    first = "\n".join(f"  {sentence}" for *_, sentence in counts.examples)
+    rows = counts.source_rows + counts.bad
+    if counts.bad and recipe.data.on_bad_row == "error":
+        some = f"at least {counts.bad:,}" if counts.bad >= ENOUGH_BAD else f"{counts.bad:,} of {rows:,}"
+        return [f"{what}: {some} rows are bad; mend them, or leave them out with data.on_bad_row=skip\n{first}"]
+    if counts.bad > MOST_BAD * rows:
+        return [f"{what}: {counts.bad:,} of {rows:,} rows are bad, and at most {MOST_BAD:.0%} are skipped\n{first}"]
+    if not counts.source_rows:
+        return [f"{what} has no rows: its files are empty, or `where` lets none through"]
+    if not counts.lengths:
+        reasons = "".join(f"\n  {count:,} rows: {reason}" for reason, count in sorted(counts.dropped.items()))
+        use = "train on" if split == "train" else "score"
+        return [f"{what}: none of its {counts.source_rows:,} rows leaves anything to {use}{reasons}"]
+    return []
+
+
+def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress) -> None:
+    """Writes all shards of all splits in one execution."""
+    units = [
+        Shard(name, number, sorted(tally.pieces[shard]))
+        for name, tally in tallies.items()
+        for number, shard in enumerate(sorted(tally.pieces))
+    ]
+    for done, written in enumerate(spread(units, partial(write_shard, plans=plans)), 1):
+        tallies[written.split].written.append(written)
+        show("writing shards", done, len(units))
+
+
+def _manifest(split: str, plan: Plan, folder: str, tally: _Tally, known: Scan) -> Manifest:
+    counts, written = tally.counts, sorted(tally.written, key=lambda shard: shard.number)
+    return Manifest(
+        key=folder.rpartition("/")[2],
+        split=split,
+        order="source" if plan.in_order else "hash",
+        rows=sum(shard.entry["rows"] for shard in written),
+        source_rows=counts.source_rows,
+        tokens=sum(shard.tokens for shard in written),
+        longest=max(shard.longest for shard in written),
+        lengths=sorted(counts.lengths.items()),
+        truncated=counts.truncated,
+        dropped=dict(sorted(counts.dropped.items())),
+        bad={"count": counts.bad, "examples": [sentence for *_, sentence in counts.examples]},
+        facts=known.facts,
+        shards=[shard.entry for shard in written],
+        cut=known.cut if plan.threshold is not None else 0,
+    )
+
+
+def _commit(folder: str, attempt: str, manifest: Manifest) -> Prepared:
+    """Makes the attempt count, unless another was first; its shards, of the same content, are used then.
+
+    Where two write the manifest at the same moment the later one stays. An attempt is deleted only by its own process,
+    and only when another's manifest has been seen in place of its own: so no manifest ever names missing shards.
+    """
+    storage.delete(storage.join(attempt, "scratch"))
+    found = Prepared.find(folder)
+    if found is None:
+        storage.write_json(storage.join(folder, "manifest.json"), manifest.model_dump(mode="json"))
+        found = Prepared.open(folder)
+    if found.manifest.shards != manifest.shards:
+        storage.delete(attempt)
+    return found

@@ -1,0 +1,79 @@
+"""Runs functions over units of work across the cluster: the one place where preparation starts a Ray Data execution."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from rayft.errors import RayftError
+
+Stage = Callable[[Any], Iterator[Any]]
+
+
+def spread(units: Sequence[Any], *stages: Stage, in_order: bool = False) -> Generator[Any, None, None]:
+    """Passes each unit through the first stage, each of its results through the second, and so on; yields the last's.
+
+    Stages give results as they go, each a block of its own, so that nobody holds more than a few. They come as they are
+    made, or with `in_order` in the units' order. A RayftError that a stage raises is raised here as it was. Units,
+    stages and results have to be picklable; Ray has to be initialised.
+    """
+    import ray
+
+    items = [{"item": packed(unit)} for unit in units]
+    dataset: Any = ray.data.from_items(items, override_num_blocks=len(items))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    for number, stage in enumerate(stages):
+        # Readers before another stage take no CPU of their own: paused by a full queue they would hold one that the
+        # stage behind them waits for. Differing resources also keep Ray from fusing the two, so that one file's rows
+        # are encoded by many.
+        reads = number < len(stages) - 1
+        dataset = dataset.map_batches(
+            Batched(stage),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0 if reads else 1,
+            compute=ray.data.TaskPoolStrategy(size=min(len(items), max(1, cpus // 2)) if reads else None),
+        )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # or results wait until 128 MB of them have come together
+    context.execution_options.preserve_order = in_order
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for item in batch["item"]:
+            yield unpacked(item.as_buffer())
+
+
+class Batched:
+    """A stage as Ray Data calls it: blocks of pickled items to blocks of pickled items."""
+
+    def __init__(self, stage: Stage):
+        self._stage = stage
+
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        try:
+            for item in batch["item"]:
+                for result in self._stage(unpacked(item.as_buffer())):
+                    yield _block(packed(result))
+        except RayftError as error:  # passed on as a result: Ray would wrap it in pages of its own
+            yield _block(pickle.dumps(error))
+
+
+def _block(item: bytes) -> Any:
+    import pyarrow as pa
+
+    return pa.table({"item": pa.array([item], pa.large_binary())})
+
+
+def packed(item: Any) -> bytes:
+    return pickle.dumps((item,), protocol=5)
+
+
+def unpacked(item: Any) -> Any:
+    content = pickle.loads(item)
+    if isinstance(content, RayftError):
+        raise content
+    return content[0]

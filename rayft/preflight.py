@@ -1,0 +1,283 @@
+"""What a run will do, what it will cost and what is wrong with it, before anything is started.
+
+Rows are prepared for it, and what was prepared is kept: the run finds it. Everything else is arithmetic.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from rayft import placement, storage
+from rayft.errors import DataError, RayftError, RunRefused
+from rayft.models import fetch_model, model_identity
+from rayft.recipe import Recipe
+from rayft.record import Record
+from rayft.text import check_lines, size
+
+Show = Callable[[dict[str, Any]], None]
+Report = dict[str, Any]
+
+STAGES = (0, 1, 2, 3)
+SPLITS = ("train", "validation", "test")
+
+
+def check(recipe: Recipe, *, show: Show) -> Report:
+    """What is known of the run of `recipe`, as plain values; a part is None where it can't be known.
+
+    faults      sentences: each a reason why the run would be refused
+    warnings    sentences: what works and may not be meant
+    run         {folder, state: "new", "resumed", "longer" or "finished"}; state None: refused
+    storage     {path, writable, prepared: the folder that keeps prepared rows, or None where nothing was kept}
+    cluster     {machines, cpus, gpus, workers, cpus_per_worker, gpus_per_worker}
+    data        {split: {rows, prepared, bad: {count, examples}, dropped: {reason: rows}, truncated,
+                lengths: {median, p95, longest, limit}, cut, balance: {label: rows} or None}}; median and p95 are
+                upper bounds of their classes
+    parameters  {total, trainable, frozen, trainable_at_end}
+    steps       {total, per_epoch, global_batch_size, rows_per_worker, micro_batches}
+    memory      {worker: bytes or None, zero: {stage: bytes of weights, gradients and optimizer state}, zero_stage}
+    """
+    return _Check(recipe.resolved(), show).report
+
+
+class _Check:
+    """One check: each part is looked at even where another has failed, as far as it can be."""
+
+    def __init__(self, recipe: Recipe, show: Show) -> None:
+        self.recipe, self.show = recipe, show
+        self.faults: list[str] = []
+        self.model_path: str | None = None
+        self.processor: Any = None
+        self.facts: dict[str, Any] | None = None
+        self.prepared: dict[str, Any] = {}
+        self.balances: dict[str, dict[str, int] | None] = {}
+        self.report: Report = {"faults": self.faults, "warnings": []}
+        self.report |= dict.fromkeys(("run", "storage", "cluster", "data", "parameters", "steps", "memory"))
+        show({"event": "stage", "name": "checking"})
+        self._place()
+        with self._gathering():
+            self._model()
+        with self._gathering():
+            self._on_cluster()
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """What is raised inside becomes a fault, told once; several splits' faults come in one error, a line each."""
+        try:
+            yield
+        except DataError as error:
+            self._add(*re.split(r"\n(?! )", str(error)))
+        except RunRefused as error:
+            self.report["run"]["state"] = None
+            self._add(str(error))
+        except RayftError as error:
+            self._add(str(error))
+
+    def _add(self, *sentences: str) -> None:
+        self.faults.extend(sentence for sentence in sentences if sentence not in self.faults)
+
+    def _place(self) -> None:
+        """Storage, and what lies there of this run."""
+        recipe = self.recipe
+        self.report["storage"] = {"path": storage.shown(recipe.storage), "writable": False, "prepared": None}
+        self.report["run"] = {"folder": storage.shown(recipe.folder), "state": None}
+        self.record: Record | None = None
+        with self._gathering():
+            storage.check_writable(recipe.storage)
+            self.report["storage"]["writable"] = True
+        with self._gathering():
+            self.record = Record(recipe.folder)
+            self.report["run"]["state"] = self.record.standing(recipe)
+        with self._gathering():
+            if self.record is not None:
+                self.record.refuse_second_writer(False, self.show)
+
+    def _model(self) -> None:
+        from rayft.session import quiet
+        from rayft.training.worker import pretrained
+
+        quiet()
+        recipe = self.recipe
+        path = fetch_model(recipe.model.path)
+        if self.record is not None and self.report["run"]["state"] is not None:
+            self.record.refuse_other_model(model_identity(path, recipe.model.revision))
+        self.processor = recipe.task.processor(pretrained(recipe, path))
+        self.model_path = path
+
+    def _on_cluster(self) -> None:
+        from rayft.session import cluster
+
+        placed = self.recipe.cluster
+        with cluster(placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker):
+            nodes = placement.living_nodes()
+            have = {name: int(sum(node["Resources"].get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+            self.report["cluster"] = {
+                "machines": len(nodes),
+                "cpus": have["CPU"],
+                "gpus": have["GPU"],
+                "workers": placed.max_workers,
+                "cpus_per_worker": placed.cpus_per_worker,
+                "gpus_per_worker": placed.gpus_per_worker,
+            }
+            self._add(*placement.faults(self.recipe, nodes))
+            reachable = len(nodes) == 1 or not placement.unshared(self.recipe)
+            if have["CPU"] and reachable:
+                self._data(len(nodes))
+            memory = placement.worker_memory(placed)
+        self._tell_data()
+        if self.facts is not None and self.processor is not None:
+            self._tell_cost(self.facts, memory)
+
+    def _data(self, machines: int) -> None:
+        """Prepares the rows, or where that fails at least finds the facts of the training rows."""
+        from rayft.data.prepare import facts_of
+
+        recipe, show = self.recipe, self.show
+        writable = self.report["storage"]["writable"]
+        if not writable and machines > 1:
+            return
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            show({"event": "stage", "name": stage, "done": done, "total": total})
+
+        # Where storage can't be written the rows are looked at all the same, and what comes of them is thrown away.
+        elsewhere = nullcontext(recipe.storage) if writable else tempfile.TemporaryDirectory(prefix="rayft-check-")
+        with elsewhere as folder:
+            meant = recipe.model_copy(update={"storage": folder})
+            self._prepare(meant, None, progress)
+            if not self.prepared:
+                sound = self._listed()
+                if "train" in sound and len(sound) < len(SPLITS):  # the rows that are there may be bad too
+                    self._prepare(meant, sound, progress)
+            if writable and self.prepared:
+                self.report["storage"]["prepared"] = storage.join(self.report["storage"]["path"], "prepared")
+            if self.prepared:
+                self.facts = self.prepared["train"].manifest.facts
+                return
+            with self._gathering():
+                self.facts = facts_of(meant, progress=progress)
+
+    def _prepare(self, meant: Recipe, splits: list[str] | None, progress: Callable[..., None]) -> None:
+        from rayft.data.prepare import prepare
+
+        with self._gathering():
+            if self.model_path is not None:
+                self.prepared = prepare(meant, self.model_path, progress=progress, splits=splits)
+                self.balances = {split: balance(meant, prepared) for split, prepared in self.prepared.items()}
+
+    def _listed(self) -> list[str]:
+        """The splits whose files are there, or that are not to have any; a fault for each of the others."""
+        from rayft.data.source import fragments
+
+        found = []
+        for split in SPLITS:
+            sources = getattr(self.recipe.data, split)
+            with self._gathering():
+                if sources:
+                    fragments(sources, split)
+                found.append(split)
+        return found
+
+    def _tell_data(self) -> None:
+        if not self.prepared:
+            return
+        report = self.report
+        report["data"] = {
+            split: _split(self.recipe, prepared.manifest) | {"balance": self.balances[split]}
+            for split, prepared in self.prepared.items()
+        }
+        for split, prepared in self.prepared.items():
+            report["warnings"] += prepared.manifest.notes(split)
+        if self.record is not None and report["run"]["state"] is not None:
+            with self._gathering():
+                self.record.refuse_other_data(self.prepared["train"].manifest.key)
+        from rayft.training.schedule import order, total_steps
+
+        train, workers = self.recipe.train, self.recipe.cluster.max_workers
+        per_epoch = order(self.recipe, self.prepared["train"]).steps_per_epoch
+        share = -(-train.global_batch_size // workers)
+        report["steps"] = {
+            "total": total_steps(train, per_epoch),
+            "per_epoch": per_epoch,
+            "global_batch_size": train.global_batch_size,
+            "rows_per_worker": share,
+            "micro_batches": -(-share // train.micro_batch_size),
+        }
+
+    def _tell_cost(self, facts: dict[str, Any], memory: int | None) -> None:
+        """Parameters, and the memory that they need."""
+        from rayft.training import plan
+        from rayft.training.worker import pretrained
+
+        recipe, steps = self.recipe, self.report["steps"]
+        epochs = -(-steps["total"] // steps["per_epoch"]) if steps else recipe.train.epochs or 1
+        with self._gathering():
+            base = pretrained(recipe, str(self.model_path))
+            counted = plan.parameters(recipe, base, facts, self.processor, epochs)
+            stage = counted.zero_stage(recipe, memory)
+            needed = {str(one): counted.state_bytes(recipe, one) for one in STAGES}
+            self.report["parameters"] = {
+                "total": counted.total,
+                "trainable": counted.trainable,
+                "frozen": counted.frozen,
+                "trainable_at_end": counted.most,
+            }
+            self.report["memory"] = {"worker": memory, "zero": needed, "zero_stage": stage}
+            if memory is not None and needed[str(stage)] > memory:
+                self.report["warnings"].append(
+                    f"memory: ZeRO {stage} needs {size(needed[str(stage)])} a worker without activations, and it "
+                    f"has {size(memory)}; model.lora, model.freeze, deepspeed.offload, more workers or a higher "
+                    "deepspeed.zero_stage lower that"
+                )
+
+
+def _split(recipe: Recipe, manifest: Any) -> Report:
+    return {
+        "rows": manifest.source_rows,
+        "prepared": manifest.rows,
+        "bad": manifest.bad,
+        "dropped": manifest.dropped,
+        "truncated": manifest.truncated,
+        "lengths": _lengths(recipe, manifest),
+        "cut": bool(manifest.cut) and manifest.split == "validation",
+    }
+
+
+def _lengths(recipe: Recipe, manifest: Any) -> Report:
+    """Of the features, before they are packed."""
+    longest = min(manifest.longest, manifest.lengths[-1][0])  # a packed row may be longer than any feature
+
+    def share(part: float) -> int:
+        wanted, seen = part * sum(count for _, count in manifest.lengths), 0
+        for bound, count in manifest.lengths:
+            seen += count
+            if seen >= wanted:
+                return int(min(bound, longest))
+        return int(longest)
+
+    return {"median": share(0.5), "p95": share(0.95), "longest": longest, "limit": recipe.task.limit()}
+
+
+def balance(recipe: Recipe, prepared: Any) -> dict[str, int] | None:
+    """How many features of a prepared split have which label; None where the task has none."""
+    columns = list(recipe.task.balance_columns())
+    if not columns:
+        return None
+    from pyarrow import parquet
+
+    counts: dict[str, int] = {}
+    for shard in prepared.manifest.shards:
+        filesystem, path = storage.arrow(storage.join(prepared.folder, shard["path"]))
+        with filesystem.open_input_file(path) as file:
+            for batch in parquet.ParquetFile(file).iter_batches(columns=columns):
+                for label, count in recipe.task.balance(batch.to_pydict(), prepared.manifest.facts).items():
+                    counts[label] = counts.get(label, 0) + count
+    return counts
+
+
+def text(report: Report) -> str:
+    """The report for a reader."""
+    return "\n".join(check_lines(report))

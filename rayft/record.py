@@ -1,0 +1,219 @@
+"""The record of a run in its folder: run.json and result.json, and the rule that only one process writes them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rayft import attempts, storage
+from rayft.errors import RunRefused, StorageError, Superseded
+from rayft.recipe import Recipe
+
+BEAT_S = 5.0
+LOOK_S = 1.0  # between two looks for the heartbeat of another writer
+SILENT_S = 30.0  # a writer elsewhere that was not heard of for so long is dead
+
+
+class Record:
+    """`folder` is `<storage>/<name>`. `attempt` is the newest that this process knows of; 0 where none was claimed.
+
+    `superseded` is set once another process has claimed a newer one.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.file = storage.join(folder, "run.json")
+        self.before: dict[str, Any] = storage.read_json(self.file) if storage.exists(self.file) else {}
+        self.attempt = attempts.newest(folder)
+        self.status = "failed"
+        self.superseded: Superseded | None = None
+        self._state: dict[str, Any] = {}
+        self._recipe = ""
+        self._claiming = threading.Lock()
+
+    def recipe(self) -> Recipe | None:
+        """The recipe that this run was started with, or None."""
+        path = storage.join(self.folder, "recipe.yaml")
+        if not storage.exists(path):
+            return None
+        import yaml
+
+        return Recipe.parse(yaml.safe_load(storage.read_text(path)), path)
+
+    def result(self) -> dict[str, Any] | None:
+        path = storage.join(self.folder, "result.json")
+        if not storage.exists(path):
+            return None
+        result: dict[str, Any] = storage.read_json(path)
+        return result
+
+    def standing(self, recipe: Recipe) -> str:
+        """What starting `recipe` means: "new", "resumed", "longer" (it asks for more than before), or "finished".
+
+        RunRefused where this run was started with a recipe that differs in what matters.
+        """
+        before = self.recipe()
+        if before is None:
+            return "new"
+        differences = before.differences(recipe)
+        if differences:
+            listed = "\n".join(f"  {difference}" for difference in differences)
+            raise RunRefused(
+                f"{self.folder} was trained with another recipe:\n{listed}\n"
+                "give it another `name=`, or start over with --restart"
+            )
+        if (before.train.epochs, before.train.max_steps) != (recipe.train.epochs, recipe.train.max_steps):
+            return "longer"
+        result = self.result()
+        return "finished" if result is not None and result["status"] == "finished" else "resumed"
+
+    def refuse_second_writer(self, take_over: bool, show: Callable[[dict[str, Any]], None]) -> None:
+        """RunRefused while another process writes this run.
+
+        On this host its process is looked at. One elsewhere is watched until it is heard of again, or has been silent
+        for SILENT_S: whatever restarts a job that died may be faster than that.
+        """
+        if take_over or self.before.get("status") != "running" or not alive(self.before):
+            return
+        if self.before["host"] != socket.gethostname():
+            who = f"process {self.before['pid']} on {self.before['host']}"
+            show({"event": "note", "text": f"{who} wrote this run a moment ago; waiting to see whether it still does"})
+            if not self._heard():
+                return
+        raise RunRefused(
+            f"{self.folder} is being written by process {self.before['pid']} on {self.before['host']}; "
+            "wait for it, stop it, or take over with --take-over"
+        )
+
+    def _heard(self) -> bool:
+        """Does the other writer beat once more before it has been silent for too long?"""
+        silent = min(SILENT_S, max(0.0, time.time() - float(self.before["heartbeat"])))
+        until = time.monotonic() + SILENT_S - silent
+        while time.monotonic() < until:
+            time.sleep(LOOK_S)
+            now = storage.read_json(self.file)
+            if now != self.before:
+                self.before, self.attempt = now, attempts.newest(self.folder)
+                return bool(now["status"] == "running")
+        return False
+
+    def refuse_other_model(self, identity: str) -> None:
+        known = self.before.get("model")
+        if known and known != identity:
+            raise RunRefused(
+                f"{self.folder} was trained from another model (its content is {known}, now {identity}); "
+                "give it another `name=`, or start over with --restart"
+            )
+
+    def refuse_other_data(self, key: str) -> None:
+        known = self.before.get("prepared", {}).get("train")
+        if known and known != key:
+            raise RunRefused(
+                f"the training rows of {self.folder} have changed since it began (prepared {known}, now {key}); "
+                "give it another `name=`, or start over with --restart"
+            )
+
+    def claim(self) -> int:
+        """Claims the next attempt, for one worker group; from now on only what it commits is added to the run.
+
+        Only then run.json and recipe.yaml become this process's. RunRefused where another process started at the same
+        moment and was first, Superseded where one has taken over since.
+        """
+        from rayft.training import checkpoint
+
+        found = checkpoint.committed(storage.join(self.folder, "checkpoints"))
+        with self._claiming:
+            try:
+                self.attempt = attempts.claim(self.folder, [path.rpartition("/")[2] for path in found], self.attempt)
+            except Superseded as error:
+                self.superseded = error
+                if self._claimed:
+                    raise
+                raise RunRefused(f"{self.folder} is being started by {error.owner}, which was first") from None
+            self._state["attempt"] = self.attempt
+        storage.write_text(storage.join(self.folder, "recipe.yaml"), self._recipe)
+        storage.write_json(self.file, {**self._state, "heartbeat": time.time()})
+        # A run that goes on is no longer what an earlier end of it said.
+        storage.delete(storage.join(self.folder, "result.json"))
+        return self.attempt
+
+    @property
+    def _claimed(self) -> bool:
+        return "attempt" in self._state
+
+    def forget(self) -> None:
+        """Deletes what the run has so far, but the claims: whoever still writes must find itself old."""
+        self.attempt = attempts.claim(self.folder, [], self.attempt)
+        for folder in storage.folders(self.folder):
+            if folder.rstrip("/").rpartition("/")[2] != attempts.FOLDER:
+                storage.delete(folder)
+        for entry in storage.listing(self.folder, recursive=False):
+            storage.delete(entry.path)
+        self.before = {}
+
+    @contextmanager
+    def writing(self, recipe: Recipe, model: str, prepared: dict[str, str]) -> Iterator[None]:
+        """From the first claim on, run.json says `running` and its heartbeat is renewed; at the end, `status`."""
+        import psutil
+
+        self._state = {
+            "status": "running",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_started": psutil.Process().create_time(),
+            "started": time.time(),
+            "heartbeat": time.time(),
+            "model": model,
+            "prepared": prepared,
+        }
+        self._recipe = recipe.to_yaml()
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT_S):
+                try:
+                    with self._claiming:
+                        attempts.hold(self.folder, self.attempt)
+                    if self._claimed:
+                        storage.write_json(self.file, {**self._state, "heartbeat": time.time()})
+                except Superseded as error:
+                    self.superseded = error
+                    return
+                except StorageError:  # an outage: it is told where something has to be written, and may pass
+                    continue
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            if self._claimed and self.superseded is None:
+                storage.write_json(self.file, {**self._state, "status": self.status, "heartbeat": time.time()})
+
+    def end(self, status: str, error: str) -> None:
+        """Writes result.json of a run that did not finish; `error` is one sentence. Nothing where another took over."""
+        self.status = status
+        if self.superseded is not None:
+            return
+        result = {"run": self.folder, "status": status, "error": error, "steps": None, "epochs": None}
+        empty: dict[str, Any] = {"metrics": {}, "best": None, "export": None, "timing": {}}
+        storage.write_json(storage.join(self.folder, "result.json"), {**result, **empty})
+
+
+def alive(state: dict[str, Any]) -> bool:
+    """Is the process that wrote this run.json still there?"""
+    if state.get("host") == socket.gethostname():
+        import psutil
+
+        try:
+            return bool(psutil.Process(state["pid"]).create_time() == state["pid_started"])
+        except psutil.NoSuchProcess:
+            return False
+    return bool(time.time() - float(state.get("heartbeat", 0)) < SILENT_S)

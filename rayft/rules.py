@@ -1,0 +1,194 @@
+"""Rules between options: which combinations of a recipe's fields are impossible, and which one mends each.
+
+A rule is a pure function of the values of the fields it names; it is asked only where all of them are sound, so
+that one mistake gives one fault. None stands for a field whose section is null.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from rayft.errors import Fault
+from rayft.faults import show
+from rayft.search import Space
+from rayft.sections import Cluster, Freeze, Lora, Source, Workers
+
+Faults = Iterator[Fault]
+
+
+def broken(recipe: Any, unsound: Collection[str]) -> Faults:
+    """The faults of every rule whose fields lie neither in, above nor below one of the dotted names in `unsound`."""
+    for fields, rule in RULES:
+        if not any(_touches(field, name) for field in fields for name in unsound):
+            yield from rule(*(_value(recipe, field) for field in fields))
+
+
+def _touches(field: str, name: str) -> bool:
+    return (field + ".").startswith(name + ".") or (name + ".").startswith(field + ".")
+
+
+def _value(recipe: Any, field: str) -> Any:
+    value = recipe
+    for part in field.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def some_end(epochs: int | None, max_steps: int | None) -> Faults:
+    if epochs is None and max_steps is None:
+        yield Fault("train.epochs", "missing", fits="`train.epochs` or `train.max_steps` says when the run ends")
+
+
+def batch_holds_micro_batch(micro: int, batch: int) -> Faults:
+    if micro > batch:
+        fits = f"a whole number of at most {batch}, which is train.global_batch_size, fits"
+        yield Fault("train.micro_batch_size", "too large", show(micro), fits)
+
+
+def batch_holds_workers(workers: int | Workers, batch: int) -> Faults:
+    most = Cluster(workers=workers).max_workers
+    if most > batch:
+        where = "cluster.workers.max" if isinstance(workers, Workers) else "cluster.workers"
+        fits = f"each needs a row of train.global_batch_size, so at most {batch} fits"
+        yield Fault(where, "too many workers", show(most), fits)
+
+
+def workers_in_order(workers: int | Workers) -> Faults:
+    if isinstance(workers, Workers) and workers.min > workers.max:
+        fits = f"a whole number of at most {workers.max}, which is `max`, fits"
+        yield Fault("cluster.workers.min", "larger than `max`", show(workers.min), fits)
+
+
+def adapters_freeze_the_rest(lora: Lora | None, freeze: Freeze | None, unfreeze_every: int | None) -> Faults:
+    if lora is None:
+        return
+    if freeze is not None and not freeze.nothing:
+        shown = show(freeze.model_dump(mode="json"))
+        yield Fault(
+            "model.freeze", "impossible with `model.lora`, which freezes all but the adapters", shown, "null fits"
+        )
+    if unfreeze_every is not None:
+        what = "impossible with `model.lora`, which freezes all but the adapters"
+        yield Fault("model.unfreeze_every", what, show(unfreeze_every), "null fits")
+
+
+def unfreezing_needs_frozen_blocks(unfreeze_every: int | None, freeze: Freeze | None, lora: Lora | None) -> Faults:
+    if unfreeze_every is not None and lora is None and (freeze is None or freeze.layers == 0):
+        fits = "null fits, or blocks to begin with in `model.freeze.layers`"
+        yield Fault("model.unfreeze_every", "no block is frozen", show(unfreeze_every), fits)
+
+
+def cache_needs_fixed_depth(cache: str, unfreeze_every: int | None) -> Faults:
+    if cache == "on" and unfreeze_every is not None:
+        what = "impossible with `model.unfreeze_every`, which changes what is frozen"
+        yield Fault("model.cache_frozen", what, show(cache), "`auto` or `off` fits")
+
+
+def offload_needs_sharding(offload: str, stage: int | str) -> Faults:
+    least = {"none": 0, "optimizer": 1, "parameters": 3}[offload]
+    if isinstance(stage, int) and stage < least:
+        fits = "3 or `auto` fits" if least == 3 else "1, 2, 3 or `auto` fits"
+        yield Fault("deepspeed.zero_stage", f"too low for `deepspeed.offload: {offload}`", show(stage), fits)
+
+
+def compiling_needs_whole_weights(compiled: bool, stage: int | str, offload: str) -> Faults:
+    if compiled and (stage == 3 or offload == "parameters"):
+        where = "deepspeed.zero_stage" if stage == 3 else "deepspeed.offload"
+        what = "impossible with `model.compile`: weights that are gathered layer by layer compile anew all the time"
+        fits = "0, 1, 2 or `auto` fits" if stage == 3 else "`none` or `optimizer` fits"
+        yield Fault(where, what, show(stage if stage == 3 else offload), fits)
+
+
+# DeepSpeed's key -> the field of the recipe that says it.
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate",
+    "scheduler": "train.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload",
+    "zero_optimization.offload_param": "deepspeed.offload",
+}
+
+
+def extra_leaves_ours_alone(extra: dict[str, Any]) -> Faults:
+    for key, ours in OWNED.items():
+        section, _, inner = key.rpartition(".")
+        holder = extra.get(section, {}) if section else extra
+        if isinstance(holder, dict) and inner in holder:
+            yield Fault(
+                f"deepspeed.extra.{key}", "set by the recipe itself", show(holder[inner]), f"`{ours}` is its place"
+            )
+
+
+def half_precision_needs_gpus(dtype: str, gpus: int) -> Faults:
+    if dtype == "float16" and gpus == 0:
+        fits = "`float32` or `bfloat16` fits without GPUs (cluster.gpus_per_worker is 0)"
+        yield Fault("model.dtype", "float16 needs GPUs", show(dtype), fits)
+
+
+def flash_attention_needs_gpus(attention: str | None, gpus: int) -> Faults:
+    if attention and attention.startswith("flash_attention") and gpus == 0:
+        fits = "`eager` or `sdpa` fits without GPUs (cluster.gpus_per_worker is 0)"
+        yield Fault("model.attention", "flash attention needs GPUs", show(attention), fits)
+
+
+def columns_go_to_different_names(columns: dict[str, str]) -> Faults:
+    for theirs, ours in columns.items():
+        first = next(name for name, value in columns.items() if value == ours)
+        if first != theirs:
+            yield Fault(f"data.columns.{theirs}", f"`{first}` is called that already", show(ours), "another name fits")
+
+
+def no_secrets(storage: str, path: str, *splits: tuple[Source, ...] | None) -> Faults:
+    places = [("storage", storage), ("model.path", path)]
+    for name, sources in zip(("train", "validation", "test"), splits, strict=True):
+        places += [(f"data.{name}", source.path) for source in sources or ()]
+    for where, value in places:
+        if re.match(r"\w+://[^/@]+@", value):
+            fits = "credentials come from the environment, the instance or a mounted secret; a URL without them fits"
+            yield Fault(where, "a URL with credentials", show(value), fits)
+
+
+def grid_needs_choices(sampler: str | None, search: dict[str, Space] | None) -> Faults:
+    for field, space in (search or {}).items():
+        if sampler == "grid" and space.choice is None:
+            shown = show(space.model_dump(mode="json"))
+            yield Fault(
+                f"tune.search.{field}",
+                "a grid has no ranges",
+                shown,
+                "`choice` fits, or the sampler `random` or `optuna`",
+            )
+
+
+def trials_are_counted(sampler: str | None, trials: int | None) -> Faults:
+    if sampler not in (None, "grid") and trials is None:
+        fits = "a whole number of at least 1 fits; only the sampler `grid` needs none"
+        yield Fault("tune.trials", f"missing for the sampler `{sampler}`", fits=fits)
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
+    (("train.epochs", "train.max_steps"), some_end),
+    (("train.micro_batch_size", "train.global_batch_size"), batch_holds_micro_batch),
+    (("cluster.workers", "train.global_batch_size"), batch_holds_workers),
+    (("cluster.workers",), workers_in_order),
+    (("model.lora", "model.freeze", "model.unfreeze_every"), adapters_freeze_the_rest),
+    (("model.unfreeze_every", "model.freeze", "model.lora"), unfreezing_needs_frozen_blocks),
+    (("model.cache_frozen", "model.unfreeze_every"), cache_needs_fixed_depth),
+    (("deepspeed.offload", "deepspeed.zero_stage"), offload_needs_sharding),
+    (("model.compile", "deepspeed.zero_stage", "deepspeed.offload"), compiling_needs_whole_weights),
+    (("deepspeed.extra",), extra_leaves_ours_alone),
+    (("model.dtype", "cluster.gpus_per_worker"), half_precision_needs_gpus),
+    (("model.attention", "cluster.gpus_per_worker"), flash_attention_needs_gpus),
+    (("data.columns",), columns_go_to_different_names),
+    (("storage", "model.path", "data.train", "data.validation", "data.test"), no_secrets),
+    (("tune.sampler", "tune.search"), grid_needs_choices),
+    (("tune.sampler", "tune.trials"), trials_are_counted),
+)

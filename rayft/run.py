@@ -1,0 +1,253 @@
+"""A run, from a recipe to a result: one writer, preparation, one worker group after another, the folder it leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rayft import placement, storage
+from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
+from rayft.failure import AGAIN, Left, decide
+from rayft.models import fetch_model, model_identity
+from rayft.recipe import Recipe
+from rayft.record import Record
+from rayft.stopping import Stop
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def run(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = False) -> dict[str, Any]:
+    """Trains what `recipe` says, or goes on where its run stopped; returns what result.json holds.
+
+    Raises a RayftError: before anything is started where the run is refused, else after result.json says what failed.
+    """
+    begun = time.time()
+    recipe = recipe.resolved()
+    record = Record(recipe.folder)
+    record.refuse_second_writer(take_over, show)
+    finished = None if restart else _settle(recipe, record, show)
+    if finished is not None:
+        return finished
+    storage.check_writable(recipe.storage)
+    model_path = fetch_model(recipe.model.path)
+    identity = model_identity(model_path, recipe.model.revision)
+    if not restart:
+        record.refuse_other_model(identity)
+    from rayft.session import cluster
+
+    workers = recipe.cluster.max_workers
+    with cluster(workers, recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker):
+        show({"event": "stage", "name": "preparing"})
+        placement.refuse(recipe)
+        prepared = _prepared(recipe, model_path, show)
+        parameters = _parameters(recipe, model_path, prepared, show)
+        if restart:  # only now, when nothing refuses the new start
+            record.forget()
+        record.refuse_other_data(prepared["train"].manifest.key)
+        keys = {split: split_data.manifest.key for split, split_data in prepared.items()}
+        stop = Stop(recipe.folder)
+        with record.writing(recipe, identity, keys), stop.listening():
+            try:
+                Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show).run()
+            except (KeyboardInterrupt, Stopped) as error:
+                told = str(error) or "interrupted; the same command goes on from the last checkpoint"
+                record.end("stopped", told)
+                raise
+            except Exception as error:
+                record.end(
+                    "failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+                )
+                raise
+            record.status = "finished"
+    result: dict[str, Any] = storage.read_json(storage.join(recipe.folder, "result.json"))
+    return result
+
+
+def export(run_folder: str, folder: str) -> str:
+    """Copies the exported model of a run to `folder`; returns it. Raises RunRefused where there is none yet."""
+    source = storage.join(run_folder, "export")
+    if not storage.exists(storage.join(source, "rayft.json")):
+        raise RunRefused(f"{run_folder} has no exported model; a run exports when it ends")
+    if storage.listing(folder):
+        raise RunRefused(f"{folder} exists and is not empty; name another folder")
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:
+        storage.download(source, local)
+        storage.upload(local, folder)
+    return folder
+
+
+def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None:
+    """What an earlier start of this run means: its result where finished, a refusal where the recipe has changed."""
+    standing = record.standing(recipe)
+    if standing == "finished":
+        show({"event": "note", "text": f"{recipe.folder} is finished; this is its result"})
+        return record.result()
+    before = record.recipe()
+    if standing == "longer" and before is not None and recipe.train.schedule != "constant":
+        now = _length(recipe)
+        show(
+            {
+                "event": "note",
+                "text": f"the {recipe.train.schedule} schedule now ends later: {_length(before)} -> {now}",
+            }
+        )
+    return None
+
+
+def _length(recipe: Recipe) -> str:
+    parts = [f"{recipe.train.epochs} epochs" if recipe.train.epochs is not None else ""]
+    parts.append(f"{recipe.train.max_steps} steps" if recipe.train.max_steps is not None else "")
+    return ", at most ".join(part for part in parts if part)
+
+
+def _preparing(show: Show) -> Callable[[str, int, int | None], None]:
+    return lambda stage, done, total: show({"event": "stage", "name": stage, "done": done, "total": total})
+
+
+def _prepared(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
+    """Every split, from an earlier preparation where there is one."""
+    from rayft.data.prepare import prepare
+
+    return prepare(recipe, model_path, progress=_preparing(show))
+
+
+def _parameters(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
+    """How many parameters learn; shows notes on what preparation did to the rows, and the plan."""
+    from rayft.training import plan
+    from rayft.training.schedule import order, total_steps
+    from rayft.training.worker import pretrained
+
+    for split, data in prepared.items():
+        for text in data.manifest.notes(split):
+            show({"event": "note", "text": text})
+    per_epoch = order(recipe, prepared["train"]).steps_per_epoch
+    steps = total_steps(recipe.train, per_epoch)
+    base, facts = pretrained(recipe, model_path), prepared["train"].manifest.facts
+    parameters = plan.parameters(recipe, base, facts, recipe.task.processor(base), -(-steps // per_epoch))
+    counts = {
+        f"{split}_rows" if split != "train" else "rows": data.manifest.source_rows for split, data in prepared.items()
+    }
+    show(
+        {
+            "event": "plan",
+            "steps": steps,
+            "epochs": recipe.train.epochs,
+            "workers": recipe.cluster.max_workers,
+            "zero_stage": decided(recipe, recipe.cluster.max_workers, parameters).deepspeed.zero_stage,
+            "trainable": parameters.trainable,
+            "frozen": parameters.frozen,
+            "global_batch_size": recipe.train.global_batch_size,
+            **counts,
+        }
+    )
+    return parameters
+
+
+def decided(recipe: Recipe, workers: int, parameters: Any) -> Recipe:
+    """The recipe for one worker group: a fixed number of workers, and the ZeRO stage that they need."""
+    alone = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"workers": workers})})
+    automatic = recipe.deepspeed.zero_stage == "auto"
+    stage = parameters.zero_stage(alone, placement.worker_memory(alone.cluster) if automatic else None)
+    return alone.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"zero_stage": stage})})
+
+
+class Attempts:
+    """Worker groups, one after another, until the run has ended or what failed is not worth another try."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model_path: str,
+        prepared: dict[str, Any],
+        parameters: Any,
+        record: Record,
+        stop: Stop,
+        begun: float,
+        show: Show,
+    ) -> None:
+        self.recipe, self.model_path, self.prepared, self.parameters = recipe, model_path, prepared, parameters
+        self.record, self.stop, self.begun, self.show = record, stop, begun, show
+        self.folder = storage.join(recipe.folder, "checkpoints")
+
+    def run(self) -> None:
+        retries, failed_at = 0, -1
+        while True:
+            outcome = self._once()
+            if outcome is None:
+                return
+            self._repair(outcome)
+            newest = self._step()
+            decision = decide(outcome, retries, newest > failed_at, self.recipe.failure.max_retries)
+            if not decision.again:
+                if isinstance(outcome, Left):
+                    raise Stopped(str(self.stop.by), newest, outcome.late)
+                raise TrainingError(decision.text) if isinstance(outcome, AGAIN) else outcome
+            retries, failed_at = decision.retries, newest
+            self.show({"event": "warning", "text": decision.text})
+
+    def _once(self) -> Left | RayftError | None:
+        """One worker group; None when the run has ended, else why it hasn't."""
+        from rayft import group
+        from rayft.training import checkpoint
+
+        try:
+            attempt = self.record.claim()
+            workers = placement.settled(self.recipe, self.show, self.stop.asked)
+            if not workers:
+                return Left("stop", "")
+            step, feeds, path = self._position()
+            if workers < self.recipe.cluster.max_workers:
+                self.show({"event": "note", "text": f"working with {workers} workers until there is room for more"})
+            recipe = decided(self.recipe, workers, self.parameters)
+            start = group.Start(attempt, self.begun, path, step, feeds)
+            most = self.recipe.cluster.max_workers
+            try:
+                return group.fit(
+                    recipe, self.model_path, self.prepared, start, most=most, show=self.show, asked=self._asked
+                )
+            finally:
+                checkpoint.sweep(self.folder, attempt)
+        except RayftError as error:
+            return error
+
+    def _asked(self) -> Left | RayftError | None:
+        if self.record.superseded is not None:
+            return self.record.superseded
+        by = self.stop.asked()
+        return Left("stop", f"{by} asks to stop") if by else None
+
+    def _step(self) -> int:
+        from rayft.training import checkpoint
+
+        newest = checkpoint.newest(self.folder)
+        return checkpoint.step_of(newest) if newest else 0
+
+    def _position(self) -> tuple[int, bool, str | None]:
+        """The step of the checkpoint to go on from, whether there are steps to make from there, and its path."""
+        from rayft.training import checkpoint
+        from rayft.training.schedule import total_steps
+
+        newest = checkpoint.newest(self.folder)
+        if newest is None:
+            return 0, True, None
+        with checkpoint.Checkpoint(newest) as saved:
+            step, ended, total = saved.state["step"], saved.state["finished"], saved.state["total_steps"]
+            per_epoch = saved.state["steps_per_epoch"]
+        self.show({"event": "note", "text": f"going on from step {step} ({newest})"})
+        now = total_steps(self.recipe.train, per_epoch)
+        return step, now > step and (not ended or (now > total and step >= total)), newest
+
+    def _repair(self, outcome: Left | RayftError) -> None:
+        """What was found damaged counts no longer: the checkpoint before is used then, shards are prepared anew."""
+        from rayft.training import checkpoint
+
+        if not isinstance(outcome, Damaged):
+            return
+        if outcome.folder.startswith(self.folder):
+            checkpoint.discard(outcome.folder, str(outcome))
+            return
+        storage.delete(outcome.folder)
+        self.prepared = _prepared(self.recipe, self.model_path, self.show)

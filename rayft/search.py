@@ -1,0 +1,105 @@
+"""What a sweep varies: the `tune:` section, and whether the fields and values in it exist."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_serializer, model_validator
+from pydantic_core import ErrorDetails
+
+from rayft import faults
+from rayft.document import set_field
+from rayft.errors import Fault, RecipeError
+from rayft.sections import Metric, Natural, Number, Positive, Section, wrong
+
+# Fields that say which run it is or where, so that trials can't differ in them.
+_FIXED = ("name", "storage", "tune", "submit", "task.type")
+
+
+class Space(Section):
+    """The values that one field takes in a sweep: exactly one of the keys."""
+
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    uniform: tuple[Number, Number] | None = None
+    log_uniform: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Space:
+        given = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise wrong("not one search space", "one of `choice`, `uniform`, `log_uniform` fits")
+        bounds = self.uniform or self.log_uniform
+        if bounds and bounds[0] >= bounds[1]:
+            raise wrong("bounds in the wrong order", "[low, high] with low below high fits")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+    def values(self) -> tuple[Any, ...]:
+        """Its choices, or its two bounds."""
+        return self.choice or self.uniform or self.log_uniform or ()
+
+
+class Budget(Section):
+    minutes: Annotated[Number, Field(gt=0)]
+
+
+class Tune(Section):
+    search: Annotated[dict[str, Space], Field(min_length=1)]
+    """Dotted names of this recipe's fields, each with its search space."""
+    trials: Positive | None = None
+    """Needed unless the sampler is `grid`, which runs every combination once."""
+    sampler: Literal["grid", "random", "optuna"] = "optuna"
+    scheduler: Literal["none", "asha", "median", "pbt"] = "asha"
+    metric: Metric | None = None
+    """A validation score; null: the task's first."""
+    mode: Literal["max", "min"] | None = None
+    """null: as the metric wants it."""
+    budget: Budget | None = None
+    seed: Natural = 0
+
+
+def unsearchable(
+    tune: Tune,
+    data: Mapping[str, Any],
+    schema: faults.Schema,
+    errors_of: Callable[[Mapping[str, Any]], list[ErrorDetails]],
+) -> Iterator[Fault]:
+    """The fields of a sweep that the recipe with the plain form `data` lacks, and the values that they can't take.
+
+    `schema` describes that recipe; `errors_of` gives pydantic's complaints about the plain form of one.
+    """
+    for name, space in tune.search.items():
+        where = f"tune.search.{name}"
+        if any((name + ".").startswith(fixed + ".") for fixed in _FIXED):
+            yield Fault(where, "not a field that trials can differ in", fits="a field that changes the training fits")
+        elif not any(True for _ in faults.at(schema, tuple(name.split(".")))):
+            fits = "a dotted name such as `train.learning_rate` fits"
+            yield Fault(where, "no such field in this recipe", None, fits, faults.nearest_name(name, schema))
+        else:
+            for value in space.values():
+                yield from _misfit(where, name, value, data, schema, errors_of)
+
+
+def _misfit(
+    where: str,
+    name: str,
+    value: Any,
+    data: Mapping[str, Any],
+    schema: faults.Schema,
+    errors_of: Callable[[Mapping[str, Any]], list[ErrorDetails]],
+) -> Iterator[Fault]:
+    """The faults of `value` in the field `name`, told where the sweep asks for it."""
+    trial = copy.deepcopy(dict(data))
+    try:
+        set_field(trial, name, value)
+    except RecipeError as error:
+        yield from (Fault(where, one.what, one.value, one.fits) for one in error.faults)
+        return
+    for path, fault in faults.translate(errors_of(trial), trial, schema):
+        if (faults.dotted(path) + ".").startswith(name + "."):
+            yield Fault(where, fault.what, fault.value, fault.fits, fault.nearest)

@@ -1,0 +1,68 @@
+"""A Ray cluster to work on: the one the environment names, or one on this machine for as long as it is needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rayft.errors import ClusterError
+
+DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a worker to end
+
+
+@contextmanager
+def cluster(workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0) -> Iterator[None]:
+    """Joins the cluster of `RAY_ADDRESS`, or starts a local one with room for the workers and the readers beside them.
+
+    A Ray that this process has already joined is used as it is and left running.
+    """
+    quiet()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ClusterError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine"
+            ) from error
+    else:
+        cpus = max(os.cpu_count() or 1, workers * cpus_per_worker + DATA_CPUS)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet() -> None:
+    """Keeps notices of libraries away from the user; errors still pass.
+
+    For this process and, by environment, its workers.
+    """
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "ray.data", "ray.train", "deepspeed", "DeepSpeed", "transformers", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+WORKER_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon Ray Train sees that workers have ended
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DEEPSPEED_LOG_LEVEL": "error",
+}

@@ -1,0 +1,88 @@
+"""Conversations: what a cell may hold, how a chat template writes it, and which characters the assistant wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
+
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]  # characters of a text, the end left out
+
+
+def conversation(value: Any) -> list[dict[str, Any]]:
+    """The messages in a cell, without their nulls; ValueError says what is missing."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as fault:
+            raise ValueError(f"the text is not JSON ({fault})") from None
+    if not isinstance(value, list | tuple | np.ndarray) or not len(value):
+        given = "an empty list" if isinstance(value, list | tuple | np.ndarray) else f"a {type(value).__name__}"
+        raise ValueError(f"{given} is no conversation; a list of messages with `role` and `content` is needed")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        kept = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        if not isinstance(kept.get("role"), str) or not kept.keys() & {"content", "tool_calls"}:
+            has = ", ".join(f"`{key}`" for key in kept) or "none"
+            raise ValueError(f"message {number} needs `role` and `content`; its fields are {has}")
+        messages.append(kept)
+    return messages
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except (TypeError, jinja2.TemplateError) as fault:
+        raise ValueError(f"the chat template refuses it: {fault}") from None
+
+
+def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tuple[str, list[Span]]]:
+    """The conversation as text with the spans that the assistant wrote, the end of its turn included.
+
+    They are those between the template's generation markers. A template without them shows them by what a turn adds to
+    the conversation before it. Where the conversation goes on otherwise than it stood after a turn (templates that
+    leave out past reasoning), each turn comes by itself, as the model would have met it. ValueError where a turn does
+    not continue the prompt for it.
+    """
+    template = tokenizer.get_chat_template()
+    if MARKERS.search(template):
+        try:
+            shown: Any = render_jinja_template(
+                [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            )
+        except (TypeError, jinja2.TemplateError) as fault:
+            raise ValueError(f"the chat template refuses it: {fault}") from None
+        return [(shown[0][0], shown[1][0])]
+    whole = rendered(tokenizer, messages)
+    turns: list[tuple[str, Span]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if number == 0:
+            raise ValueError("it begins with the assistant, whose words this chat template doesn't tell from the rest")
+        before = rendered(tokenizer, messages[:number], add_generation_prompt=True)
+        through = rendered(tokenizer, messages[: number + 1])
+        if not through.startswith(before):
+            raise ValueError(
+                f"message {number + 1} does not continue the chat template's prompt for it, so that its tokens can't be"
+                " told from the rest; put {% generation %} markers into the template (task.chat_template)"
+            )
+        end = len(through)
+        if tokenizer.eos_token and through.rstrip().endswith(tokenizer.eos_token):
+            end = len(through.rstrip())  # the line break behind the end of a turn is never generated
+        turns.append((through, (len(before), end)))
+    if all(whole.startswith(through) for through, _ in turns):
+        return [(whole, [span for _, span in turns])]
+    return [(through, [span]) for through, span in turns]
+
+
+def within(token: Span, span: Span) -> bool:
+    """Whether a token has characters in the span. Where a tokenizer trims blanks, a blank token is only its end."""
+    start, end = token
+    return end > span[0] and (start < span[1] or start == end == span[1])

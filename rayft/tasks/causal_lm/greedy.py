@@ -1,0 +1,34 @@
+"""What a model writes on from a prompt, always the most likely token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+
+def continuations(
+    network: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, device: torch.device
+) -> list[str]:
+    """One text per prompt, without the prompt and without special tokens.
+
+    Where prompt and continuation are more than the model's positions, the prompt loses its beginning.
+    """
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    new = int(min(max_new_tokens, limit - 1))
+    kept = [ids[-int(min(len(ids), limit - new)) :] for ids in prompts]
+    width = max(len(ids) for ids in kept)
+    tokens = torch.full((len(kept), width), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(tokens)
+    for place, ids in enumerate(kept):
+        tokens[place, width - len(ids) :] = torch.tensor(ids)
+        mask[place, width - len(ids) :] = 1
+    # What only sampling uses is set to its neutral value, for the model's own settings would be warned about.
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=new, use_cache=True
+    )
+    with torch.no_grad():
+        written = network.generate(tokens.to(device), attention_mask=mask.to(device), generation_config=settings)
+    return list(tokenizer.batch_decode(written[:, width:], skip_special_tokens=True))

@@ -1,0 +1,236 @@
+"""What tasks share: how a pretrained model and its tokenizer are loaded, and how rows of tokens become tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+from transformers.modeling_utils import load_state_dict
+
+from rayft.errors import ModelError
+from rayft.tasks.task import Batch, Columns, Pretrained
+
+FOLDER = "a folder as `save_pretrained` writes it fits"
+# What transformers 5.23 says -> the reason in our words and what would fit.
+SIGNS = (
+    ("custom code", "it brings code of its own", "read that code, then set model.trust_remote_code=true"),
+    (
+        "Unrecognized configuration class",
+        "its kind of model has no head for this task",
+        "a model that transformers has such a head for fits",
+    ),
+    (
+        "does not recognize this architecture",
+        f"its config.json has a model_type that transformers {transformers.__version__} doesn't know",
+        "a known one fits, or a model with code of its own",
+    ),
+    ("Unrecognized model", "it has no config.json with a model_type", FOLDER),
+    (
+        "couldn't connect to",
+        "the Hub doesn't answer, and its cache on this machine lacks the files",
+        "a local folder or a model that was fetched before fits",
+    ),
+    (
+        "Couldn't instantiate the backend tokenizer",
+        "it has no tokenizer files that can be read",
+        "a folder with tokenizer.json fits",
+    ),
+)
+# Their position ids begin behind the padding token's index; see `padding_idx + 1` in transformers/models.
+OFFSET_POSITIONS = frozenset(
+    {"camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "xmod"}
+)
+
+
+def load_config(model: Pretrained, **fields: Any) -> Any:
+    """The model's config with `fields` set; ModelError where there is none that transformers knows."""
+    with _told(model, "config"):
+        return AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **fields
+        )
+
+
+def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None = None) -> Any:
+    """The tokenizer, with a padding token; `offsets_for` is what needs to know which characters a token covers.
+
+    ModelError where the model has fewer positions than `max_length`, or where the tokenizer tells no such offsets.
+    """
+    config = load_config(model)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if "roberta" in config.model_type or config.model_type in OFFSET_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    if 0 < positions < max_length:  # XLNet says -1, and means no limit
+        raise ModelError(f"task.max_length is {max_length}, but {model.path} has only {positions} positions")
+    with _told(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there are no files
+            raise ValueError(SIGNS[-1][0])
+    if offsets_for is not None and not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {model.path} tells no offsets, which {offsets_for} needs; one with tokenizer.json fits"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    return tokenizer
+
+
+def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch.nn.Module:
+    """Loads `model` through the transformers auto class `auto`, with `config_fields` set on its config.
+
+    Parameters that the checkpoint lacks are drawn anew from (seed, module's name), so that they depend neither on
+    ranks, nor on the order of loading, nor on the ZeRO stage; `rayft_drawn` of the model names them. ModelError where
+    it can't be loaded.
+    """
+    config = load_config(model, **config_fields)
+    set_dropout(config, model.dropout)
+    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "trust_remote_code": model.trust_remote_code}
+    if model.attention:
+        options["attn_implementation"] = model.attention
+    with _told(model, "weights"):
+        if model.meta:
+            with torch.device("meta"):
+                outline = auto.from_config(config, **options)
+            outline.rayft_drawn = _lacking(outline, model.path)
+            return outline
+        network, info = auto.from_pretrained(
+            model.path,
+            revision=model.revision,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    # What was drawn is the head: adapters must train it whole.
+    network.rayft_drawn = draw_parameters(network, _drawn(info), model.seed)
+    return network
+
+
+@contextlib.contextmanager
+def _told(model: Pretrained, part: str) -> Iterator[None]:
+    """Makes what the libraries raise while `part` of the model is loaded a ModelError of one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+        first = next(iter(str(fault).strip().splitlines()), "").rstrip(".")
+        plain = (f"{type(fault).__name__}: {first}", f"{'' if os.path.isdir(model.path) else 'a Hub id or '}{FOLDER}")
+        reason, fits = next(((reason, fits) for sign, reason, fits in SIGNS if sign in str(fault)), plain)
+        raise ModelError(f"model.path: the {part} of `{model.path}` can't be loaded, {reason}; {fits}") from fault
+
+
+def _lacking(network: Any, path: str) -> tuple[str, ...]:
+    """Names of parameters that the weights in folder `path` lack, by their shapes alone; () for a Hub id, unseen."""
+    files = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    weights = [file for file in files if file.endswith(".safetensors")] or [
+        file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")
+    ]
+    if not weights:
+        return ()
+    stored: dict[str, Any] = {}
+    for file in weights:
+        stored |= load_state_dict(os.path.join(path, file), map_location="meta")
+    _, info = type(network).from_pretrained(
+        None,
+        config=network.config,
+        state_dict=stored,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    lacking = _drawn(info)
+    return tuple(name for name, _ in network.named_parameters() if name in lacking)
+
+
+def _drawn(info: dict[str, Any]) -> set[str]:
+    """Of what `from_pretrained` tells about loading, the names of what the weights lack or have in another shape."""
+    return {*info["missing_keys"], *(entry[0] for entry in info.get("mismatched_keys", ()))}
+
+
+def set_dropout(config: Any, rate: float | None) -> None:
+    """Sets every dropout probability that the config knows, nested configs too; None leaves them."""
+    if rate is None:
+        return
+    for name, value in list(vars(config).items()):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            set_dropout(value, rate)
+        elif (number and ("dropout" in name or name.endswith("_pdrop"))) or (
+            value is None and name == "classifier_dropout"
+        ):
+            setattr(config, name, rate)
+
+
+def draw_parameters(network: Any, names: Iterable[str], seed: int) -> tuple[str, ...]:
+    """Draws the parameters `names` from (seed, module's name) by the model's own initialisation; returns them sorted.
+
+    Works on partitioned (ZeRO-3) parameters too: they are gathered, drawn alike on every rank, and partitioned again.
+    """
+    wanted: dict[str, set[str]] = {}  # module -> names of its own parameters
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        wanted.setdefault(owner, set()).add(last)
+    done: list[str] = []
+    for owner, mine in sorted(wanted.items()):
+        try:
+            module = network.get_submodule(owner)
+        except AttributeError:  # a buffer or tied name that this class does not hold
+            continue
+        drawn = sorted(mine & dict(module.named_parameters(recurse=False)).keys())
+        if drawn:
+            digest = hashlib.sha256(f"{seed}/{owner}".encode()).digest()
+            _draw(network, module, drawn, int.from_bytes(digest[:8], "little") >> 1)
+            done.extend(f"{owner}.{name}" if owner else name for name in drawn)
+    return tuple(done)
+
+
+def _draw(network: Any, module: Any, names: Sequence[str], seed: int) -> None:
+    """Initialises the parameters `names` of `module` itself; its others stay as they are."""
+    own = dict(module.named_parameters(recurse=False))
+    with gathered(list(own.values())), torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = {name: value.detach().clone() for name, value in own.items() if name not in names}
+        torch.manual_seed(seed)
+        for value in own.values():
+            value._is_hf_initialized = False
+        module._is_hf_initialized = False
+        network._init_weights(module)
+        for name, value in before.items():
+            own[name].copy_(value)
+
+
+def gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which partitioned parameters are whole and writable; nothing for ordinary ones."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def pad(rows: Sequence[Any], value: int) -> torch.Tensor:
+    """Rows of numbers of any length as (rows, longest) int64, filled up on the right."""
+    padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def padded(features: Columns, tokenizer: Any) -> Batch:
+    """`input_ids`, `attention_mask` and, where the features have them, `token_type_ids`: each (n, longest) int64."""
+    ids = features["input_ids"]
+    batch = {
+        "input_ids": pad(ids, tokenizer.pad_token_id),
+        "attention_mask": pad([np.ones(len(row)) for row in ids], 0),
+    }
+    if features.get("token_type_ids", [None])[0] is not None:
+        batch["token_type_ids"] = pad(features["token_type_ids"], tokenizer.pad_token_type_id)
+    return batch

@@ -1,0 +1,324 @@
+"""Text classification: one label, or any number of them, for a text or a pair of texts.
+
+One row of the SMS spam collection:
+
+    {"text": "Ok lar... Joking wif u oni...", "label": "ham"}
+
+A pair has its second text in another column (`text_pair: hypothesis`); with `multi_label` the label column holds a list
+of names or one string that separates them by `|`, and an empty one means that no label applies. Labels are names: 3 and
+3.0 are "3", true is "true".
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field, field_validator, model_validator
+from transformers import AutoModelForSequenceClassification
+
+from rayft.errors import DataError
+from rayft.tasks.loading import draw_parameters, from_pretrained, gathered, load_config, load_tokenizer, padded
+from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+SHOWN = 8  # labels that a message lists before it only counts them
+
+
+class TextClassification(Task):
+    """`labels` fixes the label names and their order; without it they are those of the training rows, sorted."""
+
+    first_metric: ClassVar[str] = "accuracy"
+
+    type: Literal["text-classification"] = "text-classification"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    multi_label: bool = False
+    labels: tuple[str, ...] | None = None
+    max_length: int = Field(default=128, ge=4)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """YAML reads `[0, 1]` as numbers; they name the same labels as the numbers in the data do."""
+        return [label_name(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _enough_labels(self) -> TextClassification:
+        if self.labels is not None:
+            least = 1 if self.multi_label else 2
+            if len(self.labels) < least:
+                raise ValueError(f"labels needs at least {least} names, got {len(self.labels)}")
+            if len(set(self.labels)) < len(self.labels):
+                raise ValueError(f"labels names {next(x for x in self.labels if self.labels.count(x) > 1)!r} twice")
+        return self
+
+    def columns(self, labelled: bool = True) -> tuple[str, ...]:
+        texts = (self.text,) if self.text_pair is None else (self.text, self.text_pair)
+        return (*texts, self.label) if labelled else texts
+
+    def fact_columns(self) -> tuple[str, ...]:
+        return () if self.labels is not None else (self.label,)
+
+    def processor(self, model: Pretrained) -> Any:
+        """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place."""
+        tokenizer = load_tokenizer(model, self.max_length)
+        tokenizer.model_max_length = self.max_length
+        return tokenizer
+
+    def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
+        """{"labels": names in the order of their indices}: numbers in numerical order, other names alphabetically."""
+        if self.labels is not None:
+            return {"labels": list(self.labels)}
+        found: set[str] = set()
+        for batch in rows:
+            for value in batch[self.label]:
+                if not self.multi_label and isinstance(value, list | tuple | np.ndarray):
+                    raise DataError(
+                        f"column `{self.label}` holds lists of labels; set task.multi_label=true to train on them"
+                    )
+                found.update(self._parse(value) or ())
+        if len(found) < (1 if self.multi_label else 2):
+            only = f"only the label {found.pop()!r}" if found else "no label"
+            raise DataError(
+                f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
+            )
+        numeric = all(NUMBER.fullmatch(name) for name in found)
+        return {"labels": sorted(found, key=lambda name: (float(name) if numeric else 0.0, name))}
+
+    def balance_columns(self) -> tuple[str, ...]:
+        return ("label",)
+
+    def balance(self, features: Columns, facts: dict[str, Any]) -> dict[str, int]:
+        """Rows by label name; with `multi_label` a row counts for each of its labels."""
+        given = features["label"]
+        indices = [index for row in given for index in row] if self.multi_label else given
+        counts = np.bincount(np.asarray(indices, np.int64), minlength=len(facts["labels"])).tolist()
+        return {name: count for name, count in zip(facts["labels"], counts, strict=True) if count}
+
+    def arrow_schema(self, evaluation: bool) -> pa.Schema:
+        """`token_type_ids` exist for pairs alone and are null where the tokenizer makes none; `label` is an index, or
+        with `multi_label` the ascending indices that apply. The label is null in rows without truth."""
+        fields = [pa.field("input_ids", pa.list_(pa.int32()))]
+        if self.text_pair is not None:
+            fields.append(pa.field("token_type_ids", pa.list_(pa.int8())))
+        fields.append(pa.field("label", pa.list_(pa.int32()) if self.multi_label else pa.int32()))
+        return pa.schema(fields)
+
+    def encode(
+        self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
+    ) -> Encoded:
+        """One feature per row; references are label names, with `multi_label` lists of them in the facts' order."""
+        names: list[str] = facts["labels"]
+        texts = [rows[column] for column in self.columns(labelled=False)]
+        bad: dict[int, str] = {}
+        labels: list[Any] = []  # one per usable row
+        usable: list[int] = []
+        index = {name: number for number, name in enumerate(names)}
+        for row in range(len(texts[0])):
+            try:
+                for column, values in zip(self.columns(labelled=False), texts, strict=True):
+                    check_text(column, values[row])
+                label = self._index(rows[self.label][row], index) if labelled else None
+            except ValueError as fault:
+                bad[row] = str(fault)
+            else:
+                usable.append(row)
+                labels.append(label)
+        tokens, cut = tokenize(processor, [[values[row] for row in usable] for values in texts], self.max_length)
+        ids = tokens["input_ids"]
+        features: Columns = {"input_ids": ids}
+        if self.text_pair is not None:
+            features["token_type_ids"] = tokens.get("token_type_ids", [None] * len(ids))
+        features["label"] = labels
+        references: list[Any] | None = None
+        if evaluation and labelled:
+            references = [[names[i] for i in label] if self.multi_label else names[label] for label in labels]
+        return Encoded(
+            features, usable, [len(row) for row in ids], references, truncated=[usable[place] for place in cut], bad=bad
+        )
+
+    def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
+        """A head that was trained on the same label names is kept, in the facts' order; any other is drawn anew."""
+        names: list[str] = facts["labels"]
+        network = from_pretrained(
+            AutoModelForSequenceClassification,
+            model,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            problem_type="multi_label_classification" if self.multi_label else "single_label_classification",
+            pad_token_id=processor.pad_token_id,
+        )
+        fit_head(network, tuple(load_config(model).id2label.values()), names, model.seed)
+        return network
+
+    def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:
+        """Padded on the right to the longest of n features, l tokens.
+
+        input_ids, attention_mask   (n, l) int64
+        token_type_ids              (n, l) int64, for pairs where the tokenizer makes them
+        labels                      (n,) int64 indices, or with `multi_label` (n, number of labels) float32 of 0 and 1;
+                                    absent where the features have no truth
+        """
+        batch = padded(features, processor)
+        labels = features["label"]
+        if any(label is None for label in labels):
+            return batch
+        if self.multi_label:
+            batch["labels"] = torch.zeros(len(labels), len(facts["labels"]))
+            for row, label in enumerate(labels):
+                batch["labels"][row, torch.as_tensor(np.asarray(label, dtype=np.int64))] = 1.0
+        else:
+            batch["labels"] = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        return batch
+
+    def items(self, batch: Batch) -> int:
+        """Rows."""
+        return len(batch["input_ids"])
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
+        return model(**{name: value for name, value in batch.items() if name != "labels"})
+
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Cross entropy summed over rows; with `multi_label` a row's is the mean binary cross entropy of its labels."""
+        logits, labels = outputs.logits.float(), batch["labels"]
+        if not self.multi_label:
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        targets = labels * (1 - label_smoothing) + label_smoothing / 2
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).sum()
+
+    def predict(
+        self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
+    ) -> list[Prediction]:
+        """{"label", "score"}: the most probable; with `multi_label` {"labels", "scores"}: those above one half."""
+        names: list[str] = facts["labels"]
+        logits = outputs.logits.detach().float()
+        if not self.multi_label:
+            scores, indices = (found.tolist() for found in logits.softmax(dim=-1).max(dim=-1))
+            return [{"label": names[index], "score": score} for index, score in zip(indices, scores, strict=True)]
+        rows = [
+            [(name, score) for name, score in zip(names, row, strict=True) if score > 0.5]
+            for row in logits.sigmoid().tolist()
+        ]
+        return [{"labels": [name for name, _ in row], "scores": [score for _, score in row]} for row in rows]
+
+    def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
+        """accuracy, f1_macro (over the labels that were predicted or true) and matthews, Matthews' correlation.
+
+        With `multi_label`: accuracy (all labels of a row right), f1_micro and f1_macro. All are shares of 1; matthews
+        lies between -1 and 1.
+        """
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+        from sklearn.preprocessing import MultiLabelBinarizer
+
+        truth: Any = references
+        given: Any = [prediction["labels" if self.multi_label else "label"] for prediction in predictions]
+        if not self.multi_label:
+            return {
+                "accuracy": float(accuracy_score(truth, given)),
+                "f1_macro": float(f1_score(truth, given, average="macro", zero_division=0)),
+                "matthews": float(matthews_corrcoef(truth, given)),
+            }
+        seen = sorted({name for row in [*truth, *given] for name in row})
+        if not seen:  # scikit-learn refuses a matrix without columns
+            return {"accuracy": 1.0, "f1_micro": 0.0, "f1_macro": 0.0}
+        binarizer = MultiLabelBinarizer(classes=seen)
+        truth, given = binarizer.fit_transform(truth), binarizer.transform(given)
+        return {
+            "accuracy": float(accuracy_score(truth, given)),
+            "f1_micro": float(f1_score(truth, given, average="micro", zero_division=0)),
+            "f1_macro": float(f1_score(truth, given, average="macro", zero_division=0)),
+        }
+
+    def pipeline(self) -> str | None:
+        return "text-classification"
+
+    def _parse(self, value: Any) -> list[str] | None:
+        """The names in a cell of the label column, or None where it is empty (with `multi_label`: missing)."""
+        if not self.multi_label:
+            name = label_name(value)
+            return None if name is None else [name]
+        if isinstance(value, str):
+            value = value.split("|")
+        elif not isinstance(value, list | tuple | np.ndarray):
+            value = [value] if label_name(value) else None
+        return None if value is None else [name for name in map(label_name, value) if name]
+
+    def _index(self, value: Any, index: dict[str, int]) -> int | list[int]:
+        """The label's index, or with `multi_label` the ascending indices; ValueError says what is wrong."""
+        parsed = self._parse(value)
+        if parsed is None:
+            raise ValueError(f"`{self.label}` has no label; it needs one of {shown(index)}")
+        for name in parsed:
+            if name not in index:
+                near = difflib.get_close_matches(name, index, n=1)
+                raise ValueError(
+                    f"label {name!r} is not one of {shown(index)}" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+        return sorted({index[name] for name in parsed}) if self.multi_label else index[parsed[0]]
+
+
+def label_name(value: Any) -> str | None:
+    """A label as its name: true is "true", 3 and 3.0 are "3", text loses the blanks around it; None: there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip() or None
+
+
+def shown(names: Iterable[str]) -> str:
+    known = list(names)
+    return ", ".join(known[:SHOWN]) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
+
+
+def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
+    """Token columns of one or two columns of texts, and the places of the rows that were cut to `max_length`.
+
+    The first pass does not truncate: it is what tells, for every kind of tokenizer, which rows have to be cut.
+    """
+    if not texts[0]:
+        return {"input_ids": []}, []
+    options = {"padding": False, "return_attention_mask": False, "verbose": False}
+    tokens = dict(tokenizer(*texts, truncation=False, **options))
+    cut = [place for place, ids in enumerate(tokens["input_ids"]) if len(ids) > max_length]
+    if cut:
+        short = tokenizer(
+            *([column[p] for p in cut] for column in texts), truncation=True, max_length=max_length, **options
+        )
+        for name, values in tokens.items():
+            for place, value in zip(cut, short[name], strict=True):
+                values[place] = value
+    return tokens, cut
+
+
+def fit_head(network: Any, known: Sequence[str], names: Sequence[str], seed: int) -> None:
+    """Makes the last linear layer answer for `names` in their order, given that it was loaded for `known`.
+
+    Its rows are rearranged where both are the same names, else drawn from (seed, module's name): weights that were
+    trained for other labels only happen to have a shape that fits.
+    """
+    if list(known) == list(names):
+        return
+    name, head = [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == len(names)
+    ][-1]
+    if sorted(known) != sorted(names):
+        drawn = draw_parameters(network, [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], seed)
+        network.rayft_drawn = tuple(sorted({*getattr(network, "rayft_drawn", ()), *drawn}))
+        return
+    order = [list(known).index(entry) for entry in names]
+    with gathered(list(head.parameters())), torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter[order].clone())

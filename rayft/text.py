@@ -1,0 +1,287 @@
+"""How numbers, tables and results read as plain text: plain values in, strings or lines out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+
+Json = dict[str, Any]
+
+_LEADING = {"test": 0, "eval": 1}  # the groups of scores, in the order of a user's interest
+
+
+def number(value: Any) -> str:
+    """A score, rate or count as a person reads it: 0.9312, 1,240, 4.2e-05; '-' for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def amount(value: float) -> str:
+    """A number of parameters: 22.7 M, 384, 1.2 B."""
+    for size_of, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size_of:
+            return f"{value / (1e3 if unit == 'k' else size_of):.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def size(count: float) -> str:
+    """Bytes: 3.1 GB, 12.0 MB, 312 B."""
+    for size_of, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size_of:
+            return f"{count / size_of:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def counted(value: int, noun: str, plural: str = "s") -> str:
+    """`1 step`, `2,300 steps`; `plural` is what the noun takes."""
+    return f"{value:,} {noun}" + ("" if value == 1 else plural)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as 0:03:20, or as 2.4 s below a minute; '-' for None."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def moment(seconds: float | None) -> str:
+    """A time, in seconds since 1970, on this machine's clock; '-' for None."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds is not None else "-"
+
+
+def ordered(metrics: Iterable[str]) -> list[str]:
+    """Metric names with test scores first, then validation; within a group the loss last, else as given."""
+
+    def place(name: str) -> tuple[int, bool]:
+        return _LEADING.get(name.partition("_")[0], 2), name.endswith("loss")
+
+    return sorted(metrics, key=place)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Rows of as many cells each as lines with their columns under each other; those in `right` end at their right."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+
+    def cell(place: int, value: str) -> str:
+        gap = " " * (widths[place] - cell_len(value))
+        return gap + value if place in right else value + gap
+
+    return ["  " + "  ".join(cell(place, value) for place, value in enumerate(row)).rstrip() for row in rows]
+
+
+def scores_lines(scores: Json) -> list[str]:
+    """Scores under each other, the test's first."""
+    return aligned([(name, number(scores[name])) for name in ordered(scores)], right={1})
+
+
+def verified_lines(found: Json) -> list[str]:
+    """Whether a run that was killed and went on is the same as one that was left alone, and where it first was not."""
+    losses, weights = found["losses"], found["weights"]
+    head = f"killed after step {found['killed_at']} and gone on to step {found['steps']}"
+    if found["exact"]:
+        return [f"{head}: resumes exactly, {found['steps']} losses and {weights['tensors']} tensors are bit-equal"]
+    lines = [f"{head}: does not resume exactly"]
+    if losses["first_difference"]:
+        step, straight, gone_on = losses["first_difference"]
+        lines.append(f"losses differ from step {step} on: {straight} straight, {gone_on} after the kill")
+        lines.append(f"the largest difference of a loss is {losses['largest']:.1e}, relative")
+    if weights["different"]:
+        lines.append(f"{weights['different']} of {weights['tensors']} exported tensors differ")
+    return lines
+
+
+def result_lines(result: Json) -> list[str]:
+    """The end of a run: its state and cost, its scores with the test's first, and how to load the model."""
+    timing = result.get("timing") or {}
+    head = [result["status"] + (f" after {counted(result['steps'], 'step')}" if result.get("steps") else "")]
+    head += [f"{duration(timing['train_s'])} of training"] if timing.get("train_s") is not None else []
+    head += [f"{timing['rows_per_s']:,.0f} rows/s"] if timing.get("rows_per_s") is not None else []
+    lines = ["", ", ".join(head)]
+    if result.get("error"):
+        lines.append(f"  {result['error']}")
+    lines += scores_lines(result.get("metrics") or {})
+    best = result.get("best")
+    if best:
+        lines.append(f"best: step {best['step']:,}, {best['metric']} {number(best['value'])}")
+    if result.get("export"):
+        lines.append(f"model: {result['export']}")
+    if result.get("export") and result.get("pipeline"):
+        lines.append(f'use it: transformers.pipeline("{result["pipeline"]}", "{result["export"]}")')
+    return lines
+
+
+def list_lines(runs: list[Json]) -> list[str]:
+    """The summaries of report.runs as a table."""
+    heads = ("run", "status", "steps", "metric", "value", "time", "started")
+    rows = []
+    for run in runs:
+        score = (run["metric"] or "-", number(run["value"]))
+        rows.append(
+            (run["name"], run["status"], number(run["steps"]), *score, duration(run["seconds"]), moment(run["started"]))
+        )
+    return aligned([heads, *rows], right={2, 4, 5})
+
+
+def run_lines(run: Json) -> list[str]:
+    """What report.show says of one run."""
+    facts = [
+        ("status", run["status"] + (f": {run['error']}" if run["error"] else "")),
+        ("steps", f"{number(run['steps'])} ({number(run['epochs'])} epochs)"),
+        ("started", f"{moment(run['started'])}, {duration(run['seconds'])} in the last attempt"),
+        ("checkpoints", ", ".join(run["checkpoints"]) or "-"),
+        ("model", run["export"] or "-"),
+    ]
+    lines = [run["run"], *aligned(facts)]
+    if run["metrics"]:
+        lines += ["", "scores of the model", *scores_lines(run["metrics"])]
+    if run["evaluations"]:
+        names = ordered(
+            dict.fromkeys(name for row in run["evaluations"] for name in row if name not in ("step", "epoch"))
+        )
+        rows = [("step", "epoch", *names)]
+        rows += [
+            (number(row["step"]), f"{row['epoch']:.2f}", *(number(row.get(name)) for name in names))
+            for row in run["evaluations"]
+        ]
+        lines += ["", "evaluations", *aligned(rows, right=range(len(rows[0])))]
+    if run["timing"]:
+        lines += ["", "timing", *aligned([(name, number(value)) for name, value in run["timing"].items()], right={1})]
+    return lines
+
+
+def compare_lines(found: Json) -> list[str]:
+    """What report.compare says of two runs."""
+    runs = found["runs"]
+    lines = aligned(
+        [
+            ("", *(run["name"] for run in runs)),
+            ("status", *(run["status"] for run in runs)),
+            ("steps", *(number(run["steps"]) for run in runs)),
+            ("time", *(duration(run["seconds"]) for run in runs)),
+        ],
+    )
+    fields = [(name, *map(_field, pair)) for name, pair in found["recipe"].items()]
+    lines += ["", "recipe", *aligned(fields)] if fields else ["", "their recipes are the same"]
+    scores = [(name, *map(number, found["metrics"][name])) for name in ordered(found["metrics"])]
+    return lines + (["", "scores", *aligned(scores, right={1, 2})] if scores else [])
+
+
+_STATES = {
+    "new": "new",
+    "resumed": "begun before; it would go on from its last checkpoint",
+    "longer": "begun before; it would go on for longer than was asked then",
+    "finished": "finished; running it again would only show its result",
+}
+_SHOWN = 12  # labels that are listed one by one
+
+
+def check_lines(report: Json) -> list[str]:
+    """What preflight.check found: the run, its rows, its labels, its memory, and what is wrong."""
+    lines = [report["run"]["folder"], *aligned(_check_facts(report))]
+    if report["data"]:
+        lines += ["", *_split_lines(report["data"]), *_balance_lines(report["data"])]
+    if report["memory"]:
+        lines += ["", *_memory_lines(report["memory"])]
+    if report["storage"]["prepared"]:
+        lines += ["", f"the prepared rows are kept for the run, in {report['storage']['prepared']}"]
+    lines += [f"warning: {sentence}" for sentence in report["warnings"]]
+    faults = report["faults"]
+    lines += ["", f"{counted(len(faults), 'fault')}:" if faults else "nothing is wrong; no training was started"]
+    return lines + ["  " + fault.replace("\n", "\n    ") for fault in faults]
+
+
+def _check_facts(report: Json) -> list[tuple[str, str]]:
+    found = [("run", _STATES.get(report["run"]["state"], "refused"))]
+    found.append(("storage", "can be written" if report["storage"]["writable"] else "can't be written"))
+    cluster, model, steps = report["cluster"], report["parameters"], report["steps"]
+    if cluster:
+        have = f"{counted(cluster['machines'], 'machine')} with {counted(cluster['cpus'], 'CPU')}"
+        each = counted(cluster["cpus_per_worker"], "CPU")
+        if cluster["gpus"] or cluster["gpus_per_worker"]:
+            have += f" and {counted(cluster['gpus'], 'GPU')}"
+            each += f" and {counted(cluster['gpus_per_worker'], 'GPU')}"
+        found.append(("cluster", f"{have}; {counted(cluster['workers'], 'worker')} with {each} each"))
+    if model:
+        most = model["trainable_at_end"]
+        later = f", {amount(most)} at the end" if most != model["trainable"] else ""
+        what = f"{amount(model['trainable'])} to train{later}, {amount(model['frozen'])} frozen"
+        found.append(("parameters", f"{amount(model['total'])}: {what}"))
+    if steps:
+        found.append(("steps", f"{steps['total']:,}, {steps['per_epoch']:,} an epoch"))
+        each = f"{counted(steps['rows_per_worker'], 'row')} a worker"
+        pieces = counted(steps["micro_batches"], "micro-batch", "es")
+        found.append(("global batch", f"{counted(steps['global_batch_size'], 'row')}: {each} in {pieces}"))
+    return found
+
+
+def _split_lines(data: Json) -> list[str]:
+    """A table of the splits, and why rows were left out."""
+    rows: list[tuple[str, ...]] = [
+        ("data", "rows", "bad", "dropped", "truncated", "prepared", "median", "95 %", "longest", "limit")
+    ]
+    below = []
+    for name, split in data.items():
+        lengths = split["lengths"]
+        left_out = (split["bad"]["count"], sum(split["dropped"].values()), split["truncated"], split["prepared"])
+        sizes = [f"<= {lengths['median']:,}", f"<= {lengths['p95']:,}"]
+        sizes += [number(lengths["longest"]), number(lengths["limit"])]
+        head = name + (" (cut from train)" if split["cut"] else "")
+        rows.append((head, number(split["rows"]), *map(number, left_out), *sizes))
+        below += [f"  {name}: {number(count)} dropped: {reason}" for reason, count in split["dropped"].items()]
+        below += [f"  {name}: bad: {example}" for example in split["bad"]["examples"]]
+    return aligned(rows, right=range(1, len(rows[0]))) + below
+
+
+def _balance_lines(data: Json) -> list[str]:
+    """How often which label occurs in which split; of many labels the rarest and the most frequent."""
+    splits = {name: split["balance"] for name, split in data.items() if split["balance"]}
+    if not splits:
+        return []
+    totals = {name: sum(counts.values()) for name, counts in splits.items()}
+    first = next(iter(splits.values()))
+    found = dict.fromkeys(label for counts in splits.values() for label in counts)
+    labels = sorted(found, key=lambda label: -first.get(label, 0))
+    shown = labels if len(labels) <= _SHOWN else [*labels[:3], "...", *labels[-3:]]
+
+    def cell(name: str, label: str) -> str:
+        count = splits[name].get(label, 0)
+        return f"{count:,} ({count / totals[name]:.1%})" if label != "..." else ""
+
+    head = f"{len(labels):,} labels" if shown != labels else "labels"
+    rows = [(head, *splits), *((label, *(cell(name, label) for name in splits)) for label in shown)]
+    return ["", *aligned(rows, right=range(1, len(rows[0])))]
+
+
+def _memory_lines(memory: Json) -> list[str]:
+    """Weights, gradients and optimizer state at each ZeRO stage, the one of the run marked."""
+    has = f"; a worker has {size(memory['worker'])}" if memory["worker"] else ""
+    rows = [
+        (f"ZeRO {stage}", size(needed), "<- this run" if stage == str(memory["zero_stage"]) else "")
+        for stage, needed in memory["zero"].items()
+    ]
+    return [f"memory of a worker for weights, gradients and optimizer state{has}", *aligned(rows, right={1})]
+
+
+def _field(value: Any) -> str:
+    """A recipe's value on one line, as YAML takes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(_field(one['path'] if _is_plain_source(one) else one) for one in value)}]"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_plain_source(value: Any) -> bool:
+    return isinstance(value, dict) and "path" in value and not value.get("where") and value.get("weight", 1.0) == 1.0

@@ -1,0 +1,1 @@
+"""Batches to weights: freezing, the engine, the loop, checkpoints, evaluation, export."""

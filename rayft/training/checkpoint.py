@@ -1,0 +1,329 @@
+"""Checkpoints as fragments: each rank writes the pieces it holds, a reader takes the ranges it needs.
+
+`checkpoints/step-000200-a2/` holds, per rank, a safetensors file and an index that addresses every piece by
+(parameter, start, length); beside them `state.json`, and `COMMITTED`, written last. Only what is trained is stored, in
+float32, so that no format depends on the number of workers or the ZeRO stage. Frozen tensors come from the base model.
+`saver.py` writes them beside training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rayft import attempts, storage
+from rayft.errors import CheckpointError, Damaged, StorageDenied, StorageDown, StorageError, StorageMissing
+from rayft.training.engine import Piece, inner_optimizer, pieces, shape_of
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+NAME = re.compile(r"step-(\d+)-a(\d+)$")
+
+
+def folder_name(step: int, attempt: int) -> str:
+    return f"step-{step:06d}-a{attempt}"
+
+
+def committed(folder: str) -> list[str]:
+    """The checkpoints below `<run>/checkpoints` that count, oldest first (by step, then attempt), as full paths.
+
+    Those that were committed, and not by an attempt that another had superseded by then (`attempts.py`).
+    """
+    return [path for path, _ in _counting(folder)]
+
+
+def newest(folder: str) -> str | None:
+    """The checkpoint to go on from, or None: the newest whose best model is still there."""
+    found = _counting(folder)
+    names = {_name(path) for path, _ in found}
+    usable = [path for path, marker in found if marker.get("best") is None or marker["best"] in names]
+    return usable[-1] if usable else None
+
+
+def _counting(folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """(path, what its commit marker says), oldest first."""
+    fence = attempts.accepts(folder.rstrip("/").rpartition("/")[0])
+    found = []
+    for path in sorted(_folders(folder), key=_place):
+        if fence is not None and _place(path)[1] != fence[0] and _name(path) not in fence[1]:
+            continue
+        marker = storage.committed(path)
+        if marker is not None:
+            found.append((path, marker))
+    return found
+
+
+def step_of(path: str) -> int:
+    """Optimizer steps done where that checkpoint stands."""
+    return _place(path)[0]
+
+
+def _folders(folder: str) -> list[str]:
+    names = {entry.path[len(folder) :].strip("/").split("/")[0] for entry in storage.listing(folder)}
+    return [storage.join(folder, name) for name in names if NAME.search(name)]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _place(path: str) -> tuple[int, int]:
+    found = NAME.search(path)
+    if found is None:
+        raise CheckpointError(f"{path}: not a checkpoint's folder")
+    return int(found[1]), int(found[2])
+
+
+def prune(folder: str, keep: int) -> None:
+    """Deletes all checkpoints but the newest `keep` (at least 1), the best model of each of these, and what is newer.
+
+    What a killed save left without a marker goes too, once something newer is committed.
+    """
+    whole = _counting(folder)
+    if not whole:
+        return
+    kept = {_name(path) for path, _ in whole[-keep:]} | {marker.get("best") for _, marker in whole[-keep:]}
+    for path in _folders(folder):
+        if _name(path) not in kept and _place(path) < _place(whole[-1][0]):
+            storage.delete(path)
+
+
+def discard(path: str, why: str) -> None:
+    """Makes a damaged checkpoint count no longer; it stays until the next one is committed, with `why` beside it."""
+    storage.write_text(storage.join(path, "DAMAGED"), why + "\n")
+    storage.delete(storage.join(path, storage.MARKER))
+
+
+def sweep(folder: str, attempt: int) -> None:
+    """Deletes what `attempt` began and did not commit. Nobody may be writing there any more."""
+    for path in _folders(folder):
+        if _place(path)[1] == attempt and storage.committed(path) is None:
+            storage.delete(path)
+
+
+def snapshot(engine: Any, rank: int, world: int, buffers: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Copies what this rank writes into host memory; the index of it. Talks to no other rank.
+
+    `buffers` is filled with flat float32 tensors named "<piece>.<kind>"; those of an earlier call are used again.
+    """
+    index = []
+    inner = inner_optimizer(engine)
+    for number, piece in enumerate(pieces(engine)):
+        begin, end = _owned(engine, piece, rank, world)
+        if begin == end:
+            continue
+        step = inner.state[piece.flat]["step"]
+        views = (piece.master, piece.moment(engine, "exp_avg"), piece.moment(engine, "exp_avg_sq"))
+        for kind, view in zip(KINDS, views, strict=True):
+            name = f"{number}.{kind}"
+            if name not in buffers:
+                buffers[name] = torch.empty(end - begin, dtype=torch.float32, pin_memory=view.is_cuda)
+            buffers[name].copy_(view[begin:end].detach())
+        index.append(
+            {"key": number, "name": piece.name, "start": piece.start + begin, "length": end - begin, "step": int(step)}
+        )
+    return index
+
+
+def shapes(engine: Any) -> dict[str, Any]:
+    """The whole shape of every parameter that a checkpoint holds."""
+    return {n: shape_of(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def write(path: str, rank: int, index: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a rank's tensors, and when they are there its index. StorageError where they can't be written."""
+    tensors_name, index_name = rank_files(rank)
+    with _written_to(path) as local:
+        file = Path(local) / tensors_name
+        try:
+            save_file(tensors, str(file))
+        except SafetensorError as error:
+            raise StorageError(_unwritten(file, str(error))) from None
+        checksum = _sha256(file)
+        if local != path:
+            storage.upload(str(file), storage.join(path, tensors_name))
+        storage.write_json(storage.join(path, index_name), {"pieces": index, "sha256": checksum})
+
+
+def rank_files(rank: int) -> tuple[str, str]:
+    """The names of a rank's tensors and of their index, which is written after them."""
+    return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
+
+
+def _unwritten(file: Path, why: str) -> str:
+    full = "os error 28" in why or "os error 122" in why  # ENOSPC, EDQUOT
+    reason = f"the disk of {file.parent} is full; free some space" if full else why.strip().splitlines()[0]
+    return f"{file}: writing failed, {reason}"
+
+
+@contextmanager
+def _written_to(path: str) -> Iterator[str]:
+    """A local folder to write to: `path` itself where it is local."""
+    if storage.is_local(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="rayft-checkpoint-") as local:
+        yield local
+
+
+def _owned(engine: Any, piece: Piece, rank: int, world: int) -> tuple[int, int]:
+    """The part of a piece that this rank writes: at stage 0, where all hold everything, the rank's slice."""
+    if engine.zero_optimization_stage() > 0:
+        return 0, piece.length
+    return piece.length * rank // world, piece.length * (rank + 1) // world
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Checkpoint:
+    """A committed checkpoint, read by ranges. Use as a context manager: what is needed of a remote one is copied first.
+
+    A file of it that is missing or not as it was written is Damaged: an index at once, the tensors when they are first
+    read (what a rank doesn't need it neither copies nor checks).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._temporary = None if storage.is_local(path) else tempfile.TemporaryDirectory(prefix="rayft-checkpoint-")
+        self.local = self._temporary.name if self._temporary else path
+        self.state: dict[str, Any] = self._json("state.json")
+        self._pieces: dict[str, list[tuple[int, int, str, int, int]]] = {}
+        self._checksums: dict[str, str] = {}
+        for rank in range(self.state["world"]):
+            tensors, name = rank_files(rank)
+            index = self._json(name)
+            self._checksums[tensors] = index["sha256"]
+            for entry in index["pieces"]:
+                place = (entry["start"], entry["length"], tensors, entry["key"], entry["step"])
+                self._pieces.setdefault(entry["name"], []).append(place)
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _json(self, name: str) -> Any:
+        try:
+            return storage.read_json(storage.join(self.path, name))
+        except StorageMissing:
+            raise self._damaged(name, "is missing") from None
+        except (StorageDown, StorageDenied):
+            raise
+        except StorageError:
+            raise self._damaged(name, "is not as it was written") from None
+
+    def _tensors(self, name: str) -> Any:
+        """The open safetensors file; its content is compared with the checksum once, before anything is taken."""
+        if name not in self._open:
+            file = Path(self.local) / name
+            try:
+                if self._temporary is not None:
+                    storage.fetch(storage.join(self.path, name), str(file))
+                same = _sha256(file) == self._checksums[name]
+            except (StorageMissing, FileNotFoundError):
+                raise self._damaged(name, "is missing") from None
+            if not same:
+                raise self._damaged(name, "is not as it was written (its SHA-256 differs)")
+            self._open[name] = safe_open(str(file), framework="pt")
+        return self._open[name]
+
+    def _damaged(self, name: str, what: str) -> Damaged:
+        return Damaged(self.path, storage.join(self.path, name), what)
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters it holds."""
+        return set(self._pieces)
+
+    def step_of(self, name: str) -> int:
+        """How many optimizer steps parameter `name` has seen."""
+        return self._pieces[name][0][4]
+
+    def read(self, name: str, kind: str, start: int, length: int) -> torch.Tensor:
+        """Elements [start, start + length) of the flattened parameter: its `master` or a moment, float32 on the CPU."""
+        result = torch.empty(length, dtype=torch.float32)
+        filled = 0
+        for begin, size, file, key, _ in self._pieces[name]:
+            low, high = max(start, begin), min(start + length, begin + size)
+            if low >= high:
+                continue
+            stored = self._tensors(file).get_slice(f"{key}.{kind}")
+            result[low - start : high - start] = stored[low - begin : high - begin]
+            filled += high - low
+        if filled != length:
+            raise Damaged(self.path, self.path, f"{name} lacks {length - filled} of {length} elements")
+        return result
+
+    def load_weights(self, network: torch.nn.Module) -> None:
+        """Copies the stored weights into `network`, before an engine is built around it. Collective at ZeRO-3."""
+        unknown = self.names - {name for name, _ in network.named_parameters()}
+        if unknown:
+            raise CheckpointError(
+                f"{self.path}: it holds {min(unknown)} and {len(unknown) - 1} more that the model lacks"
+            )
+        for name, parameter in network.named_parameters():
+            if name not in self._pieces:
+                continue
+            shape = shape_of(parameter)
+            if list(shape) != list(self.state["shapes"][name]):
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {self.state['shapes'][name]}, the model {list(shape)}"
+                )
+            with _whole(parameter) as mine, torch.no_grad():
+                if mine:
+                    value = self.read(name, "master", 0, int(torch.Size(shape).numel())).view(shape)
+                    parameter.data.copy_(value.to(parameter.dtype))
+
+    def load_moments(self, engine: Any) -> None:
+        """Sets the optimizer's moments and step counters of everything the checkpoint knows; the rest stays at zero."""
+        inner = inner_optimizer(engine)
+        for piece in pieces(engine):
+            if piece.name in self._pieces:
+                for kind in KINDS[1:]:
+                    value = self.read(piece.name, kind, piece.start, piece.length)
+                    piece.moment(engine, kind).copy_(value)
+                inner.state[piece.flat]["step"].fill_(self.step_of(piece.name))
+        scaler = _scaler(engine)
+        if scaler is not None and self.state.get("loss_scale"):
+            scaler.load_state_dict(self.state["loss_scale"])
+
+
+@contextmanager
+def _whole(parameter: Any) -> Iterator[bool]:
+    """The parameter whole; True on the ranks that should write it (rank 0 alone where it is partitioned)."""
+    if not hasattr(parameter, "ds_id"):
+        yield True
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield dist.get_rank() == 0
+
+
+def _scaler(engine: Any) -> Any:
+    """The gradient scaler of float16 mixed precision, or None."""
+    own = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return own or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+
+
+def loss_scale(engine: Any) -> dict[str, Any] | None:
+    """The scaler's state, to be stored with a checkpoint."""
+    scaler = _scaler(engine)
+    return scaler.state_dict() if scaler is not None else None

@@ -1,0 +1,232 @@
+"""The DeepSpeed engine: its configuration as a pure function, its construction, the pieces of state each rank holds.
+
+Gradient accumulation, loss scaling by item counts and the schedule are the loop's; the engine shards, reduces, clips
+and steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rayft.recipe import Recipe
+
+
+def zero_stage(recipe: Recipe, trainable: int, frozen: int, memory: int | None) -> int:
+    """The ZeRO stage of the recipe; `auto` takes the least sharding whose state fits into half of `memory` (bytes).
+
+    Half, because activations need the rest. None (unknown memory) takes the least that the offload allows. A model that
+    is compiled keeps its weights whole: stage 2 at most.
+    """
+    if recipe.deepspeed.zero_stage != "auto":
+        return int(recipe.deepspeed.zero_stage)
+    least = {"none": 0, "optimizer": 1, "parameters": 3}[recipe.deepspeed.offload]
+    if memory is None:
+        return least
+    most = 2 if recipe.model.compile else 3
+    for stage in range(least, most):
+        if state_bytes(recipe, stage, trainable, frozen) <= memory / 2:
+            return stage
+    return most
+
+
+def state_bytes(recipe: Recipe, stage: int, trainable: int, frozen: int) -> int:
+    """Bytes of weights, gradients and optimizer state per worker; parts offloaded to host memory don't count.
+
+    Stage 0 keeps 16 bytes a trainable parameter; stages 1 and 2 hold the full weights and gradients beside a share of
+    an fp32 copy and its moments (stage 2 shares the gradients too); stage 3 shares all (Rajbhandari et al. 2020).
+    """
+    world, offload = recipe.cluster.max_workers, recipe.deepspeed.offload
+    weights = 4 * trainable + _frozen_width(recipe, stage) * frozen
+    gradients, moments, master = 4 * trainable, 8 * trainable, 4 * trainable
+    if stage == 0:
+        return weights + gradients + moments
+    moments, master = moments // world, master // world
+    if offload != "none":
+        moments = master = 0
+    if stage >= 2:
+        gradients //= world
+    if stage == 3:
+        weights = 0 if offload == "parameters" else weights // world
+        master = 0  # the shard of a float32 weight is its own master
+    return weights + gradients + moments + master
+
+
+def _frozen_width(recipe: Recipe, stage: int) -> int:
+    """Bytes of a frozen parameter: the recipe's dtype where it is whole; what is sharded while loading is float32."""
+    return 2 if recipe.model.dtype != "float32" and stage < 3 else 4
+
+
+def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
+    """The engine's configuration. The micro-batch and accumulation keys are formal: the loop cuts batches itself."""
+    zero: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        # One flat reduction per bucket is faster than scattering it on gloo, and equal on NCCL at these sizes.
+        zero |= {"reduce_scatter": False, "overlap_comm": False, "contiguous_gradients": True}
+    if stage == 3:
+        # Tensors below this size stay whole on every rank: sharding biases and norms costs more than it saves.
+        zero |= {"overlap_comm": False, "stage3_param_persistence_threshold": 10_000}
+    if recipe.deepspeed.offload != "none" and stage >= 1:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if recipe.deepspeed.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # At stage 0 the loop clips: the engine would not say what the norm was.
+        "gradient_clipping": recipe.train.max_grad_norm if stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if recipe.model.dtype != "float32":
+        config["torch_autocast"] = {"enabled": True, "dtype": recipe.model.dtype, "lower_precision_safe_modules": []}
+    return _merged(config, recipe.deepspeed.extra)
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def prepare_process(cpus: int, local_world: int) -> None:
+    """What DeepSpeed has to be told before it is imported.
+
+    Without a GPU that is the CPU accelerator, whose extensions are not compiled.
+    """
+    torch.set_num_threads(max(1, cpus))
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["LOCAL_SIZE"] = str(local_world)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        # Its shared-memory reduction would be compiled at first use, which takes a compiler and a minute.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around `network` with AdamW (Loshchilov and Hutter 2019) over `groups`, its moments zero.
+
+    The learning rate is 0 until the loop sets it: some stages take a step while they initialise.
+    """
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+    reset_moments(engine)
+    return engine
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one trainable parameter that this rank holds: elements [start, start + length) of the flattened tensor.
+
+    `master` is a float32 view of it, `flat` the tensor that the inner optimizer knows and `offset` where in it this run
+    begins. `lp` is the view of the working copy, where it is another tensor.
+    """
+
+    name: str
+    start: int
+    length: int
+    master: torch.Tensor
+    flat: torch.Tensor
+    offset: int
+
+    def moment(self, engine: Any, key: str) -> torch.Tensor:
+        """The run's view of the optimizer's `exp_avg` or `exp_avg_sq`."""
+        return inner_optimizer(engine).state[self.flat][key].view(-1).narrow(0, self.offset, self.length)
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer below whatever DeepSpeed wrapped around it."""
+    wrapped = engine.optimizer
+    return wrapped.optimizer if hasattr(wrapped, "optimizer") else wrapped
+
+
+def pieces(engine: Any) -> Iterator[Piece]:
+    """The runs of trainable parameters that this rank holds; at stage 0 that is every parameter whole."""
+    stage = engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 0:
+            yield Piece(name, 0, parameter.numel(), parameter.data.view(-1), parameter, 0)
+        elif stage == 3:
+            yield from _stage3_piece(engine, name, parameter)
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            inside, flat_at = mapping.lp_fragment_address, mapping.hp_fragment_address
+            flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            yield Piece(name, inside.start, inside.numel, mapping.hp_fragment, flat, flat_at.start)
+
+
+def _stage3_piece(engine: Any, name: str, parameter: Any) -> Iterator[Piece]:
+    optimizer = engine.optimizer
+    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = size * torch.distributed.get_rank()
+    length = min(size, parameter.ds_numel - start)  # the last rank's run ends in padding
+    if length > 0:
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        yield Piece(name, start, length, flat.data.narrow(0, offset, length), flat, offset)
+
+
+def reset_moments(engine: Any) -> None:
+    """Zero moments and step counters for every tensor of the inner optimizer, as before a first step."""
+    inner = inner_optimizer(engine)
+    flats = [flat for group in inner.param_groups for flat in group["params"]]
+    if engine.zero_optimization_stage() == 3:  # hands its tensors to the inner optimizer for the time of a step only
+        flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+    for flat in flats:
+        inner.state[flat] = {
+            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+            "exp_avg": torch.zeros_like(flat.data),
+            "exp_avg_sq": torch.zeros_like(flat.data),
+        }
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The whole shape of a parameter, partitioned or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def grad_norm(engine: Any, max_norm: float) -> float:
+    """Clips at stage 0, before the step, and returns the global gradient norm; 0.0 at other stages (see `step`)."""
+    if engine.zero_optimization_stage() > 0:
+        return 0.0
+    trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    return float(torch.nn.utils.clip_grad_norm_(trainable, max_norm if max_norm > 0 else float("inf")))
+
+
+def destroy(engine: Any) -> None:
+    """Frees the engine's state: DeepSpeed's own `destroy` leaves the model and the optimizer referenced."""
+    inner, parameters = inner_optimizer(engine), list(engine.module.parameters())
+    engine.destroy()
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = torch.empty(0)
+    inner.state.clear()
+    for group in inner.param_groups:
+        group["params"] = []
+    if engine.optimizer is not None and engine.optimizer is not inner:
+        engine.optimizer.__dict__.clear()
+    engine.__dict__.clear()
+    from deepspeed.runtime import torch_autocast
+
+    # A global of DeepSpeed's: the next engine would take this one's precision and gradient scaler for its own.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False

@@ -1,0 +1,123 @@
+"""Scores over a whole split: every row once, in the source's order, strided over the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from rayft.data.feed import first_row, strided
+from rayft.data.prepare import Prepared
+from rayft.tasks.task import Batch, Columns, Prediction, Task
+from rayft.training.watch import Watch
+
+ASK_EVERY = 8  # batches between two agreements on whether to leave
+INTERNAL = ("row_id", "row_ids", "length", "reference", "position")
+
+
+def features_of(table: pa.Table) -> dict[str, list[Any]]:
+    """A prepared table as the columns that a task's `collate` takes."""
+    return {name: table.column(name).to_pylist() for name in table.column_names if name not in INTERNAL}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One forward pass over rows with truth: `loss` is the sum over `items`, `predictions` are one per feature."""
+
+    loss: float
+    items: int
+    predictions: list[Prediction]
+
+
+def measure(
+    network: Any, task: Task, features: Columns, processor: Any, facts: dict[str, Any], device: torch.device
+) -> Measured:
+    """Passes features through the network, which is in evaluation mode, under the caller's `no_grad`."""
+    batch = to_device(task.collate(features, processor, facts), device)
+    outputs = task.forward(network, batch)
+    loss = float(task.loss(outputs, batch))
+    return Measured(loss, task.items(batch), task.predict(outputs, batch, features, processor, facts))
+
+
+def by_row(task: Task, entries: Iterable[tuple[int, Prediction, Any]]) -> dict[int, tuple[Prediction, Any]]:
+    """Row -> its combined prediction and its reference, rows ascending; `entries` are one (row, prediction, reference)
+    per feature, those of a row in their order."""
+    parts: dict[int, list[Prediction]] = defaultdict(list)
+    truth: dict[int, Any] = {}
+    for row, prediction, reference in entries:
+        parts[row].append(prediction)
+        truth[row] = reference
+    return {row: (task.combine(parts[row]), truth[row]) for row in sorted(parts)}
+
+
+def evaluate(
+    network: Any,
+    task: Task,
+    prepared: Prepared,
+    processor: Any,
+    facts: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    watch: Watch,
+) -> dict[str, float] | None:
+    """`loss` (mean over the items) and the task's metrics, the same on every rank; None where one was asked to leave.
+
+    Collective; leaves evaluation mode on.
+
+    With ZeRO-3 all ranks run as many forward passes as the longest share, since the weights are gathered together.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    network.eval()
+    total, items = 0.0, 0
+    mine: list[tuple[int, int, Prediction, str | None]] = []  # position, row, result, reference
+    together = _sharded(network)
+    with torch.inference_mode() if not together else torch.no_grad():
+        stream = strided(prepared.folder, prepared.manifest.shards, rank=rank, world=world, batch_size=batch_size)
+        for number, table in enumerate(stream):
+            watch.at("evaluating")
+            if number % ASK_EVERY == ASK_EVERY - 1 and _leaving(watch, device):
+                return None
+            if not table.num_rows:  # the others still have rows; with sharded weights they need this rank's shards
+                if together:
+                    spare = features_of(first_row(prepared.folder, prepared.manifest.shards))
+                    task.forward(network, to_device(task.collate(spare, processor, facts), device))
+                continue
+            measured = measure(network, task, features_of(table), processor, facts, device)
+            total, items, results = total + measured.loss, items + measured.items, measured.predictions
+            references = (
+                table.column("reference").to_pylist() if "reference" in table.column_names else [None] * len(results)
+            )
+            places = (table.column(name).to_pylist() for name in ("position", "row_id"))
+            mine.extend(zip(*places, results, references, strict=True))
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, (total, items))
+    scores = {"loss": sum(t for t, _ in gathered) / max(1, sum(i for _, i in gathered))}
+    parts: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(mine, parts)
+    if parts is not None:
+        entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry[0])
+        rows = by_row(task, ((row, result, truth and json.loads(truth)) for _, row, result, truth in entries))
+        scores |= task.score([prediction for prediction, _ in rows.values()], [truth for _, truth in rows.values()])
+    shared = [scores]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _leaving(watch: Watch, device: torch.device) -> bool:
+    asked = torch.tensor([int(watch.leave)], device=device)
+    dist.all_reduce(asked)
+    return int(asked) > 0
+
+
+def _sharded(network: Any) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in network.parameters())

@@ -1,0 +1,89 @@
+"""The model folder: what `from_pretrained` and `pipeline` load, with no rayft installed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rayft import __version__, storage
+from rayft.recipe import Recipe
+from rayft.tasks.task import Pretrained
+from rayft.training.checkpoint import Checkpoint
+from rayft.training.freeze import adapt
+
+DETAILS = "rayft.json"  # task, facts and scores, for `evaluate` and `predict` on the folder alone
+
+
+def export(
+    recipe: Recipe,
+    base: Pretrained,
+    facts: dict[str, Any],
+    best: str,
+    scores: dict[str, float],
+    data: dict[str, str],
+    target: str,
+) -> None:
+    """Writes the model of checkpoint `best` to folder `target`: weights, config, processor, model card, details.
+
+    The base model is read anew in the processor's memory, trained tensors are laid over it, adapters are merged and
+    kept beside it in `adapter/`. A folder that is half-written by a failure is never mistaken for a whole one:
+    `rayft.json` comes last.
+    """
+    task = recipe.task
+    processor = task.processor(base)
+    network = task.load(base, facts, processor)
+    with tempfile.TemporaryDirectory(prefix="rayft-export-") as folder:
+        if recipe.model.lora is not None:
+            network = adapt(network, recipe.model.lora, new_parameters(network), recipe.train.seed)
+        with Checkpoint(best) as checkpoint:
+            checkpoint.load_weights(network)
+        if recipe.model.lora is not None:
+            network.save_pretrained(str(Path(folder) / "adapter"))  # type: ignore[operator]
+            network = network.merge_and_unload()  # type: ignore[operator]
+        network.to(torch.float32 if recipe.model.dtype == "float16" else getattr(torch, recipe.model.dtype))
+        network.save_pretrained(folder)  # type: ignore[operator]
+        processor.save_pretrained(folder)
+        task.export(folder, network, processor, facts)
+        (Path(folder) / "README.md").write_text(model_card(recipe, scores, data, task.pipeline()), encoding="utf-8")
+        details = {
+            "rayft": __version__,
+            "task": task.model_dump(mode="json"),
+            "facts": facts,
+            "metrics": scores,
+            "data": data,
+        }
+        storage.delete(target)
+        storage.upload(folder, target)
+        storage.write_json(storage.join(target, DETAILS), details)
+
+
+def new_parameters(network: Any) -> tuple[str, ...]:
+    """Names of parameters that the checkpoint lacked: those that loading drew anew."""
+    return tuple(getattr(network, "rayft_drawn", ()))
+
+
+def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str], pipeline: str | None) -> str:
+    """README.md of the model folder."""
+    lines = ["---", "library_name: transformers"]
+    if pipeline:
+        lines.append(f"pipeline_tag: {pipeline}")
+    lines += [f"base_model: {recipe.model.path}", "tags: [rayft]", "---", "", f"# {recipe.name}", ""]
+    lines += [
+        f"Fine-tuned for {recipe.task.type} with rayft {__version__} from `{recipe.model.path}`.",
+        "",
+        "## Scores",
+        "",
+    ]
+    lines += [
+        "| metric | value |",
+        "| --- | --- |",
+        *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
+        "",
+    ]
+    lines += ["## Data", "", *(f"- {split}: content `{identity}`" for split, identity in data.items()), ""]
+    plain = recipe.dump()
+    return "\n".join([*lines, "## Recipe", "", "```yaml", yaml.safe_dump(plain, sort_keys=False).strip(), "```", ""])

@@ -1,0 +1,344 @@
+"""The training loop: a generator of optimizer steps, and `train`, the only place that drains it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from rayft.data.feed import Share
+from rayft.data.prepare import Prepared
+from rayft.errors import NotFinite
+from rayft.recipe import Recipe
+from rayft.tasks.task import Task
+from rayft.training import checkpoint
+from rayft.training.engine import grad_norm
+from rayft.training.evaluate import evaluate, features_of, to_device
+from rayft.training.freeze import train_mode
+from rayft.training.metrics import Metrics
+from rayft.training.saver import Saver
+from rayft.training.schedule import due, learning_rate, seed_step
+from rayft.training.watch import Watch
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands and what it remembers: everything a checkpoint's `state.json` holds beside the tensors.
+
+    `step` optimizer steps are done; `waited` counts evaluations without a better score (early stopping).
+    """
+
+    step: int = 0
+    best: dict[str, Any] | None = None  # {"step", "metric", "value", "checkpoint"}
+    waited: int = 0
+    pending: bool = False  # the evaluation at `step` is still to come
+    scores: dict[str, float] = field(default_factory=dict)
+    cohorts: dict[str, int] = field(default_factory=dict)  # parameter -> the epoch in which it began to learn
+    finished: bool = False
+
+
+@dataclass
+class Timing:
+    """Seconds of this attempt, for result.json."""
+
+    begun: float = field(default_factory=time.time)
+    first_step: float | None = None
+    last_step: float | None = None
+    waiting: float = 0.0
+    evaluating: float = 0.0
+    evaluating_between: float = 0.0  # the part of it before the last step
+    saving: float = 0.0
+    # (seconds, source rows, tokens) of each step; rates leave out the first five
+    steady: list[tuple[float, int, int]] = field(default_factory=list)
+    useful: int = 0
+    padded: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a step needs and that stays the same through a stretch of training."""
+
+    recipe: Recipe
+    task: Task
+    engine: Any
+    processor: Any
+    facts: dict[str, Any]
+    prepared: dict[str, Prepared]
+    steps_per_epoch: int
+    total_steps: int
+    device: torch.device
+    run: str
+    attempt: int
+    emit: Emit
+    metrics: Metrics | None  # on rank 0
+    saver: Saver
+    watch: Watch
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: `number` counts from 1, `loss` is the mean over the items of the global batch."""
+
+    number: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    rows: int
+    tokens: int
+    padded: int
+    seconds: float
+    waited: float
+    save: bool  # the clock asks for a checkpoint
+    leave: bool  # the driver asks to save and to leave
+
+
+def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) -> Iterator[Step]:
+    """Runs one optimizer step per global batch and yields after each.
+
+    The items (tokens, rows) of the global batch are counted and all-reduced before the forward pass, so that the sum of
+    each micro-batch's loss is scaled once and gradients are those of the mean over all items, however the batch is cut.
+    The same count carries to all ranks that `save_after` seconds have passed on rank 0, and that any rank should leave.
+    Raises NotFinite before the optimizer's step where the loss is NaN or infinite.
+    """
+    world = dist.get_world_size()
+    saved = time.monotonic()
+    while True:
+        asked_at = time.monotonic()
+        job.watch.at("waiting for rows")
+        share = next(shares, None)
+        if share is None:
+            return
+        waited = time.monotonic() - asked_at
+        number = share.step + 1
+        job.watch.at("agreeing on the batch", number)
+        seed_step(job.recipe.train.seed, share.step, job.rank)
+        batches = [(_batch(job, table if table.num_rows else share.spare), table.num_rows > 0) for table in share.micro]
+        late = save_after is not None and job.rank == 0 and time.monotonic() - saved > save_after
+        items, rows, tokens, padded, save, leave = _count(job, batches, share, late)
+        rate = learning_rate(job.recipe.train, share.step, job.total_steps)
+        for group in job.engine.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        loss = _accumulate(job, batches, world / max(1, items)) / max(1, items)
+        if not math.isfinite(loss):
+            raise NotFinite(number, "loss", "lower train.learning_rate, or look at the rows of that step")
+        norm = grad_norm(job.engine, job.recipe.train.max_grad_norm)
+        _finite_gradient(norm, number)
+        job.watch.at("updating the weights")
+        job.engine.step()
+        _finite_gradient(float(job.engine.get_global_grad_norm() or 0.0), number)
+        job.saver.check()
+        if save:
+            saved = time.monotonic()
+        seconds = time.monotonic() - asked_at
+        yield Step(number, share.epoch, loss, rate, rows, tokens, padded, seconds, waited, save > 0, leave > 0)
+
+
+def _batch(job: Job, table: pa.Table) -> dict[str, Any]:
+    return to_device(job.task.collate(features_of(table), job.processor, job.facts), job.device)
+
+
+def _count(job: Job, batches: list[tuple[dict[str, Any], bool]], share: Share, late: bool) -> tuple[int, ...]:
+    """Items, source rows, tokens, padded tokens of the global batch; and how many ranks are late and should leave."""
+    sources = source_rows(share.rows)
+    tokens = sum(share.rows.column("length").to_pylist())
+    padded = sum(_size(batch) for batch, real in batches if real)
+    counts = [
+        sum(job.task.items(batch) for batch, real in batches if real),
+        sources,
+        tokens,
+        padded,
+        int(late),
+        int(job.watch.leave),
+    ]
+    shared = torch.tensor(counts, dtype=torch.int64, device=job.device)
+    dist.all_reduce(shared)
+    return tuple(shared.tolist())
+
+
+def source_rows(features: pa.Table) -> int:
+    """How many rows of the source features come from; windows of one text that are packed together are one row."""
+    if "row_ids" not in features.column_names:
+        return features.num_rows
+    return sum(len(set(ids)) for ids in features.column("row_ids").to_pylist())
+
+
+def _size(batch: dict[str, Any]) -> int:
+    """Elements of the batch's first two-dimensional tensor: rows times padded length."""
+    return next((value.numel() for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 2), 0)
+
+
+def _accumulate(job: Job, batches: list[tuple[dict[str, Any], bool]], scale: float) -> float:
+    """Backward over all micro-batches; the loss summed over all ranks.
+
+    A rank whose share is used up runs the spare row with weight 0: the collectives of sharded weights and gradients
+    need every rank, in the same order.
+    """
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    for number, (batch, real) in enumerate(batches):
+        job.watch.at("in the forward and backward pass")
+        job.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+        outputs = job.task.forward(job.engine, batch)
+        loss = job.task.loss(outputs, batch, job.recipe.train.label_smoothing)
+        job.engine.backward(loss * (scale if real else 0.0), scale_wrt_gas=False)
+        if real:
+            total += loss.detach().double().cpu()
+    total = total.to(job.device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def _finite_gradient(norm: float, step: int) -> None:
+    if not math.isfinite(norm):
+        raise NotFinite(step, "gradient norm", "lower train.learning_rate, or set train.max_grad_norm lower")
+
+
+def train(job: Job, shares: Iterator[Share], progress: Progress, timing: Timing, until: int) -> bool:
+    """Drains `steps` up to optimizer step `until`: metrics, evaluation, checkpoints, early stopping, in this order.
+
+    False where it was asked to leave before: a checkpoint is committed then.
+    """
+    blocks = job.task.blocks(job.engine.module)
+    every = job.recipe.train.save_every
+    if progress.pending and not _settle(job, progress, timing, save=False, leave=False):
+        return False
+    if progress.finished:
+        return True
+    train_mode(job.engine.module, blocks)
+    try:
+        for step in steps(job, shares, every.count * 60 if every.unit == "minutes" else None):
+            progress.step = step.number
+            progress.pending = step.number == job.total_steps or due(
+                job.recipe.train.evaluate_every, step.number, job.steps_per_epoch
+            )
+            _record(job, step, timing)
+            save = step.save or step.number == until or due(every, step.number, job.steps_per_epoch)
+            if not _settle(job, progress, timing, save, step.leave):
+                return False
+            if progress.finished or step.number == until:
+                return True
+            train_mode(job.engine.module, blocks)
+    except NotFinite:  # on every rank alike
+        job.saver.finish()  # the last good checkpoint may still be on its way
+        dist.barrier()  # until rank 0 has committed it: the group ends with the first that raises
+        raise
+    return True
+
+
+def _settle(job: Job, progress: Progress, timing: Timing, save: bool, leave: bool) -> bool:
+    """What follows a step: the evaluation that is due, and a checkpoint. False where the run was asked to leave."""
+    better, due_now = False, progress.pending and not leave
+    if due_now:
+        better, leave = _evaluate(job, progress, timing)
+    stopping = job.recipe.train.early_stopping
+    patient = stopping is None or progress.waited < stopping.patience
+    # Only with an evaluation: a run that ended impatient and is asked for more goes on until the next one.
+    progress.finished = due_now and not progress.pending and (progress.step == job.total_steps or not patient)
+    if save or better or leave or progress.finished:
+        _save(job, progress, timing)
+    if leave:
+        job.saver.finish()
+    return not leave
+
+
+def _record(job: Job, step: Step, timing: Timing) -> None:
+    now = time.time()
+    first = timing.first_step is None
+    timing.first_step = timing.first_step or now
+    timing.last_step = now
+    timing.evaluating_between = timing.evaluating
+    timing.waiting += 0.0 if first else step.waited
+    timing.useful += step.tokens
+    timing.padded += step.padded
+    timing.steady.append((step.seconds, step.rows, step.tokens))
+    recent = timing.steady[5:][-20:] or timing.steady[-1:]
+    seconds = sum(entry[0] for entry in recent)
+    row = {
+        "step": step.number,
+        "epoch": round(step.number / job.steps_per_epoch, 6),
+        "loss": step.loss,
+        "learning_rate": step.learning_rate,
+        "rows_per_s": round(sum(entry[1] for entry in recent) / seconds, 2),
+        "tokens_per_s": round(sum(entry[2] for entry in recent) / seconds, 1),
+    }
+    if job.metrics is not None:
+        job.metrics.write(row)
+    job.emit({"event": "step", "steps": job.total_steps, **row})
+
+
+def leading_metric(recipe: Recipe) -> str:
+    """The metric, without `eval_`, that says which model is best."""
+    stopping = recipe.train.early_stopping
+    named = stopping.metric if stopping and stopping.metric else recipe.task.first_metric
+    return named.removeprefix("eval_")
+
+
+def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]:
+    """Scores the validation split. (Is the model the best so far, was the run asked to leave before that was known.)"""
+    begun = time.monotonic()
+    job.emit({"event": "stage", "name": "evaluating"})
+    scores = evaluate(
+        job.engine,
+        job.task,
+        job.prepared["validation"],
+        job.processor,
+        job.facts,
+        2 * job.recipe.train.micro_batch_size,
+        job.device,
+        job.watch,
+    )
+    timing.evaluating += time.monotonic() - begun
+    if scores is None:
+        return False, True
+    progress.pending = False
+    progress.scores = {f"eval_{name}": value for name, value in scores.items()}
+    row = {"step": progress.step, "epoch": round(progress.step / job.steps_per_epoch, 6), **progress.scores}
+    if job.metrics is not None:
+        job.metrics.write(row)
+    job.emit({"event": "scores", **row})
+    metric = leading_metric(job.recipe)
+    if metric not in scores:
+        raise KeyError(f"the task has no metric {metric!r}; it has {', '.join(sorted(scores))}")
+    value = scores[metric]
+    sign = -1.0 if metric in job.task.lower_is_better else 1.0
+    if progress.best is None or sign * value > sign * progress.best["value"]:
+        name = checkpoint.folder_name(progress.step, job.attempt)
+        progress.best = {
+            "step": progress.step,
+            "metric": f"eval_{metric}",
+            "value": value,
+            "checkpoint": name,
+            "scores": progress.scores,
+        }
+        progress.waited = 0
+        return True, False
+    progress.waited += 1
+    return False, False
+
+
+def _save(job: Job, progress: Progress, timing: Timing) -> None:
+    begun = time.monotonic()
+    job.watch.at("copying a checkpoint")
+    state = {
+        **vars(progress),
+        "attempt": job.attempt,
+        "steps_per_epoch": job.steps_per_epoch,
+        "total_steps": job.total_steps,
+        "loss_scale": checkpoint.loss_scale(job.engine),
+        "prepared": {split: prepared.manifest.key for split, prepared in job.prepared.items()},
+        "recipe": job.recipe.dump(),
+        "torch": str(torch.__version__),
+    }
+    job.saver.save(job.engine, state)
+    timing.saving += time.monotonic() - begun

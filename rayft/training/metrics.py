@@ -1,0 +1,62 @@
+"""What a run leaves to be read: metrics.jsonl and TensorBoard files, cut back to the position of a resumed run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rayft import storage
+
+
+class Metrics:
+    """Writes one object per step and per evaluation.
+
+    On local storage the file grows with each; else it goes up at `sync`.
+    """
+
+    def __init__(self, run: str, step: int) -> None:
+        """Keeps what was written up to `step` (inclusive) by earlier attempts, and drops the rest."""
+        self.remote = None if storage.is_local(run) else run
+        self._temporary = tempfile.TemporaryDirectory(prefix="rayft-metrics-") if self.remote else None
+        self.folder = Path(self._temporary.name if self._temporary else run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "metrics.jsonl"
+        source = storage.join(run, "metrics.jsonl")
+        lines = storage.read_text(source).splitlines() if storage.exists(source) else []
+        kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
+        storage.write_text(str(self.file), "".join(line + "\n" for line in kept))
+        self._stream = self.file.open("a", encoding="utf-8")
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one object (it has `step`); its numbers go to TensorBoard too."""
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(
+                    name.replace("_", "/", 1) if name.startswith("eval_") else f"train/{name}", value, row["step"]
+                )
+
+    def sync(self) -> None:
+        """Makes everything so far visible where the run is stored."""
+        self._board.flush()
+        if self.remote:
+            storage.upload(str(self.folder), self.remote)
+
+    def close(self) -> None:
+        self._stream.close()
+        self.sync()
+        self._board.close()
+
+
+def _whole(line: str) -> bool:
+    """False for a line that a killed process left half-written."""
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False

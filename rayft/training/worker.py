@@ -1,0 +1,298 @@
+"""What one worker of the group does: build, train, score, export. The same function for one worker and for many."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayft import attempts, storage
+from rayft.data.feed import Share, Shares
+from rayft.data.prepare import Prepared
+from rayft.models import fetch_model
+from rayft.recipe import Recipe
+from rayft.tasks.task import Pretrained
+from rayft.training import checkpoint, engine, export, freeze
+from rayft.training.evaluate import evaluate
+from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, train
+from rayft.training.metrics import Metrics
+from rayft.training.saver import Saver
+from rayft.training.schedule import order, total_steps
+from rayft.training.watch import Watch
+
+
+def pretrained(recipe: Recipe, path: str) -> Pretrained:
+    """How a task loads the recipe's base model from the resolved `path`.
+
+    Weights that learn are float32. Those below adapters never do, and are kept in the recipe's dtype.
+    """
+    model = recipe.model
+    return Pretrained(
+        path=path,
+        revision=model.revision,
+        dtype=model.dtype if model.lora is not None else "float32",
+        attention=model.attention,
+        dropout=model.dropout,
+        trust_remote_code=model.trust_remote_code,
+        seed=recipe.train.seed,
+    )
+
+
+def work(config: dict[str, Any]) -> None:
+    """Runs under Ray Train on every worker.
+
+    `config`: `recipe` (dump, its ZeRO stage decided), `model` (what `fetch_model` takes), `prepared` ({split: folder}),
+    `attempt`, `start` (the checkpoint to go on from, or None), `begun` (epoch seconds of the command), `board` (the
+    driver's actor, or None), `feeds` (are there steps to make?). Leaves checkpoints, metrics, export and result.json in
+    the run's folder; or, asked to leave, a checkpoint and the event `left`.
+    """
+    import ray.train
+    from ray.train.torch import get_device
+
+    recipe = Recipe.parse(config["recipe"])
+    context = ray.train.get_context()
+    engine.prepare_process(recipe.cluster.cpus_per_worker, context.get_local_world_size())
+    device = torch.device("cpu")
+    if recipe.cluster.gpus_per_worker:
+        device = get_device()
+        torch.cuda.set_device(device)
+    board = config["board"]
+    chief = dist.get_rank() == 0
+
+    def emit(event: dict[str, Any]) -> None:
+        if chief and board is not None:
+            board.push.remote(event)
+
+    with Watch(board, dist.get_rank()) as watch:
+        prepared = {split: Prepared.open(folder) for split, folder in config["prepared"].items()}
+        iterator = ray.train.get_dataset_shard("train") if config["feeds"] else None
+        Run(recipe, config, prepared, device, emit, watch).go(iterator)
+
+
+class Run:
+    """One attempt on one worker."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: dict[str, Any],
+        prepared: dict[str, Prepared],
+        device: torch.device,
+        emit: Emit,
+        watch: Watch,
+    ) -> None:
+        self.recipe, self.task, self.prepared = recipe, recipe.task, prepared
+        self.base = pretrained(recipe, fetch_model(config["model"]))
+        self.facts = prepared["train"].manifest.facts
+        self.processor = self.task.processor(self.base)
+        self.start, self.attempt, self.begun = config["start"], config["attempt"], config["begun"]
+        self.device, self.emit, self.watch = device, emit, watch
+        self.order = order(recipe, prepared["train"])
+        self.total = total_steps(recipe.train, self.order.steps_per_epoch)
+        self.progress, self.timing = Progress(), Timing()
+        self.engine: Any = None
+        self.shares: Iterator[Share] = iter(())
+        self.blocks = 0
+
+    def go(self, iterator: Any) -> None:
+        """Trains to the end, scores the best model on the test split, exports it and writes result.json.
+
+        Returns early, with a checkpoint committed and the event `left`, where the watch brings that order.
+        """
+        if self.start:
+            self._restore()
+        chief = dist.get_rank() == 0
+        metrics = Metrics(self.recipe.folder, self.progress.step) if chief else None
+        self.saver = Saver(
+            self.recipe.folder,
+            self.attempt,
+            self.recipe.checkpoints.keep,
+            self.recipe.failure.timeout_s,
+            metrics,
+            lambda step: self.emit({"event": "saved", "step": step}),
+        )
+        self._open(iterator)
+        scores = self._finish() if self._trained(metrics) else None
+        if scores is None:
+            dist.barrier()
+            self.emit({"event": "left", "step": self.progress.step})
+            return
+        if metrics is not None:
+            metrics.write({"step": self.progress.step, "epoch": self._epochs(), **scores})
+            attempts.hold(self.recipe.folder, self.attempt)
+            metrics.close()
+            result = self._result(scores)
+            storage.write_json(storage.join(self.recipe.folder, "result.json"), result)
+            self.emit({"event": "finished", "result": result})
+        dist.barrier()
+
+    def _trained(self, metrics: Metrics | None) -> bool:
+        """Stretch after stretch, each with an engine of its own. False where the run was asked to leave."""
+        while True:
+            self.watch.at("loading the model")
+            self._build()
+            if not self.done:
+                if self.timing.first_step is None:
+                    self.emit({"event": "stage", "name": "training"})
+                stayed = train(self._job(metrics), self.shares, self.progress, self.timing, self._stretch_end())
+                if not stayed:
+                    return False
+            self.watch.at("writing a checkpoint")
+            self.saver.release()
+            if self.done:
+                return True
+            dist.barrier()  # rank 0 has committed what all go on from
+            self.start = checkpoint.newest(self.saver.folder)
+            engine.destroy(self.engine)
+            gc.collect()
+
+    @property
+    def done(self) -> bool:
+        return self.progress.finished or (self.progress.step >= self.total and not self.progress.pending)
+
+    def _restore(self) -> None:
+        with checkpoint.Checkpoint(str(self.start)) as saved:
+            state = saved.state
+        names = ("step", "best", "waited", "pending", "scores", "cohorts", "finished")
+        self.progress = Progress(**{name: state[name] for name in names})
+        # A run that ended goes on when its recipe now asks for more.
+        if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
+            self.progress.finished = False
+
+    def _open(self, iterator: Any) -> None:
+        """The stream of global batches from where the run stands; empty where all steps are done."""
+        if iterator is None:
+            return
+        position = self.order.position(self.progress.step)
+        size = self.recipe.train.micro_batch_size
+        self.shares = iter(Shares(iterator, self.order, position, dist.get_world_size(), dist.get_rank(), size))
+
+    def _build(self) -> None:
+        """The model at the current epoch's freezing depth, in an engine, with the newest checkpoint's state."""
+        recipe = self.recipe
+        epoch = min(self.progress.step, self.total - 1) // self.order.steps_per_epoch
+        stage = int(recipe.deepspeed.zero_stage)
+        config = engine.deepspeed_config(recipe, stage)
+        sharding = _shard_while_loading(config) if stage == 3 else None
+        network: Any = self.task.load(self.base, self.facts, self.processor)
+        if recipe.model.lora is not None:
+            network = freeze.adapt(network, recipe.model.lora, export.new_parameters(network), recipe.train.seed)
+        blocks = self.task.blocks(network)
+        self.blocks = len(blocks.blocks)
+        learning = freeze.freeze(network, recipe.model, blocks, epoch)
+        for name in learning.trainable:
+            self.progress.cohorts.setdefault(name, epoch)
+        if recipe.model.dtype != "float32" and stage < 3:
+            freeze.store_frozen_in(network, getattr(torch, recipe.model.dtype))
+        if recipe.model.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        saved = checkpoint.Checkpoint(self.start) if self.start else None
+        if saved:
+            saved.load_weights(network)
+        groups = freeze.parameter_groups(network, learning, self.blocks, recipe.train, self.progress.cohorts)
+        self.engine = engine.build(network, groups, config)
+        if recipe.model.compile:
+            self.engine.module.compile()
+        if saved:
+            with saved:
+                saved.load_moments(self.engine)
+        del sharding
+
+    def _stretch_end(self) -> int:
+        """The step at which the freezing depth changes next, or the last one."""
+        if not self.recipe.model.unfreeze_every:
+            return self.total
+        depth = freeze.depth_at(self.recipe.model, self.progress.step // self.order.steps_per_epoch, self.blocks)
+        epoch = self.progress.step // self.order.steps_per_epoch
+        while depth and freeze.depth_at(self.recipe.model, epoch, self.blocks) == depth:
+            epoch += 1
+        return min(self.total, epoch * self.order.steps_per_epoch) if depth else self.total
+
+    def _job(self, metrics: Metrics | None) -> Job:
+        return Job(
+            recipe=self.recipe,
+            task=self.task,
+            engine=self.engine,
+            processor=self.processor,
+            facts=self.facts,
+            prepared=self.prepared,
+            steps_per_epoch=self.order.steps_per_epoch,
+            total_steps=self.total,
+            device=self.device,
+            run=self.recipe.folder,
+            attempt=self.attempt,
+            emit=self.emit,
+            metrics=metrics,
+            saver=self.saver,
+            watch=self.watch,
+        )
+
+    def _finish(self) -> dict[str, float] | None:
+        """The scores of the best model, which it exports; None where the run was asked to leave before."""
+        best = self.progress.best
+        if best is None:
+            raise RuntimeError("a finished run has no evaluation")
+        path = storage.join(self.recipe.folder, "checkpoints", best["checkpoint"])
+        if best["step"] != self.progress.step:
+            with checkpoint.Checkpoint(path) as saved:
+                saved.load_weights(self.engine.module)
+        scores: dict[str, float] = dict(best["scores"])
+        if "test" in self.prepared:
+            self.emit({"event": "stage", "name": "testing"})
+            size = 2 * self.recipe.train.micro_batch_size
+            tested = evaluate(
+                self.engine, self.task, self.prepared["test"], self.processor, self.facts, size, self.device, self.watch
+            )
+            if tested is None:
+                return None
+            scores |= {f"test_{name}": value for name, value in tested.items()}
+        self.watch.at("exporting")
+        if dist.get_rank() == 0:
+            attempts.hold(self.recipe.folder, self.attempt)
+            self.emit({"event": "stage", "name": "exporting"})
+            data = {split: prepared.manifest.key for split, prepared in self.prepared.items()}
+            target = storage.join(self.recipe.folder, "export")
+            export.export(self.recipe, self.base, self.facts, path, scores, data, target)
+        dist.barrier()
+        return scores
+
+    def _epochs(self) -> float:
+        return round(self.progress.step / self.order.steps_per_epoch, 6)
+
+    def _result(self, scores: dict[str, float]) -> dict[str, Any]:
+        timing, best = self.timing, self.progress.best or {}
+        steady = timing.steady[5:] or timing.steady
+        seconds = sum(entry[0] for entry in steady) or 1.0
+        train_s = (timing.last_step or 0.0) - (timing.first_step or 0.0) - timing.evaluating_between
+        return {
+            "run": self.recipe.folder,
+            "status": "finished",
+            "error": None,
+            "steps": self.progress.step,
+            "epochs": self._epochs(),
+            "metrics": scores,
+            "best": {"step": best["step"], "metric": f"eval_{leading_metric(self.recipe)}", "value": best["value"]},
+            "export": storage.join(self.recipe.folder, "export"),
+            "pipeline": self.task.pipeline(),
+            "timing": {
+                "first_step_s": round((timing.first_step or time.time()) - self.begun, 3),
+                "train_s": round(train_s, 3),
+                "rows_per_s": round(sum(entry[1] for entry in steady) / seconds, 2),
+                "tokens_per_s": round(sum(entry[2] for entry in steady) / seconds, 1),
+                "useful_tokens": round(timing.useful / timing.padded, 4) if timing.padded else None,
+                "data_wait": round(timing.waiting / train_s, 4) if train_s > 0 else 0.0,
+                "save_stall_s": round(timing.saving, 3),
+                "evaluate_s": round(timing.evaluating, 3),
+            },
+        }
+
+
+def _shard_while_loading(config: dict[str, Any]) -> Any:
+    """While this object lives, transformers builds models sharded: no rank holds one whole."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)

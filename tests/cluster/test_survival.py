@@ -1,0 +1,190 @@
+"""What a run on several machines survives: nodes that die, are cut off, are told to leave, come; and a new Ray head.
+
+Every node has an address of its own. Rows, model, prepared shards, checkpoints and export are on S3, so that no node
+needs another one's disk; weights are sharded (ZeRO 3). The number of workers changes on the way, so the same rows are
+summed in another order: losses agree with those of a run on one machine within 1e-5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import small
+from cluster.local import Nodes
+from faulty_s3 import FaultyS3
+from rayft import storage
+from rayft.training import checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+STEPS = 130  # 10 epochs of ceil(203 / 16)
+FIELDS = {
+    "train__epochs": 10,
+    "train__micro_batch_size": 1,
+    "train__save_every": "5 steps",
+    "train__evaluate_every": "130 steps",
+    "train__learning_rate": 1e-4,
+    "model__dropout": 0.0,
+    "deepspeed__zero_stage": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: str) -> str:
+    return storage.join(s3, "nodes")
+
+
+@pytest.fixture(scope="module")
+def plain(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of which everything is on S3."""
+    folder = tmp_path_factory.mktemp("nodes")
+    made = small.recipe(folder, small.small_bert(folder / "bert"), **FIELDS)
+    for split, path in made["data"].items():
+        made["data"][split] = storage.join(bucket, "rows", Path(path).name)
+        storage.upload(path, made["data"][split])
+    made["model"]["path"] = storage.join(bucket, "bert")
+    storage.upload(str(folder / "bert"), made["model"]["path"])
+    return {**made, "storage": bucket}
+
+
+@pytest.fixture(scope="module")
+def alone(plain: dict[str, Any], bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], Any]:
+    """Losses and scores of the same run by one worker on one machine."""
+    given = {**plain, "name": "alone", "cluster": {"workers": 1}, "deepspeed": {"zero_stage": 0}}
+    small.finish(small.start("run", small.write_recipe(tmp_path_factory.mktemp("alone"), given)))
+    losses, result = read(storage.join(bucket, "alone"))
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    return losses, result["metrics"]
+
+
+def read(run: str) -> tuple[dict[int, float], dict[str, Any]]:
+    """Losses by step, of which each stands once, and result.json."""
+    rows = [json.loads(line) for line in storage.read_text(storage.join(run, "metrics.jsonl")).splitlines()]
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert [step for step, _ in losses] == list(range(1, len(losses) + 1))
+    return dict(losses), storage.read_json(storage.join(run, "result.json"))
+
+
+@pytest.fixture
+def three(s3: str, make_nodes: Any) -> Iterator[Nodes]:
+    """Three nodes of one CPU, for which S3 is on this machine."""
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"], host="0.0.0.0") as proxy:
+        port = proxy.url.rpartition(":")[2]
+        yield make_nodes(3, environment={"AWS_ENDPOINT_URL": f"http://{{gateway}}:{port}"}, with_dashboard=False)
+
+
+Begin = Callable[[Nodes, str], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def begun() -> Iterator[Begin]:
+    """Starts `rayft run` on the head of some nodes; it ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(nodes: Nodes, path: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                nodes.command(0, [sys.executable, "-m", "rayft", "run", path]),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=nodes.environ,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield begin
+
+
+def committed(run: str, step: int) -> Callable[[], bool]:
+    def there() -> bool:
+        found = checkpoint.newest(storage.join(run, "checkpoints"))
+        return found is not None and checkpoint.step_of(found) >= step
+
+    return there
+
+
+def assert_equal(run: str, alone: tuple[dict[int, float], Any]) -> None:
+    losses, result = read(run)
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    assert result["status"] == "finished"
+    assert result["metrics"] == pytest.approx(alone[1], rel=1e-4)
+    folder = storage.join(run, "checkpoints")
+    there = {path.rstrip("/").rpartition("/")[2] for path in storage.folders(folder)}
+    assert there == {path.rpartition("/")[2] for path in checkpoint.committed(folder)}
+
+
+def test_a_node_that_dies_shrinks_the_group_and_one_that_comes_lets_it_grow(
+    three: Nodes, begun: Begin, plain: dict[str, Any], alone: Any, bucket: str, tmp_path: Path
+) -> None:
+    elastic = {"workers": {"min": 1, "max": 3}}
+    process = begun(three, small.write_recipe(tmp_path, {**plain, "name": "elastic", "cluster": elastic}))
+    run = storage.join(bucket, "elastic")
+    small.wait_for(committed(run, 10), process)
+    three.kill(2)
+    small.wait_for(lambda: storage.exists(storage.join(run, "attempts", "000002.json")), process)
+    three.start(2)
+    told = small.finish(process)
+    assert " was lost " in told
+    assert "retry 1 of 3" in told
+    assert "working with 2 workers until there is room for more" in told
+    assert "there is room for more than 2 workers" in told
+    assert_equal(run, alone)
+
+
+def test_a_node_that_was_cut_off_adds_nothing_and_comes_back(
+    three: Nodes, begun: Begin, plain: dict[str, Any], alone: Any, bucket: str, tmp_path: Path
+) -> None:
+    """The group waits for it, since it has to be three."""
+    given = {**plain, "name": "cut", "cluster": {"workers": 3}, "failure": {"timeout_s": 120}}
+    process = begun(three, small.write_recipe(tmp_path, given))
+    run = storage.join(bucket, "cut")
+    small.wait_for(committed(run, 10), process)
+    three.cut(1)
+    three.wait(alive=2)
+    three.heal(1)
+    small.wait_for(lambda: not three.nodes[1].alive, process)  # Ray had given it up, and tells it so
+    three.start(1)  # as a supervisor does
+    assert " was lost " in small.finish(process)
+    assert_equal(run, alone)
+
+
+def test_a_preemption_notice_is_answered_by_a_checkpoint_and_a_smaller_group(
+    three: Nodes, begun: Begin, plain: dict[str, Any], alone: Any, bucket: str, tmp_path: Path
+) -> None:
+    elastic = {"workers": {"min": 1, "max": 3}}
+    process = begun(three, small.write_recipe(tmp_path, {**plain, "name": "notice", "cluster": elastic}))
+    run = storage.join(bucket, "notice")
+    small.wait_for(committed(run, 10), process)
+    three.drain(2, deadline_s=60)
+    small.wait_for(lambda: storage.exists(storage.join(run, "attempts", "000002.json")), process)
+    three.kill(2)
+    told = small.finish(process)
+    assert f"{three.nodes[2].ip} is about to leave the cluster, and rank" in told
+    assert "retry" not in told
+    assert_equal(run, alone)
+
+
+def test_a_new_head_and_the_same_command_go_on(
+    three: Nodes, begun: Begin, plain: dict[str, Any], alone: Any, bucket: str, tmp_path: Path
+) -> None:
+    path = small.write_recipe(tmp_path, {**plain, "name": "head", "cluster": {"workers": 3}})
+    run = storage.join(bucket, "head")
+    process = begun(three, path)
+    small.wait_for(committed(run, 10), process)
+    for index in range(3):
+        three.kill(index)
+    process.communicate()
+    for index in range(3):
+        three.start(index)
+    assert "going on from step" in small.finish(begun(three, path))
+    assert_equal(run, alone)

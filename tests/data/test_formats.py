@@ -1,0 +1,175 @@
+"""Single files: every row with its number and line, and every fault in its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayft.data.formats import (
+    Row,
+    Table,
+    parquet_groups,
+    place_of,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
+from rayft.errors import DataError
+
+
+def written(folder: Path, content: str | bytes, name: str = "rows") -> str:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(folder / name)
+
+
+def faults(table: Table) -> list[tuple[int, int, str]]:
+    return [(row.number, row.line, row.fault) for row in table.rows if row.fault]
+
+
+def test_csv_fields_are_strings_over_lines_with_quotes_and_empty_ones(tmp_path: Path) -> None:
+    path = written(tmp_path, '\ufefftext,label\r\n"one, ""two""\nthree",1\r\n\r\n,\r\nlast,0')
+    table = read_csv(path, ",")
+    assert table.columns == ("text", "label")
+    assert list(table.rows) == [
+        Row(0, 2, {"text": 'one, "two"\nthree', "label": "1"}),
+        Row(1, 5, {"text": "", "label": ""}),
+        Row(2, 6, {"text": "last", "label": "0"}),
+    ]
+
+
+def test_csv_faults_have_row_and_line_and_end_nothing(tmp_path: Path) -> None:
+    content = b'text,label\ngood,1\ntoo,many,fields\nfew\nb\xe9te,1\n"stray" quote,1\ngood,2\n"open,3\n'
+    path = written(tmp_path, content)
+    assert [row.values["text"] for row in read_csv(path, ",").rows if not row.fault] == ["good", "good"]
+    assert faults(read_csv(path, ",")) == [
+        (1, 3, "3 fields where the header has 2"),
+        (2, 4, "1 field where the header has 2"),
+        (3, 5, "byte 0xe9 at position 2 of its line is not UTF-8"),
+        (4, 6, "broken quotes: ',' expected after '\"'"),
+        (6, 8, "broken quotes: unexpected end of data"),
+    ]
+
+
+def test_jsonl_faults_have_row_and_line_and_end_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, b'{"text": "a"}\n\n{"text": "b"\n[1]\n{"text": "\xff"}\n{"text": null, "x": 1}')
+    good = [row for row in read_jsonl(path).rows if not row.fault]
+    assert good == [Row(0, 1, {"text": "a"}), Row(4, 6, {"text": None, "x": 1})]
+    assert faults(read_jsonl(path)) == [
+        (1, 3, "broken JSON: Expecting ',' delimiter at position 13"),
+        (2, 4, "a JSON array where a row is an object of columns"),
+        (3, 5, "byte 0xff at position 11 of its line is not UTF-8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"}, {"text": "b"}]',
+        ' \n[\n{"text": "a"}\n,\n{"text": "b"}\n]\n',
+        '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}',
+        '{"version": 1,\n"data": [{"text": "a"},\n{"text": "b"}]}',
+        '{"text": "a"}\n{"text": "b"}\n',
+        '\ufeff[{"text": "a"}, {"text": "b"}]',
+    ],
+)
+def test_json_is_an_array_an_object_with_data_or_lines(tmp_path: Path, content: str) -> None:
+    rows = list(read_json(written(tmp_path, content)).rows)
+    assert [(row.number, row.values, row.fault) for row in rows] == [(0, {"text": "a"}, ""), (1, {"text": "b"}, "")]
+
+
+def test_an_element_that_is_no_object_is_a_bad_row_of_its_array(tmp_path: Path) -> None:
+    table = read_json(written(tmp_path, '[{"text": "a"},\n3,\n"b", 12]'))
+    assert faults(table) == [
+        (1, 2, "a JSON number where a row is an object of columns"),
+        (2, 3, "a JSON string where a row is an object of columns"),
+        (3, 3, "a JSON number where a row is an object of columns"),
+    ]
+
+
+def test_a_long_json_array_is_decoded_across_its_chunks(tmp_path: Path) -> None:
+    texts = [f"{number} " + "é\n" * (number % 97) * 40 for number in range(2000)]
+    path = written(tmp_path, json.dumps([{"text": text} for text in texts], indent=1, ensure_ascii=False))
+    assert Path(path).stat().st_size > 5 << 20
+    rows = list(read_json(path).rows)
+    assert [row.values["text"] for row in rows] == texts
+    assert [row.line for row in rows] == [2 + 3 * number for number in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('[{"text": "a"},\n{"text": "b" "c"}]', " row 2 (line 2): broken JSON: Expecting ',' delimiter; nothing"),
+        ('[{"text": "a"},\n{"text": "b"}', " row 3 (line 2): the array ends too early; nothing"),
+        ('[{"text": "a"}\n{"text": "b"}]', " row 2 (line 2): a comma is missing before this row; nothing"),
+        ('[{"text": "a"}] 3', " row 2 (line 1): more follows the array; nothing"),
+        (b'[{"text": "\xff"}]', " row 1 (line 1): byte 0xff after its begin is not UTF-8; nothing"),
+        ("3", " is no JSON of rows; an array of objects, "),
+        ("", " is no JSON of rows; an array of objects, "),
+    ],
+)
+def test_json_that_cannot_be_read_on_is_an_error_with_its_place(
+    tmp_path: Path, content: str | bytes, sentence: str
+) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(DataError) as raised:
+        list(read_json(path).rows)
+    assert str(raised.value).startswith(path + sentence)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", " is empty; it needs a header and rows"),
+        ("\n\n", " is empty; it needs a header and rows"),
+        ("text,text\n1,2\n", ": the header names 'text' twice"),
+        (b"t\xe9xt\n1\n", " line 1: the header can't be read: byte 0xe9 at position 2 of its line is not UTF-8"),
+        ("text\n1\n".encode("utf-16"), " is UTF-16; rows are read as UTF-8, so save it as that"),
+    ],
+)
+def test_a_table_without_a_usable_header_is_an_error(tmp_path: Path, content: str | bytes, sentence: str) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(DataError) as raised:
+        read_csv(path, ",")
+    assert str(raised.value) == path + sentence
+
+
+def test_text_has_a_row_a_line_without_blank_ones(tmp_path: Path) -> None:
+    rows = list(read_text(written(tmp_path, " one\r\n\n  \ntwo\n\xff".encode("latin-1"))).rows)
+    assert rows[:2] == [Row(0, 1, {"text": " one"}), Row(1, 4, {"text": "two"})]
+    assert rows[2].fault == "byte 0xff at position 1 of its line is not UTF-8"
+
+
+def test_gzip_is_known_by_its_ending_and_has_to_be_whole(tmp_path: Path) -> None:
+    content = gzip.compress(b"text\none\n")
+    assert list(read_csv(written(tmp_path, content, "a.csv.gz"), "\t").rows) == [Row(0, 2, {"text": "one"})]
+    for broken in (content[:-6], b"text\none\n"):
+        with pytest.raises(DataError, match=r"broken.csv.gz is not a whole gzip file"):
+            list(read_csv(written(tmp_path, broken, "broken.csv.gz"), ",").rows)
+
+
+def test_parquet_gives_a_run_of_row_groups_and_the_wanted_columns(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    table = pa.table({"text": [f"row {i}" for i in range(100)], "nested": [{"a": [i]} for i in range(100)]})
+    pq.write_table(table, path, row_group_size=30)
+    assert [rows for rows, _ in parquet_groups(path)] == [30, 30, 30, 10]
+    found = read_parquet(path, (1, 3), 30, {"nested", "other"}, 7)
+    assert found.columns == ("text", "nested")
+    assert list(found.rows) == [Row(i, 0, {"nested": {"a": [i]}}) for i in range(30, 90)]
+    assert list(read_parquet(path, (3, 4), 90, set(), 7).rows) == [Row(i, 0, {}) for i in range(90, 100)]
+
+
+def test_parquet_that_is_broken_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not a whole Parquet file"):
+        parquet_groups(written(tmp_path, "PAR1"))
+
+
+def test_places_count_as_users_do() -> None:
+    assert place_of("a.csv", 16, 18) == "a.csv row 17 (line 18)"
+    assert place_of("a.parquet", 16, 0) == "a.parquet row 17"

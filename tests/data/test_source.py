@@ -1,0 +1,209 @@
+"""Sources: what files a recipe means, what identifies them, and every row or its fault with its place."""
+
+from __future__ import annotations
+
+import gzip
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayft import storage
+from rayft.data import source
+from rayft.data.source import Rows, fragments, identity, peek, read, row_id
+from rayft.errors import DataError
+from rayft.recipe import Source
+
+
+def everything(path: str | Path, columns: tuple[str, ...] = ("text",), **options: Any) -> Rows:
+    """All rows of a source in one batch."""
+    one = Source(path=str(path), where=options.pop("where", {}))
+    names, optional = options.pop("names", {}), options.pop("optional", ())
+    total = Rows({})
+    for piece in fragments([one]):
+        for rows in read(piece, one, names, columns, optional, **options):
+            for name, values in rows.columns.items():
+                total.columns.setdefault(name, []).extend(values)
+            total.numbers += rows.numbers
+            total.lines += rows.lines
+            total.bad += rows.bad
+    return total
+
+
+def faults(path: str | Path, columns: tuple[str, ...] = ("text",), **options: Any) -> list[str]:
+    return [str(row).removeprefix(f"{path} ") for row in everything(path, columns, **options).bad]
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_a_table_without_a_needed_column_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", "Text,label\n1,2\n")
+    with pytest.raises(DataError) as raised:
+        everything(path)
+    assert str(raised.value) == f"{path}: column 'text' is missing; there are Text, label; did you mean 'Text'?"
+
+
+def test_faults_of_rows_name_row_and_line_and_end_nothing(tmp_path: Path) -> None:
+    content = b'{"text": "a"}\n\n{"text": "b"\n[1]\n{"txet": "c"}\n{"text": "\xff"}\n{"text": null, "x": 1}'
+    path = written(tmp_path / "a.jsonl", content)
+    rows = everything(path, optional=("x",))
+    assert rows.columns == {"text": ["a", None], "x": [None, 1]}
+    assert (rows.numbers, rows.lines) == ([0, 5], [1, 7])
+    assert faults(path) == [
+        "row 2 (line 3): broken JSON: Expecting ',' delimiter at position 13",
+        "row 3 (line 4): a JSON array where a row is an object of columns",
+        "row 4 (line 5): column 'text' is missing; there is txet; did you mean 'txet'?",
+        "row 5 (line 6): byte 0xff at position 11 of its line is not UTF-8",
+    ]
+
+
+def test_a_large_parquet_file_is_cut_into_runs_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"row {i}" for i in range(1000)], "nested": [{"a": [i]} for i in range(1000)]})
+    pq.write_table(table, path, row_group_size=64)
+    monkeypatch.setattr(source, "PART_BYTES", 3 * pq.ParquetFile(path).metadata.row_group(0).total_byte_size)
+    pieces = fragments([Source(path=str(path))])
+    assert len(pieces) > 3
+    assert [(piece.file, piece.rows) for piece in pieces[:2]] == [(0, 192), (0, 192)]
+    assert sum(piece.rows or 0 for piece in pieces) == 1000
+    rows = everything(path, ("nested", "text"), batch_size=100)
+    assert rows.numbers == list(range(1000))
+    assert rows.columns == {name: table[name].to_pylist() for name in ("text", "nested")}
+    assert everything(path, ()).numbers == list(range(1000))
+
+
+def test_where_lets_through_equal_values_and_members_on_their_own_columns(tmp_path: Path) -> None:
+    table = written(tmp_path / "a.csv", "body,digit,ok\na,0,true\nb,1,False\nc,00,TRUE\nd,2,\n")
+    content = '{"body": "a", "digit": 0, "ok": true}\n{"body": "b", "digit": 1}\n{"digit": true}\n'
+    lines = written(tmp_path / "a.jsonl", content)
+
+    def bodies(path: Path, **where: Any) -> list[str]:
+        return everything(path, ("text",), names={"body": "text"}, where=where).columns.get("text", [])
+
+    assert bodies(table, digit=0) == ["a"]
+    assert bodies(table, digit=["1", 2]) == ["b", "d"]
+    assert bodies(table, ok=True) == ["a", "c"]
+    assert bodies(table, ok=None) == ["d"]
+    assert bodies(table, ok=True, digit="00") == ["c"]
+    assert bodies(lines, digit=[0, 1]) == ["a", "b"]
+    assert bodies(lines, ok=True) == ["a"]
+    assert bodies(lines, other=1) == []
+    dated = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "day": [date(2026, 1, 2), date(2026, 1, 3)]}), dated)
+    assert bodies(dated, day="2026-01-03") == ["b"]
+    with pytest.raises(DataError, match=r"`where` asks for it, but column 'digits' is missing.*did you mean 'digit'"):
+        bodies(table, digits=1)
+
+
+def test_columns_are_renamed_and_files_that_need_no_renaming_mix_in(tmp_path: Path) -> None:
+    written(tmp_path / "a.csv", "review,text\nfirst,other\n")
+    written(tmp_path / "b.csv", "text,spare\nsecond,x\n")
+    rows = everything(tmp_path, ("text",), names={"review": "text"}, optional=("spare",))
+    assert rows.columns == {"text": ["first", "second"], "spare": ["x"]}
+
+
+def test_a_metadata_file_stands_for_its_folder(tmp_path: Path) -> None:
+    written(tmp_path / "faces/metadata.csv", "file_name,who\none/a.jpg,1\ns3://b/c.jpg,2\n")
+    for image in ("faces/one/a.jpg", "faces/one/a.txt"):
+        written(tmp_path / image, image)
+    written(tmp_path / "more/metadata.jsonl", '{"file_name": "b.jpg", "who": "3"}\n')
+    rows = everything(tmp_path, ("image", "who"), names={"file_name": "image"})
+    assert rows.columns["image"] == [f"{tmp_path}/faces/one/a.jpg", "s3://b/c.jpg", f"{tmp_path}/more/b.jpg"]
+    assert everything(tmp_path / "faces" / "metadata.csv", ("file_name",)).columns["file_name"][0].endswith("one/a.jpg")
+    before = identity(fragments(named := [Source(path=str(tmp_path))]), named)
+    written(tmp_path / "faces/one/a.jpg", "another picture")
+    assert identity(fragments(named), named) != before
+
+
+def test_folders_and_globs_are_listed_in_order_without_notes_and_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.csv", "a/z.csv", ".c.csv", ".git/d.csv"):
+        written(tmp_path / name, f"text\n{name}\n")
+    written(tmp_path / "LICENSE.txt", "words")
+    written(tmp_path / "README.md", "words")
+    assert everything(tmp_path).columns["text"] == ["a/z.csv", "b.csv"]
+    assert everything(tmp_path / "*" / "*.csv").columns["text"] == ["a/z.csv"]
+    two = fragments([Source(path=str(tmp_path / "b.csv")), Source(path=str(tmp_path))])
+    assert [(piece.file, piece.source) for piece in two] == [(0, 0), (1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing", "no such file, folder or glob"),
+        ("*.csv", "no such file, folder or glob"),
+        ("", r"none of its 2 files is a file of rows \(.csv, .tsv, .json, .jsonl, .parquet, .txt\)"),
+        ("a.xlsx", "is no file of rows; .csv, .tsv"),
+        ("a.parquet.gz", "is no file of rows; .csv, .tsv"),
+    ],
+)
+def test_what_was_looked_for_is_said_where_nothing_is(tmp_path: Path, name: str, sentence: str) -> None:
+    written(tmp_path / "a.xlsx", "")
+    written(tmp_path / "a.parquet.gz", "")
+    with pytest.raises(DataError, match=sentence):
+        fragments([Source(path=str(tmp_path / name))])
+
+
+def test_identity_is_the_content_the_order_the_filter_and_the_weight_and_never_a_path(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        for name in ("a", "b"):
+            written(tmp_path / folder / f"{name}.csv", f"text\n{name}\n")
+
+    def known(*sources: Source) -> str:
+        return identity(fragments(sources), sources)
+
+    base = known(Source(path=f"{tmp_path}/x"))
+    assert known(Source(path=f"{tmp_path}/y")) == base
+    assert known(Source(path=f"{tmp_path}/y/*.csv")) == base
+    others = {
+        known(Source(path=f"{tmp_path}/x", weight=2.0)),
+        known(Source(path=f"{tmp_path}/x", where={"text": "a"})),
+        known(Source(path=f"{tmp_path}/x/a.csv")),
+        known(Source(path=f"{tmp_path}/x/b.csv"), Source(path=f"{tmp_path}/x/a.csv")),
+        known(Source(path=f"{tmp_path}/x/a.csv"), Source(path=f"{tmp_path}/x/b.csv")),
+    }
+    written(tmp_path / "x/b.csv", "text\nB\n")
+    assert len({*others, base, known(Source(path=f"{tmp_path}/x"))}) == 7
+
+
+def test_batches_hold_as_many_rows_as_asked_for_good_and_bad(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", "".join('{"text": "a"}\n' if i % 5 else "{\n" for i in range(103)))
+    one = Source(path=str(path))
+    batches = read(fragments([one])[0], one, {}, ("text",), batch_size=10)
+    assert [(len(rows.numbers), len(rows.bad)) for rows in batches] == [(8, 2)] * 10 + [(2, 1)]
+
+
+def test_a_look_at_the_first_rows_leaves_out_bad_ones(tmp_path: Path) -> None:
+    lines = ["text,n", "a,1", "b", "c,3", "d,4"]
+    (piece,) = fragments([Source(path=str(written(tmp_path / "a.csv", "\n".join(lines))))])
+    assert peek(piece, 3) == (["text", "n"], {"text": ["a", "c"], "n": ["1", "3"]})
+    (piece,) = fragments([Source(path=str(written(tmp_path / "b.jsonl", '{"a": 1}\n{"b": 2}\n')))])
+    assert peek(piece) == (["a", "b"], {"a": [1, None], "b": [None, 2]})
+
+
+def test_row_ids_are_in_the_order_of_file_and_row() -> None:
+    ids = [row_id(0, 0), row_id(0, 2**40 - 1), row_id(1, 0), row_id(2**22, 5)]
+    assert ids == sorted(ids)
+    assert ids[-1] < 2**63
+
+
+def test_object_storage_gives_the_same_rows_and_an_identity_of_its_own(s3: str, tmp_path: Path) -> None:
+    where = storage.join(s3, "source")
+    files = {"a.csv": b"text,n\none,1\ntwo\n", "b.jsonl.gz": gzip.compress(b'{"text": "three"}\n')}
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "c.parquet")
+    for name, content in {**files, "c.parquet": (tmp_path / "c.parquet").read_bytes()}.items():
+        storage.write_bytes(storage.join(where, name), content)
+    rows = everything(where)
+    assert rows.columns == {"text": ["one", "three", "four"]}
+    assert [str(row) for row in rows.bad] == [f"{where}/a.csv row 2 (line 3): 1 field where the header has 2"]
+    named = [Source(path=where)]
+    before = identity(fragments(named), named)
+    assert identity(fragments(named), named) == before
+    storage.write_bytes(storage.join(where, "a.csv"), b"text,n\none,2\ntwo\n")
+    assert identity(fragments(named), named) != before

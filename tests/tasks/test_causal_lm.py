@@ -1,0 +1,701 @@
+"""Language modelling: what the loss is taken over, and that packing changes nothing but the speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rayft.data.pack import pack, packed_table
+from rayft.errors import ModelError
+from rayft.tasks.causal_lm import CausalLM, likelihood
+from rayft.tasks.causal_lm.apart import keeps_apart
+from rayft.tasks.task import Pretrained
+
+SENTENCES = [
+    "What are the symptoms of flu ?",
+    "Fever, a cough and aching muscles; most people feel better after a week.",
+    "How to diagnose it ?",
+    "A swab of the nose or the throat is examined.",
+    "Who is at risk ?",
+    "Anyone may fall ill, but mostly the very young and the old.",
+]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<bot>"]
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<bot>' if m.role == 'assistant' else '<user>' }}{{ m.content }}<eos>\n"
+    "{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+MARKED_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<bot>{% generation %}{{ m.content }}<eos>"
+    "{% endgeneration %}{% else %}<user>{{ m.content }}<eos>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": SENTENCES[0]},
+    {"role": "assistant", "content": SENTENCES[1]},
+    {"role": "user", "content": SENTENCES[2]},
+    {"role": "assistant", "content": SENTENCES[3]},
+]
+
+
+def trained_tokenizer(around: str = "", **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer; `around` ("<bos> $A") is what it puts around a text."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        SENTENCES * 4, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    if around:
+        ids = [(token, inner.token_to_id(token)) for token in ("<bos>", "<eos>")]
+        inner.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        extra_special_tokens=["<user>", "<bot>"],
+        **options,
+    )
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"head_dim": 8, "sliding_window": 6},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"alibi": True},
+    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+    "mamba": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def tiny(kind: str, attention: str = "eager", **fields: Any) -> Any:
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 320}
+    config = AutoConfig.for_model(kind, **{**SIZES, **ends, **KINDS[kind], **fields})
+    config.initializer_range = 0.3
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`folder("llama")` gives the path of a small model with a tokenizer; made once for equal arguments."""
+    made: dict[str, str] = {}
+
+    def find(kind: str, around: str = "<bos> $A", template: str | None = None, **options: Any) -> str:
+        name = repr((kind, around, template, options))
+        if name not in made:
+            made[name] = str(tmp_path_factory.mktemp(kind))
+            tiny(kind).save_pretrained(made[name])
+            tokenizer = trained_tokenizer(around, **options)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return find
+
+
+def words(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def learnt(tokenizer: Any, ids: list[int], labels: list[int]) -> str:
+    """The text that the loss is taken over; checks that each label is its token."""
+    assert all(label in (token, -100) for token, label in zip(ids, labels, strict=True))
+    return words(tokenizer, [label for label in labels if label != -100])
+
+
+def encode(task: CausalLM, tokenizer: Any, rows: dict[str, list[Any]], **options: Any) -> Any:
+    made = task.encode(rows, tokenizer, {}, **{"evaluation": False, **options})
+    assert pa.table(made.features, schema=task.arrow_schema(False)).num_rows == len(made.rows) == len(made.lengths)
+    assert made.lengths == [len(ids) for ids in made.features["input_ids"]]
+    assert all(length <= task.max_length for length in made.lengths)
+    return made
+
+
+def only(made: Any) -> tuple[list[int], list[int]]:
+    assert len(made.rows) == 1, (made.dropped, made.bad)
+    return made.features["input_ids"][0], made.features["labels"][0]
+
+
+# The recipe's section
+
+
+def test_the_text_column_is_the_default() -> None:
+    assert CausalLM().text == "text"
+    assert CausalLM(prompt="q", completion="a").text is None
+    assert CausalLM.model_validate(CausalLM(messages="chat").model_dump()) == CausalLM(messages="chat")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"prompt": "q"}, "go together"),
+        ({"completion": "a"}, "go together"),
+        ({"text": "t", "messages": "m"}, "text and messages exclude each other"),
+        ({"text": "t", "prompt": "q", "completion": "a"}, "text and prompt exclude"),
+        ({"chat_template": "{{ messages }}"}, "chat_template is for conversations"),
+        ({"messages": "m", "chat_template": "nowhere.jinja"}, "neither a Jinja template nor a file"),
+        ({"prompt": "Say: {{}}", "completion": "a"}, "names no column"),
+        ({"prompt": "{}", "completion": "a"}, "columns' names in braces"),
+        ({"prompt": "{q!r}", "completion": "a"}, "columns' names in braces"),
+        ({"prompt": "{q", "completion": "a"}, "expected '}'"),
+        ({"max_length": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        CausalLM(**fields)
+
+
+def test_a_template_in_a_file_becomes_part_of_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(PLAIN_TEMPLATE)
+    assert CausalLM(messages="m", chat_template=str(path)).chat_template == PLAIN_TEMPLATE
+
+
+def test_columns_are_those_of_all_format_strings() -> None:
+    task = CausalLM(prompt="{a b} and {c}\n{a b}", completion="{{{d}}}")
+    assert task.columns() == ("a b", "c", "d")
+    assert task.columns(labelled=False) == ("a b", "c")
+    assert CausalLM(messages="m").columns(labelled=False) == ("m",)
+
+
+def test_only_packed_features_have_a_capacity() -> None:
+    assert CausalLM(max_length=64).packs() == 64
+    assert CausalLM(pack=False).packs() is None
+
+
+# Text
+
+
+@pytest.mark.parametrize("around", ["", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
+def test_special_tokens_are_neither_missing_nor_doubled(around: str) -> None:
+    tokenizer = trained_tokenizer(around)
+    begin = "<bos>" if "<bos>" in around else ""
+    for given in (SENTENCES[0], f"{begin}{SENTENCES[0]}", f"{SENTENCES[0]}<eos>", f"{begin}{SENTENCES[0]}<eos>"):
+        ids, labels = only(encode(CausalLM(), tokenizer, {"text": [given]}))
+        assert words(tokenizer, ids) == f"{begin}{SENTENCES[0]}<eos>"
+        assert labels == ids
+    rows = {"q": [SENTENCES[0]], "a": [" yes"]}
+    ids, labels = only(encode(CausalLM(prompt="q", completion="a"), tokenizer, rows))
+    assert words(tokenizer, ids) == f"{begin}{SENTENCES[0]} yes<eos>"
+    assert learnt(tokenizer, ids, labels) == " yes<eos>"
+
+
+def test_a_long_text_is_cut_so_that_every_token_is_predicted_once() -> None:
+    tokenizer, task = trained_tokenizer("<bos> $A"), CausalLM(max_length=9)
+    text = " ".join(SENTENCES)
+    whole, _ = only(encode(CausalLM(), tokenizer, {"text": [text]}))
+    made = encode(task, tokenizer, {"text": [SENTENCES[4], text]})
+    windows = [ids for ids, row in zip(made.features["input_ids"], made.rows, strict=True) if row == 1]
+    assert made.rows == sorted(made.rows)
+    assert [token for ids in windows for token in ids[1:]] == whole[1:]
+    assert all(before[-1] == after[0] for before, after in pairwise(windows))
+    assert made.truncated == []
+
+
+@pytest.mark.parametrize("length", range(2, 12))
+def test_windows_of_every_length_end_well(length: int) -> None:
+    tokenizer = trained_tokenizer()
+    whole, _ = only(encode(CausalLM(), tokenizer, {"text": [SENTENCES[0]]}))
+    made = encode(CausalLM(max_length=length), tokenizer, {"text": [SENTENCES[0]]})
+    assert [token for ids in made.features["input_ids"] for token in ids[1:]] == whole[1:]
+    assert min(made.lengths) >= 2
+
+
+def test_texts_without_content_are_dropped_and_other_types_are_bad() -> None:
+    made = encode(CausalLM(), trained_tokenizer("<bos> $A"), {"text": ["", " \n", "fine", None, ["a"], 7]})
+    assert made.rows == [2, 5]
+    assert made.dropped == dict.fromkeys((0, 1), "empty, or a single token")
+    assert made.bad == {3: "`text` is null; text is needed", 4: "`text` is a list; text is needed"}
+
+
+def test_evaluation_has_the_same_features_and_no_references() -> None:
+    made = encode(CausalLM(max_length=8), trained_tokenizer(), {"text": SENTENCES}, evaluation=True)
+    assert made.references == [None] * len(made.rows)
+    assert made.features == encode(CausalLM(max_length=8), trained_tokenizer(), {"text": SENTENCES}).features
+
+
+# Prompts and completions
+
+
+def test_the_loss_is_taken_over_the_completion_and_its_end() -> None:
+    tokenizer = trained_tokenizer("<bos> $A")
+    task = CausalLM(prompt="Q: {q}\n{hint}\nA:", completion=" {a}")
+    rows = {"q": SENTENCES[::2], "hint": ["x", None, 3], "a": SENTENCES[1::2]}
+    made = encode(task, tokenizer, rows)
+    assert made.rows == [0, 1, 2]
+    for row, hint in enumerate(("x", "", "3")):
+        ids, labels = made.features["input_ids"][row], made.features["labels"][row]
+        prompt = f"Q: {rows['q'][row]}\n{hint}\nA:"
+        assert words(tokenizer, ids) == f"<bos>{prompt} {rows['a'][row]}<eos>"
+        assert learnt(tokenizer, ids, labels) == f" {rows['a'][row]}<eos>"
+    ids, labels = only(
+        encode(task.model_copy(update={"train_on_prompt": True}), tokenizer, {k: v[:1] for k, v in rows.items()})
+    )
+    assert labels == ids
+
+
+def test_prompt_tokens_are_those_that_generation_will_see() -> None:
+    tokenizer = trained_tokenizer("<bos> $A")
+    task = CausalLM(prompt="q", completion="a")
+    text = SENTENCES[1]
+    rows = {"q": [text[:cut] for cut in range(1, len(text))], "a": [text[cut:] for cut in range(1, len(text))]}
+    made, asked = encode(task, tokenizer, rows), encode(task, tokenizer, rows, labelled=False)
+    joined = tokenizer(text)["input_ids"]
+    assert sum(joined[: len(prompt)] != prompt for prompt in asked.features["input_ids"]) > 0  # a token would span both
+    for row, prompt in enumerate(asked.features["input_ids"]):
+        ids, labels = made.features["input_ids"][row], made.features["labels"][row]
+        assert ids[: len(prompt)] == prompt
+        assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+        assert learnt(tokenizer, ids, labels) == rows["a"][row] + "<eos>"
+
+
+def test_rows_with_nothing_to_learn_are_dropped_and_cut_ones_counted() -> None:
+    tokenizer = trained_tokenizer()
+    task = CausalLM(prompt="q", completion="a", max_length=12)
+    rows = {"q": ["cough", "cough", SENTENCES[1], "cough"], "a": ["", " fever", " fever", SENTENCES[1]]}
+    made = encode(task, tokenizer, rows)
+    assert made.rows == [1, 3]
+    assert made.dropped == {0: "empty completion", 2: "nothing to learn from within the first 12 tokens"}
+    assert made.truncated == [3]
+    assert made.lengths[1] == 12
+
+
+def test_null_columns_are_bad() -> None:
+    made = encode(
+        CausalLM(prompt="{q} {h}", completion="a"), trained_tokenizer(), {"q": [None], "h": [None], "a": ["x"]}
+    )
+    assert made.bad == {0: "`q` and `h` is null; text is needed"}
+
+
+def test_prompts_for_prediction_keep_their_end() -> None:
+    tokenizer = trained_tokenizer("<bos> $A <eos>")
+    task = CausalLM(prompt="q", completion="a", max_length=6)
+    made = encode(task, tokenizer, {"q": [SENTENCES[1], "cough"]}, labelled=False)
+    whole = tokenizer(SENTENCES[1])["input_ids"][:-1]
+    assert made.features["input_ids"][0] == whole[-6:]
+    assert words(tokenizer, made.features["input_ids"][1]) == "<bos>cough"
+    assert made.truncated == [0]
+    assert made.features["labels"][0] == [-100] * 6
+    made = encode(CausalLM(max_length=6), trained_tokenizer(), {"text": [SENTENCES[1], ""]}, labelled=False)
+    assert made.rows == [0]
+    assert made.dropped == {1: "a prompt without tokens"}
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+@pytest.mark.parametrize("around", ["", "<bos> $A <eos>"])
+def test_the_loss_is_taken_over_the_assistants_turns(template: str, around: str) -> None:
+    tokenizer = trained_tokenizer(around)
+    tokenizer.chat_template = template
+    ids, labels = only(encode(CausalLM(messages="chat"), tokenizer, {"chat": [CHAT]}))
+    assert words(tokenizer, ids) == (
+        f"<bos><user>{SENTENCES[0]}<eos>\n<bot>{SENTENCES[1]}<eos>\n<user>{SENTENCES[2]}<eos>\n<bot>{SENTENCES[3]}<eos>\n"
+    )
+    between = "\n" if template == PLAIN_TEMPLATE else ""
+    assert learnt(tokenizer, ids, labels).replace("\n", between) == f"{SENTENCES[1]}<eos>{SENTENCES[3]}<eos>"
+    ids, labels = only(encode(CausalLM(messages="chat", train_on_prompt=True), tokenizer, {"chat": [CHAT]}))
+    assert labels == ids
+
+
+@pytest.mark.parametrize("content", [" blank first", "blank last ", "  ", "émoji 🦠 ok", "<odd> [text]"])
+@pytest.mark.parametrize("trim", [False, True])
+def test_marked_and_plain_templates_agree_on_every_kind_of_text(content: str, trim: bool) -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    chat = [CHAT[0], {"role": "assistant", "content": content}, CHAT[2], CHAT[3]]
+    found = []
+    for template in (PLAIN_TEMPLATE, MARKED_TEMPLATE):
+        tokenizer.chat_template = template
+        ids, labels = only(encode(CausalLM(messages="m"), tokenizer, {"m": [chat]}))
+        found.append(labels)
+        assert learnt(tokenizer, ids, labels) == f"{content}<eos>{SENTENCES[3]}<eos>"
+    assert found[0] == found[1]
+
+
+def test_conversations_may_be_json_and_hold_nulls() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    task = CausalLM(messages="m")
+    plain = only(encode(task, tokenizer, {"m": [CHAT[:2]]}))
+    as_json = '[{"role": "user", "content": "%s"}, {"role": "assistant", "content": "%s"}]' % tuple(SENTENCES[:2])  # noqa: UP031
+    assert only(encode(task, tokenizer, {"m": [as_json]})) == plain
+    assert only(encode(task, tokenizer, {"m": [[{**m, "name": None} for m in CHAT[:2]]]})) == plain
+    assert only(encode(task, tokenizer, {"m": [np.array(CHAT[:2], dtype=object)]})) == plain
+
+
+def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<bot>{{ 'think ' if loop.last }}{{ m.content }}<eos>"
+        "{% else %}<user>{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    made = encode(CausalLM(messages="m"), tokenizer, {"m": [CHAT[:2], CHAT]})
+    assert made.rows == [0, 1, 1]
+    texts = [words(tokenizer, ids) for ids in made.features["input_ids"]]
+    assert texts[1] == f"<user>{SENTENCES[0]}<eos><bot>think {SENTENCES[1]}<eos>"
+    assert (
+        texts[2]
+        == f"<user>{SENTENCES[0]}<eos><bot>{SENTENCES[1]}<eos><user>{SENTENCES[2]}<eos><bot>think {SENTENCES[3]}<eos>"
+    )
+    assert learnt(tokenizer, made.features["input_ids"][2], made.features["labels"][2]) == f"think {SENTENCES[3]}<eos>"
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "`m`: a NoneType is no conversation"),
+        ([], "`m`: an empty list is no conversation"),
+        ("{broken", "`m`: the text is not JSON"),
+        ('{"role": "user"}', "`m`: a dict is no conversation"),
+        (
+            [{"from": "human", "value": "x"}],
+            "`m`: message 1 needs `role` and `content`; its fields are `from`, `value`",
+        ),
+        ([CHAT[0], {"role": "assistant"}], "`m`: message 2 needs `role` and `content`"),
+        ([CHAT[0], "text"], "`m`: message 2 needs `role` and `content`; its fields are none"),
+        ([CHAT[1]], "`m`: it begins with the assistant"),
+        ([CHAT[0], {"role": "critic", "content": "x"}], "`m`: the chat template refuses it: who is critic?"),
+    ],
+)
+def test_conversations_that_break_the_contract_are_bad(value: Any, says: str) -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE + (
+        "{% for m in messages if m.role == 'critic' %}{{ raise_exception('who is critic?') }}{% endfor %}"
+    )
+    made = encode(CausalLM(messages="m"), tokenizer, {"m": [value, CHAT]})
+    assert made.bad[0].startswith(says)
+    assert made.rows == [1]
+
+
+def test_a_turn_that_does_not_continue_its_prompt_is_bad() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("%}<bot>{%", "%}<bot>think{%")
+    made = encode(CausalLM(messages="m"), tokenizer, {"m": [CHAT]})
+    assert "message 2 does not continue the chat template's prompt" in made.bad[0]
+    assert "{% generation %}" in made.bad[0]
+
+
+def test_conversations_with_nothing_to_learn_are_dropped() -> None:
+    tokenizer = trained_tokenizer()
+    for template in (PLAIN_TEMPLATE, MARKED_TEMPLATE):
+        tokenizer.chat_template = template
+        made = encode(CausalLM(messages="m", max_length=10), tokenizer, {"m": [CHAT[:1], CHAT]})
+        assert made.dropped == {0: "no assistant turn", 1: "nothing to learn from within the first 10 tokens"}
+        assert made.truncated == []
+
+
+def test_a_conversation_is_continued_from_the_assistants_last_turn() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    task = CausalLM(messages="m")
+    made = encode(task, tokenizer, {"m": [CHAT, CHAT[:3], CHAT[1:2]]}, labelled=False)
+    assert made.features["input_ids"][0] == made.features["input_ids"][1]
+    assert words(tokenizer, made.features["input_ids"][0]).endswith(f"<user>{SENTENCES[2]}<eos>\n<bot>")
+    assert made.bad == {2: "`m`: there is no turn to answer"}
+
+
+# The model
+
+
+def test_models_that_do_not_fit_are_refused(folder: Callable[..., str], tmp_path: Path) -> None:
+    source = Pretrained(folder("llama"))
+    with pytest.raises(ModelError, match=r"task.max_length is 129, but .* has only 128 positions"):
+        CausalLM(max_length=129).processor(source)
+    with pytest.raises(ModelError, match=r"has no chat template; give one as task.chat_template"):
+        CausalLM(messages="m", max_length=64).processor(source)
+    AutoConfig.for_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(bert\) reads both ways"):
+        CausalLM(max_length=64).processor(replace(source, path=str(tmp_path)))
+    task = CausalLM(max_length=64)
+    tokenizer = task.processor(source)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ModelError, match=r"tokenizer of .* has 321 tokens, but the model only 320"):
+        task.load(source, {}, tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_is_refused_for_models_whose_sequences_would_see_each_other(kind: str) -> None:
+    network = tiny(kind)
+    ids = torch.randint(5, 300, (2, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [*range(9), 0, 1, 2]])
+    changed = ids.clone()
+    changed[0, :6] += 1
+    try:
+        with torch.no_grad():
+            one, other = (network(input_ids=i, position_ids=positions, use_cache=False).logits for i in (ids, changed))
+        apart = torch.equal(one[0, 6:], other[0, 6:])
+    except TypeError:
+        apart = False
+    assert keeps_apart(network) == apart == (kind in ("llama", "gpt2", "mistral", "gemma2"))
+
+
+def test_a_model_that_mixes_packed_sequences_is_loaded_only_without_packing(folder: Callable[..., str]) -> None:
+    source = Pretrained(folder("opt"))
+    for meta in (False, True):
+        task = CausalLM(max_length=64)
+        with pytest.raises(ModelError, match=r"\(opt\) can't keep packed sequences apart; set task.pack=false"):
+            task.load(replace(source, meta=meta), {}, task.processor(source))
+    unpacked = CausalLM(max_length=64, pack=False)
+    assert unpacked.load(source, {}, unpacked.processor(source)).config.model_type == "opt"
+
+
+# Packing
+
+
+def rows_of_tokens(count: int) -> pa.Table:
+    """Sequences of 2 to 23 tokens, some of whose first labels are masked, as prepared rows."""
+    rng = np.random.default_rng(3)
+    ids = [rng.integers(5, 320, size=size).tolist() for size in rng.integers(2, 24, size=count)]
+    labels = [[-100] * (len(row) // 3) + row[len(row) // 3 :] for row in ids]
+    kind = pa.list_(pa.int32())
+    lengths = pa.array([len(row) for row in ids], type=pa.int32())
+    return pa.table({"input_ids": pa.array(ids, kind), "labels": pa.array(labels, kind), "length": lengths})
+
+
+def measured(
+    task: CausalLM, network: Any, table: pa.Table, tokenizer: Any
+) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    batch = task.collate({name: table.column(name).to_pylist() for name in table.column_names}, tokenizer, {})
+    network.zero_grad()
+    loss = task.loss(task.forward(network, batch), batch)
+    loss.backward()
+    return loss.detach(), task.items(batch), {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_stand_in"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_packed_and_single_sequences_have_the_same_loss_and_gradients(kind: str, attention: str) -> None:
+    # A stand-in for flash attention, which needs a GPU: rows have to reach it as a single one, and keep apart even so.
+    shapes: list[int] = []
+
+    def stand_in(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(query.shape[0])
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("flash_stand_in", stand_in)
+    AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    network, tokenizer, task = tiny(kind), trained_tokenizer(pad_token="<pad>"), CausalLM(max_length=40)
+    network.config._attn_implementation = attention
+    singles = rows_of_tokens(11)
+    # Three rows of several sequences each, of 38, 20 and about 70 tokens: two of them are padded.
+    lengths = singles.column("length").to_pylist()
+    bins = [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9, 10]]
+    packed = packed_table(singles, bins)
+    assert len({sum(lengths[i] for i in members) for members in bins}) == 3
+    loss, items, gradients = measured(task, network, packed, tokenizer)
+    parts = [measured(task, network, singles.slice(row, 1), tokenizer) for row in range(singles.num_rows)]
+    assert items == sum(part[1] for part in parts)
+    torch.testing.assert_close(loss, torch.stack([part[0] for part in parts]).sum(), rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        whole = torch.stack([part[2][name] for part in parts]).sum(dim=0)
+        assert (gradient - whole).abs().max() <= 1e-5 * max(1.0, whole.abs().max().item()), name
+    assert set(shapes) == ({1} if attention == "flash_stand_in" else set())
+
+
+def test_bins_of_the_capacity_are_what_a_batch_holds() -> None:
+    network, tokenizer, task = tiny("llama", "sdpa"), trained_tokenizer(pad_token="<pad>"), CausalLM(max_length=40)
+    singles = rows_of_tokens(40)
+    capacity = task.packs()
+    assert capacity == 40
+    packed = packed_table(singles, pack(singles.column("length").to_pylist(), capacity))
+    assert packed.num_rows < 16
+    together = measured(task, network, singles, tokenizer)
+    loss, items, gradients = measured(task, network, packed, tokenizer)
+    assert items == together[1]
+    torch.testing.assert_close(loss, together[0], rtol=1e-5, atol=0)
+    worst = max((gradients[name] - other).abs().max() / other.abs().max() for name, other in together[2].items())
+    assert worst < 1e-5
+
+
+def test_no_sequence_predicts_the_first_token_of_the_next() -> None:
+    features = {
+        "input_ids": [[5, 6, 7, 8, 9, 10], [11, 12]],
+        "labels": [[5, 6, 7, 8, 9, 10], [11, 12]],
+        "sequence_lengths": [[3, 1, 2], [2]],
+    }
+    batch = CausalLM().collate(features, trained_tokenizer(pad_token="<pad>"), {})
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 0, 0, 0, 0]]
+    assert batch["targets"].tolist() == [[6, 7, -100, -100, 10, -100], [12, -100, -100, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
+    assert batch.keys() == {"input_ids", "targets", "position_ids"}
+    assert CausalLM().items(batch) == 4
+
+
+# Loss and scores
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_in_chunks_is_the_loss_at_once(monkeypatch: pytest.MonkeyPatch, smoothing: float) -> None:
+    torch.manual_seed(0)
+    targets = torch.randint(0, 50, (3, 7))
+    targets[:, ::3] = -100
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(3, 7, 50).to(dtype).requires_grad_()
+        whole = likelihood.summed_loss(logits, targets, smoothing)
+        (expected,) = torch.autograd.grad(whole, logits)
+        monkeypatch.setattr(likelihood, "CHUNK", 200)
+        parts = likelihood.summed_loss(logits, targets, smoothing)
+        (gradient,) = torch.autograd.grad(parts, logits)
+        monkeypatch.undo()
+        assert parts.dtype == torch.float32
+        torch.testing.assert_close(parts, whole)
+        torch.testing.assert_close(gradient, expected)
+        found.append(whole)
+    reference = torch.nn.functional.cross_entropy(
+        torch.randn(1, 50), torch.tensor([3]), reduction="sum", label_smoothing=smoothing
+    )
+    assert reference.shape == found[0].shape == ()
+
+
+def test_a_batch_without_targets_costs_nothing() -> None:
+    logits = torch.randn(1, 3, 9, requires_grad=True)
+    loss = likelihood.summed_loss(logits, torch.full((1, 3), -100), 0.0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() == 0.0
+
+
+def test_windows_of_a_text_are_scored_together(folder: Callable[..., str]) -> None:
+    source, task = Pretrained(folder("llama")), CausalLM(max_length=8)
+    tokenizer = task.processor(source)
+    network = task.load(source, {}, tokenizer).eval()
+    made = encode(task, tokenizer, {"text": SENTENCES}, evaluation=True)
+    batch = task.collate(made.features, tokenizer, {})
+    with torch.no_grad():
+        outputs = task.forward(network, batch)
+        loss = task.loss(outputs, batch).item()
+    parts = task.predict(outputs, batch, made.features, tokenizer, {})
+    rows = [
+        task.combine([p for p, r in zip(parts, made.rows, strict=True) if r == row]) for row in range(len(SENTENCES))
+    ]
+    scores = task.score(rows, [None] * len(rows))
+    assert sum(row["tokens"] for row in rows) == task.items(batch)
+    assert sum(row["nll"] for row in rows) == pytest.approx(loss, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(loss / task.items(batch)), rel=1e-5)
+    guessed = outputs.logits.argmax(dim=-1) == batch["targets"]
+    assert scores["token_accuracy"] == guessed.sum().item() / task.items(batch)
+    assert next(iter(scores)) == task.first_metric
+    assert task.first_metric in task.lower_is_better
+
+
+def test_an_adapted_model_has_the_same_passes(folder: Callable[..., str]) -> None:
+    source, task = Pretrained(folder("llama", template=PLAIN_TEMPLATE)), CausalLM(max_length=32, max_new_tokens=4)
+    tokenizer = task.processor(source)
+    network = task.load(source, {}, tokenizer).eval()
+    made = encode(task, tokenizer, {"text": SENTENCES[:2]})
+    batch = task.collate(made.features, tokenizer, {})
+    rest = (batch, made.features, tokenizer, {})
+    with torch.no_grad():
+        plain = task.loss(task.forward(network, batch), batch)
+    written = task.generate(network, *rest)
+    adapted = get_peft_model(network, LoraConfig(r=2, target_modules="all-linear"))
+    loss = task.loss(task.forward(adapted, batch), batch)
+    torch.testing.assert_close(loss, plain)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora" in n)
+    assert task.generate(adapted.eval(), *rest) == written
+
+
+# Prediction and the exported folder
+
+
+def test_prompts_of_different_lengths_are_continued_as_if_alone(folder: Callable[..., str]) -> None:
+    for kind in ("llama", "gpt2"):
+        source = Pretrained(folder(kind))
+        task = CausalLM(prompt="q", completion="a", max_length=64, max_new_tokens=6)
+        tokenizer = task.processor(source)
+        network = task.load(source, {}, tokenizer).eval()
+        made = encode(task, tokenizer, {"q": SENTENCES}, labelled=False)
+
+        def written(
+            features: dict[str, Any], task: Any = task, network: Any = network, tokenizer: Any = tokenizer
+        ) -> Any:
+            return task.generate(network, task.collate(features, tokenizer, {}), features, tokenizer, {})
+
+        together = written(made.features)
+        alone = [written({k: v[i : i + 1] for k, v in made.features.items()})[0] for i in range(len(SENTENCES))]
+        assert together == alone
+        with torch.no_grad():
+            ids = torch.tensor(made.features["input_ids"][:1])
+            for _ in range(6):
+                step = network(ids).logits[0, -1].argmax()
+                ids = torch.cat([ids, step[None, None]], dim=1)
+                if step == tokenizer.eos_token_id:
+                    break
+        expected = tokenizer.decode(ids[0, len(made.features["input_ids"][0]) :], skip_special_tokens=True)
+        assert alone[0] == {"text": expected}
+        assert task.combine(together[:1]) == together[0]
+
+
+def test_a_prompt_that_fills_the_positions_makes_room_for_the_answer(folder: Callable[..., str]) -> None:
+    source = Pretrained(folder("gpt2"))
+    task = CausalLM(max_length=128, max_new_tokens=20)
+    tokenizer = task.processor(source)
+    network = task.load(source, {}, tokenizer).eval()
+    made = encode(task, tokenizer, {"text": [" ".join(SENTENCES * 4)]}, labelled=False)
+    assert made.lengths == [128]
+    batch = task.collate(made.features, tokenizer, {})
+    (found,) = task.generate(network, batch, made.features, tokenizer, {})
+    assert isinstance(found["text"], str)
+
+
+def test_the_exported_folder_has_the_template_the_padding_and_the_end(
+    folder: Callable[..., str], tmp_path: Path
+) -> None:
+    source = Pretrained(folder("llama"))
+    task = CausalLM(messages="m", chat_template=MARKED_TEMPLATE, max_length=64)
+    tokenizer = task.processor(source)
+    assert tokenizer.pad_token == "<eos>"
+    network: Any = task.load(source, {}, tokenizer)
+    network.generation_config.eos_token_id = 7
+    network.save_pretrained(tmp_path)
+    again: Any = task.load(replace(source, path=str(tmp_path)), {}, tokenizer)
+    assert again.generation_config.eos_token_id == [7, tokenizer.eos_token_id]
+    again.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task.export(str(tmp_path), network, tokenizer, {})
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert plain.chat_template == MARKED_TEMPLATE
+    assert plain.pad_token == "<eos>"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [7, tokenizer.eos_token_id]
+    assert task.pipeline() == "text-generation"

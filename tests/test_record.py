@@ -1,0 +1,134 @@
+"""Who may write a run: another writer is heard of, or is silent for too long."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rayft import attempts, record, storage
+from rayft.errors import RunRefused, Superseded
+from rayft.recipe import Recipe
+from rayft.record import Record
+
+RECIPE = Recipe.parse(
+    {
+        "name": "a",
+        "task": {"type": "text-classification"},
+        "model": {"path": "m"},
+        "data": {"train": "rows.csv"},
+        "train": {"epochs": 1},
+    }
+)
+
+
+def state(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A run.json as a writer on another machine leaves it."""
+    plain = {"status": "running", "attempt": 1, "host": "elsewhere", "pid": 7, "pid_started": 1.0}
+    made = {**plain, "started": time.time() - 60, "heartbeat": time.time(), **fields}
+    storage.write_json(str(folder / "run.json"), made)
+    return made
+
+
+def refuse(folder: Path, take_over: bool = False) -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = []
+    Record(str(folder)).refuse_second_writer(take_over, shown.append)
+    return shown
+
+
+def test_a_writer_elsewhere_that_beats_is_a_refusal(tmp_path: Path) -> None:
+    made, over = state(tmp_path), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.2):
+            storage.write_json(str(tmp_path / "run.json"), {**made, "heartbeat": time.time()})
+
+    writer = threading.Thread(target=beat)
+    writer.start()
+    try:
+        with pytest.raises(RunRefused, match="is being written by process 7 on elsewhere"):
+            refuse(tmp_path)
+        assert refuse(tmp_path, take_over=True) == []
+    finally:
+        over.set()
+        writer.join()
+
+
+def test_a_writer_elsewhere_that_died_a_moment_ago_is_waited_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "SILENT_S", 1.5)
+    monkeypatch.setattr(record, "LOOK_S", 0.1)
+    state(tmp_path)
+    (note,) = refuse(tmp_path)
+    assert note["text"].startswith("process 7 on elsewhere wrote this run a moment ago")
+    state(tmp_path, heartbeat=time.time() - 60)
+    assert refuse(tmp_path) == []
+
+
+def test_a_writer_on_this_machine_is_looked_at(tmp_path: Path) -> None:
+    here = {"host": socket.gethostname(), "pid": os.getpid()}
+    state(tmp_path, **here, pid_started=psutil.Process().create_time(), heartbeat=0.0)
+    with pytest.raises(RunRefused, match=f"process {os.getpid()} on"):
+        refuse(tmp_path)
+    state(tmp_path, **here, pid_started=1.0)  # another process with its number
+    assert refuse(tmp_path) == []
+
+
+def test_each_worker_group_claims_and_run_json_says_which(tmp_path: Path) -> None:
+    mine = Record(str(tmp_path))
+    with mine.writing(RECIPE, "model", {"train": "key"}):
+        assert mine.claim() == 1
+        assert mine.claim() == 2
+        assert storage.read_json(mine.file)["attempt"] == 2
+        assert storage.read_json(mine.file)["status"] == "running"
+        mine.status = "finished"
+    assert storage.read_json(mine.file)["status"] == "finished"
+
+
+def test_who_was_superseded_hears_of_it_and_leaves_the_record_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "BEAT_S", 0.05)
+    older = Record(str(tmp_path))
+    with older.writing(RECIPE, "model", {}):
+        older.claim()
+        attempts.claim(str(tmp_path), [], 1)
+        until = time.monotonic() + 30
+        while older.superseded is None and time.monotonic() < until:
+            time.sleep(0.01)
+        theirs = state(tmp_path, attempt=2)
+        older.end("failed", "what the older one thinks of it")
+    assert isinstance(older.superseded, Superseded)
+    assert storage.read_json(older.file) == theirs
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_starting_over_keeps_the_claims(tmp_path: Path) -> None:
+    """Or an attempt that still runs somewhere would take itself for the newest."""
+    (tmp_path / "checkpoints" / "step-000001-a1").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert attempts.claim(str(tmp_path), [], 0) == 1
+    Record(str(tmp_path)).forget()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attempts"]
+    with pytest.raises(Superseded):
+        attempts.hold(str(tmp_path), 1)
+
+
+def test_of_two_that_start_at_once_the_second_changes_nothing(tmp_path: Path) -> None:
+    first, second = Record(str(tmp_path)), Record(str(tmp_path))
+    with first.writing(RECIPE, "model", {}):
+        first.claim()
+        theirs = storage.read_text(first.file)
+        with second.writing(RECIPE, "model", {}):
+            with pytest.raises(RunRefused, match="is being started by process"):
+                second.claim()
+            second.end("failed", "it was second")
+        assert storage.read_text(first.file) == theirs
+        assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,127 @@
+"""Combinations of options: each rule with a case that it refuses and one that it lets pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayft import rules
+from rayft.document import set_field
+from rayft.recipe import Recipe
+
+SOUND: dict[str, Any] = {
+    "name": "n",
+    "task": {"type": "text-classification"},
+    "model": {"path": "m"},
+    "data": {"train": "a.csv"},
+    "train": {"epochs": 1},
+}
+
+
+def recipe_with(fields: dict[str, Any]) -> dict[str, Any]:
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in SOUND.items()}
+    for name, value in fields.items():
+        set_field(data, name, value)
+    return data
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"train.epochs": None}, "train.epochs"),
+    ({"train.micro_batch_size": 64}, "train.micro_batch_size"),
+    ({"cluster.workers": 33}, "cluster.workers"),
+    ({"cluster.workers": {"min": 1, "max": 33}}, "cluster.workers.max"),
+    ({"cluster.workers": {"min": 3, "max": 2}}, "cluster.workers.min"),
+    ({"model.lora": {}, "model.freeze": 2}, "model.freeze"),
+    ({"model.lora": {}, "model.unfreeze_every": 1}, "model.unfreeze_every"),
+    ({"model.unfreeze_every": 1}, "model.unfreeze_every"),
+    ({"model.unfreeze_every": 1, "model.freeze": 0}, "model.unfreeze_every"),
+    ({"model.unfreeze_every": 1, "model.freeze": ["a.*"]}, "model.unfreeze_every"),
+    ({"model.unfreeze_every": 1, "model.freeze": 2, "model.cache_frozen": "on"}, "model.cache_frozen"),
+    ({"deepspeed.offload": "parameters", "deepspeed.zero_stage": 2}, "deepspeed.zero_stage"),
+    ({"deepspeed.offload": "optimizer", "deepspeed.zero_stage": 0}, "deepspeed.zero_stage"),
+    ({"model.compile": True, "deepspeed.zero_stage": 3}, "deepspeed.zero_stage"),
+    ({"model.compile": True, "deepspeed.offload": "parameters"}, "deepspeed.offload"),
+    *(({f"deepspeed.extra.{key}": {}}, f"deepspeed.extra.{key}") for key in rules.OWNED),
+    ({"model.dtype": "float16"}, "model.dtype"),
+    ({"model.attention": "flash_attention_2"}, "model.attention"),
+    ({"data.columns": {"a": "text", "b": "text"}}, "data.columns.b"),
+    ({"storage": "s3://key:secret@bucket"}, "storage"),
+    ({"model.path": "https://me@host/m"}, "model.path"),
+    ({"data.test": ["t.csv", "s3://key:secret@bucket/t.csv"]}, "data.test"),
+    ({"tune": {"search": {"train.seed": {"choice": [1]}}}}, "tune.trials"),
+    (
+        {"tune": {"search": {"train.learning_rate": {"uniform": [0.1, 0.2]}}, "sampler": "grid"}},
+        "tune.search.train.learning_rate",
+    ),
+]
+
+PASSED: list[dict[str, Any]] = [
+    {},
+    {"train.epochs": None, "train.max_steps": 10},
+    {"train.epochs": 1, "train.max_steps": 10},
+    {"train.micro_batch_size": 32},
+    {"train.global_batch_size": 4},
+    {"cluster.workers": 32},
+    {"cluster.workers": {"min": 2, "max": 2}},
+    {"model.lora": {"r": 4}, "model.freeze": 0},
+    {"model.unfreeze_every": 1, "model.freeze": "all"},
+    {"model.unfreeze_every": 1, "model.freeze": 2, "model.cache_frozen": "off"},
+    {"deepspeed.offload": "parameters"},
+    {"deepspeed.offload": "parameters", "deepspeed.zero_stage": 3},
+    {"deepspeed.offload": "optimizer", "deepspeed.zero_stage": 1},
+    {"model.compile": True, "deepspeed.zero_stage": 2, "deepspeed.offload": "optimizer"},
+    {"model.compile": True},
+    {"deepspeed.extra": {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}},
+    {"model.dtype": "float16", "cluster.gpus_per_worker": 1},
+    {"model.dtype": "bfloat16"},
+    {"model.attention": "sdpa"},
+    {"model.attention": "flash_attention_2", "cluster.gpus_per_worker": 1},
+    {"data.columns": {"a": "text", "b": "label"}},
+    {"data.train": "s3://bucket/a@b.csv"},
+    {"tune": {"search": {"train.seed": {"choice": [1]}}, "sampler": "grid"}},
+    {"tune": {"search": {"train.seed": {"choice": [1]}}, "trials": 3}},
+]
+
+
+def broken(fields: dict[str, Any], unsound: tuple[str, ...] = ()) -> list[str]:
+    """Where the rules see faults; built past `parse`, which would refuse."""
+    data = recipe_with(fields)
+    kind = type(Recipe.parse(SOUND).task)
+    return [fault.where for fault in rules.broken(Recipe.model_validate({**data, "task": kind()}), unsound)]
+
+
+@pytest.mark.parametrize(("fields", "where"), REFUSED, ids=str)
+def test_impossible_combinations_are_refused(fields: dict[str, Any], where: str) -> None:
+    assert broken(fields) == [where]
+
+
+@pytest.mark.parametrize("fields", PASSED, ids=str)
+def test_possible_combinations_pass(fields: dict[str, Any]) -> None:
+    assert broken(fields) == []
+
+
+def test_adapters_exclude_both_kinds_of_freezing() -> None:
+    assert broken({"model.lora": {}, "model.freeze": 2, "model.unfreeze_every": 1}) == [
+        "model.freeze",
+        "model.unfreeze_every",
+    ]
+
+
+@pytest.mark.parametrize("unsound", ["train.global_batch_size", "train", "train.micro_batch_size"])
+def test_rules_about_faulty_fields_are_not_asked(unsound: str) -> None:
+    assert broken({"train.micro_batch_size": 64}, (unsound,)) == []
+
+
+def test_rules_about_other_fields_are_asked_all_the_same() -> None:
+    assert broken({"train.micro_batch_size": 64}, ("train.epochs", "model")) == ["train.micro_batch_size"]
+
+
+def test_each_rule_refuses_something() -> None:
+    refusing = set()
+    for fields, _ in REFUSED:
+        recipe = Recipe.model_validate({**recipe_with(fields), "task": Recipe.parse(SOUND).task})
+        for names, rule in rules.RULES:
+            if any(True for _ in rule(*(rules._value(recipe, name) for name in names))):
+                refusing.add(rule)
+    assert refusing == {rule for _, rule in rules.RULES}

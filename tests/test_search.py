@@ -1,0 +1,92 @@
+"""The `tune:` section: its search spaces, and that its fields and values exist in the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayft.errors import RecipeError
+from rayft.recipe import Recipe
+
+
+def tuned(search: dict[str, Any], **fields: Any) -> Recipe:
+    return Recipe.parse(
+        {
+            "name": "n",
+            "task": {"type": "text-classification"},
+            "model": {"path": "m"},
+            "data": {"train": "a.csv"},
+            "train": {"epochs": 1},
+            "tune": {"search": search, "trials": 4, **fields},
+        }
+    )
+
+
+def test_a_sweep_of_the_design_is_read() -> None:
+    recipe = tuned(
+        {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}, "model.freeze.layers": {"choice": [0, 2, "all"]}},
+        metric="accuracy",
+        mode="max",
+        budget={"minutes": 5},
+    )
+    assert recipe.tune is not None
+    assert recipe.tune.model_dump(mode="json") == {
+        "search": {
+            "train.learning_rate": {"log_uniform": [1e-5, 1e-3]},
+            "model.freeze.layers": {"choice": [0, 2, "all"]},
+        },
+        "trials": 4,
+        "sampler": "optuna",
+        "scheduler": "asha",
+        "metric": "eval_accuracy",
+        "mode": "max",
+        "budget": {"minutes": 5},
+        "seed": 0,
+    }
+    assert recipe.tune.search["train.learning_rate"].values() == (1e-5, 1e-3)
+    assert Recipe.parse(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"task.max_length": {"choice": [64, 128]}},
+        {"model.freeze": {"choice": [0, "all", ["a.*"], None]}},
+        {"model.lora.r": {"choice": [4, 8]}},
+        {"deepspeed.extra.reduce_bucket_size": {"choice": [100]}},
+        {"train.warmup": {"uniform": [0.0, 0.5]}},
+        {"data.train": {"choice": ["a.csv", ["b.csv", "c.csv"]]}},
+    ],
+)
+def test_any_field_of_the_recipe_may_vary(search: dict[str, Any]) -> None:
+    tuned(search)
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"train.learning_rat": {"choice": [1]}}, "no such field in this recipe; a dotted name such as"),
+        ({"train.learning_rat": {"choice": [1]}}, "did you mean `train.learning_rate`?"),
+        ({"learning_rate": {"choice": [1]}}, "did you mean `train.learning_rate`?"),
+        ({"task.max_lenght": {"choice": [1]}}, "did you mean `task.max_length`?"),
+        ({"name": {"choice": ["a"]}}, "not a field that trials can differ in"),
+        ({"tune.trials": {"choice": [3]}}, "not a field that trials can differ in"),
+        ({"train.seed": {}}, "tune.search.train.seed: not one search space"),
+        ({"train.seed": {"choice": [1], "uniform": [0, 1]}}, "not one search space"),
+        ({"train.seed": {"chioce": [1]}}, "tune.search.train.seed.chioce: unknown key, got [1]; did you mean"),
+        ({"train.learning_rate": {"log_uniform": [0, 1]}}, "too small, got 0; a number above 0 fits"),
+        ({"train.learning_rate": {"uniform": [0.2, 0.1]}}, "bounds in the wrong order"),
+        ({"train.learning_rate": {"uniform": [0.2]}}, "tune.search.train.learning_rate.uniform.1: missing"),
+        ({"train.learning_rate": {"choice": [1e-4, "1e-4"]}}, "not a number, got '1e-4'; a number above 0 fits"),
+        ({"task.max_length": {"choice": [1, 64]}}, "tune.search.task.max_length: too small, got 1"),
+        ({"model.freeze.layers": {"choice": [2, "most"]}}, "tune.search.model.freeze.layers: not a value that fits"),
+        ({"train.learning_rate": {"uniform": [-1.0, 1.0]}}, "tune.search.train.learning_rate: too small, got -1.0"),
+        ({}, "tune.search: too few entries"),
+    ],
+)
+def test_fields_and_values_that_do_not_exist_are_refused(search: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tuned(search)
+    assert said in str(caught.value)
+    assert len(caught.value.faults) == 1

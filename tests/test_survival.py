@@ -1,0 +1,339 @@
+"""What a run survives: after each fault, losses and weights are bit-equal to those of a run that was left alone.
+
+Processes are killed with real signals, S3 is a server behind a socket, the full disk is one. Faults of whole machines
+are in tests/cluster/test_survival.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import small
+from faulty_s3 import FaultyS3
+from rayft import stopping, storage
+from rayft.training import checkpoint
+
+pytestmark = pytest.mark.slow
+
+# Micro-batches of one row make a step long enough to be hit by a signal.
+FIELDS = {
+    "train__save_every": "3 steps",
+    "deepspeed__zero_stage": 2,
+    "train__epochs": 2,
+    "train__micro_batch_size": 1,
+}
+STEPS = 26  # 2 epochs of ceil(203 / 16)
+
+
+class Untouched:
+    """The same run, left alone; `recipe` gives it under another name and storage."""
+
+    def __init__(self, folder: Path, cluster: small.Cluster) -> None:
+        self.folder, self.model = folder, small.small_bert(folder / "bert")
+        self.runs = folder / "runs"
+        small.finish(small.start("run", self.write("untouched"), **cluster.leads))
+        self.losses = small.losses(self.runs / "untouched")
+        assert sorted(self.losses) == list(range(1, STEPS + 1))
+        self.weights = self._weights(str(self.runs / "untouched"))
+        self.metrics = json.loads((self.runs / "untouched" / "result.json").read_text())["metrics"]
+
+    def write(self, name: str, storage_path: str | None = None, **fields: Any) -> str:
+        """A recipe's file; without a storage of its own the run finds the rows prepared."""
+        given = {**FIELDS, **fields}
+        plain = small.recipe(self.folder, self.model, name=name, storage=storage_path or str(self.runs), **given)
+        return small.write_recipe(self.folder, plain)
+
+    def assert_equal(self, run: str) -> None:
+        """Every step once with the same loss, the same weights and scores, and nothing half-written."""
+        rows = [json.loads(line) for line in storage.read_text(storage.join(run, "metrics.jsonl")).splitlines()]
+        losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        assert losses == sorted(self.losses.items())
+        weights = self._weights(run)
+        assert weights.keys() == self.weights.keys()
+        assert all(weights[name].equal(self.weights[name]) for name in weights)
+        assert storage.read_json(storage.join(run, "result.json"))["metrics"] == self.metrics
+        folder = storage.join(run, "checkpoints")
+        assert {os.path.basename(path) for path in checkpoint.committed(folder)} == folders_of(folder)
+
+    def _weights(self, run: str) -> dict[str, Any]:
+        from safetensors.torch import load
+
+        return load(storage.read_bytes(storage.join(run, "export", "model.safetensors")))
+
+
+def folders_of(checkpoints: str) -> set[str]:
+    return {os.path.basename(path.rstrip("/")) for path in storage.folders(checkpoints)}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[small.Cluster]:
+    with small.Cluster(tmp_path_factory.mktemp("ray")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory, cluster: small.Cluster) -> Untouched:
+    return Untouched(tmp_path_factory.mktemp("survival"), cluster)
+
+
+@pytest.fixture
+def started(cluster: small.Cluster) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `rayft ...` on the cluster, or with S3's URL on a Ray of its own; what still runs at the end is killed."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, s3: str | None = None) -> subprocess.Popen[str]:
+        leads = cluster.leads if s3 is None else {"AWS_ENDPOINT_URL": s3}
+        processes.append(small.start(*arguments, **leads))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            small.kill_with_children(process)
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def reached(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: max((row["step"] for row in small.metrics(run)), default=0) >= step
+
+
+def test_a_worker_killed_in_a_step(untouched: Untouched, cluster: small.Cluster, started: Start) -> None:
+    run, rng = untouched.runs / "worker", random.Random(3)
+    process = started("run", untouched.write("worker"))
+    for attempt, low in ((1, 4), (2, 14)):
+        small.wait_for(lambda n=attempt: storage.exists(str(run / "attempts" / f"{n:06d}.json")), process)
+        small.wait_for(reached(run, rng.randint(low, low + 4)), process)
+        rng.choice(cluster.workers()).send_signal(signal.SIGKILL)
+    told = small.finish(process)
+    assert told.count(" was lost ") == 2
+    assert "retry 1 of 3 (failure.max_retries)" in told
+    assert "retry 2 of 3" not in told  # the second found a newer checkpoint, and counts from there
+    untouched.assert_equal(str(run))
+    assert storage.read_json(str(run / "run.json"))["attempt"] == 3
+
+
+def test_a_worker_killed_while_saving_to_s3_that_is_slow(untouched: Untouched, s3: str, started: Start) -> None:
+    base = storage.join(s3, "saving")
+    run = storage.join(base, "saving")
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.harm = lambda method, path: 2.0 if method == "PUT" and "safetensors" in path and "rank-" in path else None
+        process = started("run", untouched.write("saving", base), s3=proxy.url)
+        folder = storage.join(run, "checkpoints")
+
+        def saving() -> bool:
+            """The second checkpoint is on its way, and not there yet."""
+            return len(checkpoint.committed(folder)) >= 1 and len(folders_of(folder)) > len(
+                checkpoint.committed(folder)
+            )
+
+        small.wait_for(saving, process)
+        small.workers_of(process)[0].send_signal(signal.SIGKILL)
+        assert "was lost" in small.finish(process)
+        assert proxy.harmed > 0
+    untouched.assert_equal(run)
+
+
+@pytest.mark.parametrize("kind", ["503", "gone"])
+def test_s3_that_fails_for_twenty_seconds_while_a_checkpoint_goes_up(
+    untouched: Untouched, s3: str, started: Start, kind: str
+) -> None:
+    base = storage.join(s3, f"outage-{kind}")
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.outage(kind, 20, lambda method, path: method in ("PUT", "POST") and "step-000006" in path)
+        told = small.finish(started("run", untouched.write("outage", base), s3=proxy.url))
+        assert proxy.harmed > 3
+    assert "retry" not in told  # the training went on meanwhile, and no worker was lost
+    untouched.assert_equal(storage.join(base, "outage"))
+
+
+def test_s3_that_is_gone_at_the_start_is_one_clear_error(untouched: Untouched, s3: str, started: Start) -> None:
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.harm = lambda method, path: "gone"
+        path = untouched.write("gone", storage.join(s3, "gone"))
+        told = small.finish(started("run", path, s3=proxy.url), code=1)
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "s3://rayft-tests/gone/gone" in line
+    assert "run it again when the storage answers" in line
+    assert "Traceback" not in told
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+    untouched: Untouched, cluster: small.Cluster, started: Start
+) -> None:
+    run = untouched.runs / "harmed"
+    path = untouched.write("harmed")
+    process = started("run", path)
+    small.wait_for(lambda: len(checkpoint.committed(str(run / "checkpoints"))) >= 2, process)
+    cluster.kill(process)
+    *_, before, newest = checkpoint.committed(str(run / "checkpoints"))
+    file = Path(newest) / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    told = small.finish(started("run", path))
+    assert f"{file}: is not as it was written (its SHA-256 differs)" in told
+    assert f"going on from step {checkpoint.step_of(before)}" in told
+    untouched.assert_equal(str(run))
+
+
+def test_a_damaged_shard_is_noticed_and_prepared_anew(
+    untouched: Untouched, cluster: small.Cluster, tmp_path: Path, started: Start
+) -> None:
+    run = tmp_path / "runs" / "shard"
+    path = untouched.write("shard", str(tmp_path / "runs"))
+    process = started("run", path)
+    small.wait_for(reached(run, 8), process)
+    cluster.kill(process)
+    key = storage.read_json(str(run / "run.json"))["prepared"]["train"]
+    (shard,) = (tmp_path / "runs" / "prepared" / key).rglob("*.parquet")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(bytes(content))
+    told = small.finish(started("run", path))
+    assert f"{shard}: is not as it was prepared" in told
+    untouched.assert_equal(str(run))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
+    untouched: Untouched, started: Start, number: signal.Signals
+) -> None:
+    run = untouched.runs / number.name.lower()
+    path = untouched.write(number.name.lower(), train__save_every="1 epoch")
+    process = started("run", path)
+    small.wait_for(reached(run, 4), process)
+    process.send_signal(number)
+    told = small.finish(process, code=130)
+    assert "saving a checkpoint" in told
+    result = storage.read_json(str(run / "result.json"))
+    assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
+    newest = checkpoint.newest(str(run / "checkpoints"))
+    assert newest is not None
+    assert result["error"].endswith(f"the same command goes on from step {checkpoint.step_of(newest)}")
+    assert f"going on from step {checkpoint.step_of(newest)}" in small.finish(started("run", path))
+    untouched.assert_equal(str(run))
+
+
+def test_a_request_in_the_folder_stops_the_run(untouched: Untouched, started: Start) -> None:
+    run = untouched.runs / "asked"
+    path = untouched.write("asked")
+    process = started("run", path)
+    small.wait_for(reached(run, 4), process)
+    stopping.request(str(run), "ann")
+    assert "stopped by a request from ann; the same command goes on from step" in small.finish(process, code=130)
+    small.finish(started("run", path))
+    untouched.assert_equal(str(run))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`disk("20m")` is a disk of that size; called again, it has the other size."""
+    if os.geteuid() != 0:
+        pytest.fail("this test mounts a small disk, which needs root", pytrace=False)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(size: str) -> Path:
+        options = f"{'remount,' if folder.is_mount() else ''}size={size}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+        return folder
+
+    yield sized
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_is_whole(
+    untouched: Untouched, disk: Callable[[str], Path], started: Start
+) -> None:
+    """A checkpoint of this model is 12 MB: the first fits, the second does not."""
+    runs = disk("20m")
+    path = untouched.write("full", str(runs))
+    told = small.finish(started("run", path), code=1)
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "is full; free some space" in line
+    folder = str(runs / "full" / "checkpoints")
+    assert [os.path.basename(one) for one in checkpoint.committed(folder)] == ["step-000003-a1"]
+    assert folders_of(folder) == {"step-000003-a1"}
+    disk("200m")
+    assert "going on from step 3" in small.finish(started("run", path))
+    untouched.assert_equal(str(runs / "full"))
+
+
+def test_of_two_attempts_the_newer_wins_and_the_older_says_so(
+    untouched: Untouched, cluster: small.Cluster, started: Start
+) -> None:
+    run = untouched.runs / "two"
+    path = untouched.write("two")
+    older = started("run", path)
+    small.wait_for(reached(run, 4), older)
+    frozen = cluster.workers()  # they stand still, as if cut off, until the newer one has taken over
+    for worker in frozen:
+        worker.suspend()
+    refused = small.finish(started("run", path), code=2)
+    assert f"is being written by process {older.pid}" in refused
+    newer = started("run", "--take-over", path)
+    small.wait_for(lambda: storage.exists(str(run / "attempts" / "000002.json")), newer)
+    for worker in frozen:
+        worker.resume()
+    told = small.finish(older, code=1)
+    assert f"was taken over by process {newer.pid} on " in told
+    assert "(attempt 2)" in told
+    small.finish(newer)
+    untouched.assert_equal(str(run))
+    assert storage.read_json(str(run / "run.json"))["status"] == "finished"
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_ranks_that_stand_still_are_found_and_named(
+    untouched: Untouched, cluster: small.Cluster, started: Start, frozen: int
+) -> None:
+    """One rank alone that is frozen, for which the other waits in a collective; and both."""
+    run = untouched.runs / f"still-{frozen}"
+    process = started("run", untouched.write(run.name, failure={"timeout_s": 15}))
+    small.wait_for(reached(run, 4), process)
+    stopped = cluster.workers()[:frozen]
+    for worker in stopped:
+        worker.suspend()
+    told = small.finish(process)
+    lines = [line for line in told.splitlines() if " has not been heard of for " in line]
+    named = [line for line in lines if any(f"(process {worker.pid}) has" in line for worker in stopped)]
+    assert named, told
+    assert "it was last seen " in named[0]
+    assert "of 3 (failure.max_retries)" in named[0]
+    assert not any(psutil.pid_exists(worker.pid) for worker in stopped)
+    untouched.assert_equal(str(run))
+
+
+def test_readers_that_stand_still_are_found(untouched: Untouched, cluster: small.Cluster, started: Start) -> None:
+    """All ranks wait for rows, and the process that deals them is frozen."""
+    run = untouched.runs / "stalled"
+    process = started("run", untouched.write("stalled", failure={"timeout_s": 15}))
+    small.wait_for(lambda: bool(cluster.processes("SplitCoordinator")), process)
+    for dealer in cluster.processes("SplitCoordinator"):
+        dealer.suspend()
+    told = small.finish(process)
+    lines = [line for line in told.splitlines() if "stand still before its first step, waiting for rows" in line]
+    assert lines, told
+    assert "all ranks stand" in lines[0]
+    assert "(failure.timeout_s is 15)" in lines[0]
+    untouched.assert_equal(str(run))
+
+
+def test_verify_says_that_a_run_resumes_exactly(untouched: Untouched, started: Start) -> None:
+    path = untouched.write("verified")
+    told = small.finish(started("verify", "--steps", "6", path))
+    assert "resumes exactly, 12 losses and " in told
+    assert "killed after step 6 and gone on to step 12" in told
+    assert not list(untouched.runs.glob("verified*"))

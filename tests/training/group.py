@@ -1,0 +1,58 @@
+"""Worker groups for tests: real processes, a real gloo group, DeepSpeed engines on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def run_group(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
+    """Runs `function(*arguments)` on `world` processes in one gloo group; what each returned, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = mp.get_context("spawn").Queue()
+        context = mp.spawn(_enter, (function, world, folder, results, arguments), nprocs=world, join=False)
+        found: dict[int, tuple[bool, Any]] = {}
+        while len(found) < world and all(ok for ok, _ in found.values()):
+            with contextlib.suppress(queue.Empty):
+                rank, result = results.get(timeout=1)
+                found[rank] = result
+                continue
+            context.join(timeout=0)  # raises where a process ended without an answer
+        if not all(ok for ok, _ in found.values()):
+            for process in context.processes:
+                process.kill()
+        else:
+            while not context.join():
+                pass
+    failed = [value for ok, value in found.values() if not ok]
+    if failed:
+        raise AssertionError(failed[0])
+    return [found[rank][1] for rank in range(world)]
+
+
+def _enter(
+    rank: int, function: Callable[..., Any], world: int, folder: str, results: Any, arguments: tuple[Any, ...]
+) -> None:
+    import torch.distributed as dist
+
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    try:
+        from rayft.training.engine import prepare_process
+
+        prepare_process(1, world)
+        results.put((rank, (True, function(*arguments))))
+    except BaseException:  # noqa: BLE001 # whatever it was, the parent tells it
+        results.put((rank, (False, traceback.format_exc())))
+        results.close()
+        results.join_thread()
+        os._exit(0)
+    dist.barrier()
+    dist.destroy_process_group()

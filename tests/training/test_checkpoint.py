@@ -1,0 +1,375 @@
+"""Checkpoints: written by any number of workers at any ZeRO stage, read by any other; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from group import run_group
+from rayft import attempts, storage
+from rayft.errors import CheckpointError, Damaged, Superseded
+from rayft.training import checkpoint
+from runs import losses_of, plain, unfrozen_gradually
+from test_loop import STEPS, plain_loop
+
+Place = tuple[int, int]  # (workers, ZeRO stage)
+SAVED, UNTIL = 4, 8
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "frozen": {"model__freeze": 1, "train__layer_lr_decay": 0.9},
+    "lora": {"model__lora": "{r: 3}"},
+    "unfreezing": {"model__freeze": "all", "model__unfreeze_every": 1},
+    "dropout": {"model__dropout": 0.1},
+}
+STEPS_PER_EPOCH = {"unfreezing": 3}  # saved in the middle of the second epoch, and another depth before and after it
+SOME: list[Place] = [(1, 0), (2, 1), (2, 2), (3, 3)]
+WRITERS = {variant: [*SOME, (2, 0), (2, 3), (3, 1)] if variant == "whole" else SOME for variant in VARIANTS}
+FEW: list[tuple[Place, Place]] = [((2, 2), (1, 0)), ((3, 3), (2, 1)), ((2, 2), (3, 3)), ((1, 0), (2, 2))]
+MORE: list[tuple[Place, Place]] = [
+    ((2, 3), (1, 0)), ((3, 1), (2, 3)), ((1, 0), (3, 3)), ((2, 0), (2, 3)), ((2, 3), (2, 0)), ((2, 2), (3, 1)),
+    ((2, 0), (3, 3)), ((2, 1), (2, 2)),
+]  # fmt: skip
+CHANGES = {"whole": [*FEW, *MORE], "frozen": FEW, "lora": FEW, "unfreezing": FEW, "dropout": []}
+
+
+class Runs:
+    """Losses of runs that were left alone, by (variant, place), and of runs that went on, by (variant, from, to)."""
+
+    def __init__(self, folder: Path, bert: str) -> None:
+        self.folder, self.bert = folder, bert
+        self.untouched: dict[tuple[str, Place], list[float]] = {}
+        self.resumed: dict[tuple[str, Place, Place], list[float]] = {}
+
+    def group(self, workers: int) -> None:
+        """In one worker group: writes what is not yet written there, then goes on from whatever is there to be read."""
+        writes = [
+            (v, p) for v, places in WRITERS.items() for p in places if p[0] == workers and (v, p) not in self.untouched
+        ]
+        there = {*self.untouched, *writes}
+        pairs = [(v, w, r) for v in VARIANTS for w, r in [*CHANGES[v], *((p, p) for p in WRITERS[v])]]
+        reads = [
+            (v, w, r) for v, w, r in pairs if r[0] == workers and (v, w) in there and (v, w, r) not in self.resumed
+        ]
+        cases = [{**self.case(v, p), "save": {SAVED: self.run(v, p)}} for v, p in writes]
+        cases += [{**self.case(v, r), "start": self.saved(v, w)} for v, w, r in reads]
+        found = [case["losses"] for case in run_group(losses_of, workers, self.bert, cases)[0]]
+        self.untouched |= dict(zip(writes, found[: len(writes)], strict=True))
+        self.resumed |= dict(zip(reads, found[len(writes) :], strict=True))
+
+    def case(self, variant: str, place: Place) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe(variant, place),
+            "until": UNTIL,
+            "steps_per_epoch": STEPS_PER_EPOCH.get(variant, STEPS),
+            "between": str(self.folder / "between" / f"{len(self.untouched)}-{variant}-{place[0]}-{place[1]}"),
+        }
+
+    def recipe(self, variant: str, place: Place) -> dict[str, Any]:
+        return plain(deepspeed__zero_stage=place[1], **VARIANTS[variant])
+
+    def run(self, variant: str, place: Place) -> str:
+        return str(self.folder / f"{variant}-{place[0]}-{place[1]}")
+
+    def saved(self, variant: str, place: Place) -> str:
+        return storage.join(self.run(variant, place), "checkpoints", checkpoint.folder_name(SAVED, 1))
+
+
+@pytest.fixture(scope="module")
+def runs(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("runs"), bert)
+    for workers in (2, 1, 3, 2):
+        made.group(workers)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["whole", "frozen", "lora", "unfreezing"])
+def test_losses_depend_neither_on_workers_nor_on_the_stage(runs: Runs, variant: str) -> None:
+    alone = runs.untouched[variant, (1, 0)]
+    assert len(alone) == UNTIL
+    for place in WRITERS[variant]:
+        assert runs.untouched[variant, place] == pytest.approx(alone, rel=1e-5), place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["whole", "frozen", "lora", "unfreezing"])
+def test_a_run_goes_on_at_another_number_of_workers_and_stage(runs: Runs, variant: str) -> None:
+    for writer, reader in CHANGES[variant]:
+        expected = runs.untouched[variant, writer][SAVED:]
+        assert runs.resumed[variant, writer, reader] == pytest.approx(expected, rel=1e-5), (writer, reader)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_goes_on_bit_equal_at_the_same_place(runs: Runs, variant: str) -> None:
+    for place in WRITERS[variant]:
+        assert runs.resumed[variant, place, place] == runs.untouched[variant, place][SAVED:], place
+
+
+@pytest.mark.slow
+def test_only_what_learns_is_stored_in_float32(runs: Runs) -> None:
+    with checkpoint.Checkpoint(runs.saved("frozen", (2, 2))) as saved:
+        assert not any(name.startswith(("bert.embeddings", "bert.encoder.layer.0.")) for name in saved.names)
+        assert any(name.startswith("bert.encoder.layer.1.") for name in saved.names)
+        assert {saved.step_of(name) for name in saved.names} == {SAVED}
+        assert saved.read("classifier.weight", "exp_avg", 0, 96).dtype == torch.float32
+    with checkpoint.Checkpoint(runs.saved("lora", (3, 3))) as saved:
+        assert all("lora_" in name or "modules_to_save" in name for name in saved.names)
+
+
+@pytest.mark.slow
+def test_without_the_moments_the_losses_would_differ(runs: Runs, tmp_path: Path) -> None:
+    """Of what the tests above would not see otherwise: that 1e-5 tells a resumed optimizer from a new one."""
+    alone = runs.untouched["whole", (1, 0)]
+    case = {
+        "recipe": runs.recipe("whole", (1, 0)),
+        "until": UNTIL,
+        "start": runs.saved("whole", (2, 2)),
+        "forget": True,
+    }
+    found = run_group(losses_of, 1, runs.bert, [case])[0][0]["losses"]
+    assert found[0] == pytest.approx(alone[SAVED], rel=1e-5)
+    assert max(abs(a / b - 1) for a, b in zip(found, alone[SAVED:], strict=True)) > 1e-4
+
+
+# --- gradual unfreezing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "stages"), [(2, [0, 1, 2, 3]), (3, [0, 3])])
+def test_gradual_unfreezing_is_the_same_as_in_one_process_of_torch(
+    bert: str, tmp_path: Path, workers: int, stages: list[int]
+) -> None:
+    """AdamW starts a parameter's moments and step counter with its first gradient, as a new cohort does here."""
+    epoch, fields = 4, {"model__freeze": "all", "model__unfreeze_every": 1}
+    cases = [{"recipe": plain(deepspeed__zero_stage=stage, **fields), "steps_per_epoch": epoch} for stage in stages]
+    reference = plain_loop(bert, learns=lambda name, step: block_of(name) >= 2 - step // epoch or step // epoch >= 2)
+    for results in run_group(unfrozen_gradually, workers, bert, str(tmp_path), cases):
+        for stage, found in zip(stages, results, strict=True):
+            assert found["losses"] == pytest.approx(reference, rel=1e-5), stage
+            for name, counter in found["counters"].items():
+                began = {2: 0, 1: 1, 0: 2, -1: 2}[block_of(name)] * epoch
+                assert counter == STEPS - began, (stage, name)
+
+
+def block_of(name: str) -> int:
+    if "encoder.layer." in name:
+        return int(name.split("encoder.layer.")[1][0])
+    return -1 if "embeddings" in name else 2
+
+
+# --- files that are not as they should be
+
+
+class Small(torch.nn.Module):
+    """Parameters that can't be cut evenly, one of them frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(5, 3)
+        self.second = torch.nn.Linear(3, 1)
+        self.frozen = torch.nn.Linear(3, 2)
+        self.frozen.requires_grad_(False)
+
+
+def stepped(network: Small) -> Any:
+    """What looks like a stage 0 engine after one step."""
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    network.second(network.first(torch.ones(2, 5))).sum().backward()
+    optimizer.step()
+    return SimpleNamespace(module=network, optimizer=optimizer, zero_optimization_stage=lambda: 0)
+
+
+def write(
+    folder: Path,
+    network: Small,
+    step: int = 7,
+    attempt: int = 1,
+    ranks: int = 2,
+    commit: bool = True,
+    best: str | None = None,
+) -> Path:
+    path = folder / "checkpoints" / checkpoint.folder_name(step, attempt)
+    path.mkdir(parents=True)
+    engine = stepped(network)
+    for rank in range(ranks):
+        tensors: dict[str, torch.Tensor] = {}
+        index = checkpoint.snapshot(engine, rank, ranks, tensors)
+        checkpoint.write(str(path), rank, index, tensors)
+    shapes = {name: list(p.shape) for name, p in network.named_parameters() if p.requires_grad}
+    storage.write_json(str(path / "state.json"), {"step": step, "world": ranks, "shapes": shapes})
+    if commit:
+        storage.commit(str(path), {"step": step, "world": ranks, "best": best})
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_any_range_is_read_across_the_pieces(tmp_path: Path, ranks: int) -> None:
+    network = Small()
+    path = write(tmp_path, network, ranks=ranks)
+    moments = stepped(Small()).optimizer.state
+    with checkpoint.Checkpoint(str(path)) as saved:
+        assert saved.names == {"first.weight", "first.bias", "second.weight", "second.bias"}
+        whole = network.first.weight.detach().flatten()
+        for start, length in [(0, 15), (0, 1), (6, 4), (7, 8), (14, 1)]:
+            assert torch.equal(saved.read("first.weight", "master", start, length), whole[start : start + length])
+        squares = next(iter(moments.values()))["exp_avg_sq"].flatten()
+        assert torch.equal(saved.read("first.weight", "exp_avg_sq", 3, 9), squares[3:12])
+        other = Small()
+        torch.nn.init.zeros_(other.first.weight)
+        saved.load_weights(other)
+        assert torch.equal(other.first.weight, network.first.weight)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "says"),
+    [
+        ("rank-00001.safetensors", Path.unlink, "is missing"),
+        ("rank-00001.safetensors", cut, "is not as it was written"),
+        ("rank-00000.safetensors", flip, "is not as it was written"),
+        ("rank-00001.json", Path.unlink, "is missing"),
+        ("rank-00000.json", cut, "is not as it was written"),
+        ("state.json", Path.unlink, "is missing"),
+        ("state.json", cut, "is not as it was written"),
+    ],
+)
+def test_a_harmed_file_is_named(tmp_path: Path, name: str, harm: Callable[[Path], None], says: str) -> None:
+    path = write(tmp_path, Small())
+    harm(path / name)
+    with pytest.raises(Damaged, match=f"{path / name}: {says}") as found, checkpoint.Checkpoint(str(path)) as saved:
+        saved.load_weights(Small())
+    assert found.value.folder == str(path)
+
+
+def test_a_piece_that_no_rank_wrote_is_missed(tmp_path: Path) -> None:
+    path = write(tmp_path, Small())
+    index = json.loads((path / "rank-00001.json").read_text())
+    index["pieces"] = [entry for entry in index["pieces"] if entry["name"] != "first.weight"]
+    (path / "rank-00001.json").write_text(json.dumps(index))
+    with (
+        checkpoint.Checkpoint(str(path)) as saved,
+        pytest.raises(Damaged, match=r"first\.weight lacks 8 of 15"),
+    ):
+        saved.load_weights(Small())
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, Small())
+    wider, renamed = Small(), Small()
+    wider.second = torch.nn.Linear(4, 1)
+    renamed.third = renamed.second
+    del renamed.second
+    with checkpoint.Checkpoint(str(path)) as saved:
+        with pytest.raises(CheckpointError, match=r"second\.weight has shape \[1, 3\], the model \[1, 4\]"):
+            saved.load_weights(wider)
+        with pytest.raises(CheckpointError, match=r"holds second\.bias and 1 more that the model lacks"):
+            saved.load_weights(renamed)
+
+
+# --- which of them count
+
+
+def test_what_is_not_committed_does_not_exist(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    assert checkpoint.newest(folder) is None
+    write(tmp_path, Small(), 9, 1)
+    write(tmp_path, Small(), 12, 3, commit=False)
+    write(tmp_path, Small(), 9, 2)
+    write(tmp_path, Small(), 10, 1)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    names = [Path(path).name for path in checkpoint.committed(folder)]
+    assert names == ["step-000009-a1", "step-000009-a2", "step-000010-a1"]
+    assert checkpoint.newest(folder) == str(tmp_path / "checkpoints" / "step-000010-a1")
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        write(tmp_path, Small(), step)
+    newest = checkpoint.newest(str(tmp_path / "checkpoints"))
+    assert newest is not None
+    assert newest.endswith("step-1000000-a1")
+
+
+def test_an_attempt_that_was_superseded_adds_nothing(tmp_path: Path) -> None:
+    """However late it commits, and whatever the clocks say."""
+    run, folder = str(tmp_path), str(tmp_path / "checkpoints")
+    assert attempts.claim(run, [], 0) == 1
+    write(tmp_path, Small(), 3, 1)
+    names = [Path(path).name for path in checkpoint.committed(folder)]
+    assert attempts.claim(run, names, 1) == 2
+    write(tmp_path, Small(), 6, 1)
+    write(tmp_path, Small(), 5, 2)
+    assert [Path(path).name for path in checkpoint.committed(folder)] == ["step-000003-a1", "step-000005-a2"]
+    attempts.hold(run, 2)
+    with pytest.raises(Superseded, match=rf"was taken over by process {os.getpid()} on .* \(attempt 2\)"):
+        attempts.hold(run, 1)
+
+
+def test_a_checkpoint_counts_only_with_its_best_model(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    write(tmp_path, Small(), 1)
+    best = write(tmp_path, Small(), 2, best="step-000002-a1")
+    write(tmp_path, Small(), 3, best="step-000002-a1")
+    assert checkpoint.newest(folder) == str(tmp_path / "checkpoints" / "step-000003-a1")
+    checkpoint.discard(str(best), "harmed")
+    assert checkpoint.newest(folder) == str(tmp_path / "checkpoints" / "step-000001-a1")
+    assert (best / "DAMAGED").read_text() == "harmed\n"
+
+
+def test_what_an_attempt_left_uncommitted_is_swept(tmp_path: Path) -> None:
+    write(tmp_path, Small(), 1, 1)
+    half, other = write(tmp_path, Small(), 2, 1, commit=False), write(tmp_path, Small(), 2, 2, commit=False)
+    checkpoint.sweep(str(tmp_path / "checkpoints"), 1)
+    assert [half.exists(), other.exists()] == [False, True]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    folder, best = tmp_path / "checkpoints", "step-000002-a1"
+    for step in range(1, 7):
+        write(tmp_path, Small(), step, best=best if step > 1 else None)
+    write(tmp_path, Small(), 3, 2, commit=False)
+    write(tmp_path, Small(), 8, 2, commit=False)
+    checkpoint.prune(str(folder), 2)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-000002-a1", "step-000005-a1", "step-000006-a1", "step-000008-a2",
+    ]  # fmt: skip
+    write(tmp_path, Small(), 7, best="step-000007-a1")
+    checkpoint.prune(str(folder), 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000007-a1", "step-000008-a2"]
+
+
+def test_a_remote_checkpoint_is_read_and_checked(tmp_path: Path, s3: str) -> None:
+    network = Small()
+    path = write(tmp_path, network)
+    remote = f"{s3}/checkpoint-tests/checkpoints/{path.name}"
+    storage.upload(str(path), remote)
+    with checkpoint.Checkpoint(remote) as saved:
+        assert torch.equal(saved.read("first.bias", "master", 0, 3), network.first.bias.detach())
+        local = Path(saved.local)
+    assert not local.exists()
+    storage.write_bytes(f"{remote}/rank-00000.safetensors", (path / "rank-00000.safetensors").read_bytes()[:-9])
+    with (
+        checkpoint.Checkpoint(remote) as saved,
+        pytest.raises(Damaged, match=f"{remote}/rank-00000.safetensors: is not as"),
+    ):
+        saved.load_weights(Small())

@@ -1,0 +1,199 @@
+"""What one optimizer step does must not depend on how its global batch is cut, nor on the sharding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from group import run_group
+from rayft.recipe import Every, Recipe, Train
+from rayft.training.loop import source_rows
+from rayft.training.schedule import due, learning_rate, total_steps
+
+STEPS = 20
+BATCH = 22  # divides by none of the worker counts but 1 and 2
+
+
+def recipe(**fields: Any) -> Recipe:
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    plain = {
+        "name": "cut",
+        "task": {"type": "text-classification", "max_length": 32},
+        "model": {"path": "unused", "dropout": 0.0},
+        "data": {"train": "unused.csv"},
+        "train": {"max_steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 16, "learning_rate": 1e-3},
+    }
+    return Recipe.parse(plain, overrides=overrides)
+
+
+def rows() -> list[list[dict[str, Any]]]:
+    """Global batches of unequal rows; the last has two rows, fewer than there may be ranks."""
+    rng = np.random.default_rng(1)
+    batches = []
+    for step in range(STEPS):
+        size = 2 if step == STEPS - 1 else BATCH
+        row = lambda: {"input_ids": rng.integers(1, 100, rng.integers(3, 30)).tolist(), "label": int(rng.integers(3))}  # noqa: E731
+        batches.append([row() for _ in range(size)])
+    return batches
+
+
+class Processor:
+    """What the task's collate asks of a tokenizer."""
+
+    pad_token_id = 0
+    padding_side = "right"
+
+
+def shares_of(batches: list[list[dict[str, Any]]], rank: int, world: int, micro: int) -> Any:
+    from rayft.data.feed import Share
+    from rayft.data.order import micro_batches
+
+    for step, batch in enumerate(batches):
+        table = pa.Table.from_pylist(
+            [{**row, "row_id": i, "length": len(row["input_ids"])} for i, row in enumerate(batch)]
+        )
+        own = table.take(pa.array(range(rank, len(batch), world), pa.int64()))
+        cuts = micro_batches(len(batch), world, rank, micro)
+        parts = [own.slice(cut.start, cut.stop - cut.start) for cut in cuts]
+        yield Share(0, step, own, len(batch), parts, table.slice(0, 1))
+
+
+def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> list[tuple[list[float], list[float]]]:
+    """On a worker: for each (stage, micro-batch size), the losses of all steps and the sums of the final weights."""
+    import torch.distributed as dist
+    from transformers import BertForSequenceClassification
+
+    from rayft.recipe import Recipe
+    from rayft.training import engine, freeze
+    from rayft.training.loop import Job, steps
+    from rayft.training.saver import Saver
+    from rayft.training.watch import Watch
+
+    results = []
+    for stage, micro in cases:
+        base = Recipe.parse({**plain, "train": {**plain["train"], "micro_batch_size": micro}})
+        config = engine.deepspeed_config(base, stage)
+        sharded = None
+        if stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            sharded = HfDeepSpeedConfig(config)
+        network = BertForSequenceClassification.from_pretrained(
+            folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        blocks = base.task.blocks(network)
+        learning = freeze.freeze(network, base.model, blocks)
+        groups = freeze.parameter_groups(network, learning, len(blocks.blocks), base.train)
+        built = engine.build(network, groups, config)
+        freeze.train_mode(built.module, blocks)
+        facts = {"labels": ["a", "b", "c"]}
+        job = Job(
+            recipe=base,
+            task=base.task,
+            engine=built,
+            processor=Processor(),
+            facts=facts,
+            prepared={},
+            steps_per_epoch=STEPS,
+            total_steps=STEPS,
+            device=torch.device("cpu"),
+            run="unused",
+            attempt=1,
+            emit=lambda event: None,
+            metrics=None,
+            saver=Saver("unused", 1, 1, 60, None, lambda step: None),
+            watch=Watch(None, dist.get_rank()),
+        )
+        seen = [step.loss for step in steps(job, shares_of(rows(), dist.get_rank(), dist.get_world_size(), micro))]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for piece in engine.pieces(built):
+            sums += torch.stack([piece.master.double().sum(), piece.master.double().abs().sum()]).detach()
+        if stage > 0:
+            dist.all_reduce(sums)
+        results.append((seen, sums.tolist()))
+        engine.destroy(built)
+        del sharded
+    return results
+
+
+def plain_loop(folder: str, learns: Callable[[str, int], bool] = lambda name, step: True) -> list[float]:
+    """The same steps by torch alone: one process, one batch, mean loss.
+
+    `learns` says of a parameter whether it does yet.
+    """
+    from transformers import BertForSequenceClassification
+
+    network = BertForSequenceClassification.from_pretrained(
+        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    decayed = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    found = []
+    for number, batch in enumerate(rows()):
+        longest = max(len(row["input_ids"]) for row in batch)
+        ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])
+        loss = network(input_ids=ids, attention_mask=mask, labels=torch.tensor([row["label"] for row in batch])).loss
+        loss.backward()
+        for name, parameter in network.named_parameters():
+            if not learns(name, number):
+                parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - number / STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_losses_are_the_same_however_the_batch_is_cut(bert: str, world: int) -> None:
+    cases = [(0, 16), (0, 4), (1, 8), (1, 4), (2, 16), (2, 4), (2, 8), (3, 4), (3, 16), (3, 1)]
+    reference = plain_loop(bert)
+    for seen in run_group(losses, world, bert, recipe().dump(), cases):
+        for case, (found, sums) in zip(cases, seen, strict=True):
+            assert found == pytest.approx(reference, rel=1e-5), case
+            assert sums == pytest.approx(seen[0][1], rel=1e-5), case
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    train = Train(epochs=1, learning_rate=1.0, warmup=2, schedule="linear")
+    assert [learning_rate(train, step, 6) for step in range(6)] == pytest.approx([0, 0.5, 1.0, 0.75, 0.5, 0.25])
+    cosine = Train(epochs=1, learning_rate=1.0, warmup=0.5, schedule="cosine")
+    assert [learning_rate(cosine, step, 4) for step in range(4)] == pytest.approx([0, 0.5, 1.0, 0.5])
+    assert learning_rate(Train(epochs=1, learning_rate=0.3, schedule="constant"), 99, 100) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("every", "steps_per_epoch", "expected"),
+    [
+        (Every(count=1, unit="epoch"), 4, [4, 8]),
+        (Every(count=0.5, unit="epoch"), 4, [2, 4, 6, 8, 10]),
+        (Every(count=0.5, unit="epoch"), 5, [3, 5, 8, 10]),
+        (Every(count=3, unit="steps"), 4, [3, 6, 9]),
+        (Every(count=1, unit="minutes"), 4, []),
+    ],
+)
+def test_intervals_end_where_they_should(every: Every, steps_per_epoch: int, expected: list[int]) -> None:
+    assert [step for step in range(1, 11) if due(every, step, steps_per_epoch)] == expected
+
+
+def test_a_packed_row_counts_each_text_once_however_many_of_its_windows_it_holds() -> None:
+    assert source_rows(pa.table({"row_id": [4, 4, 5]})) == 3
+    assert source_rows(pa.table({"row_id": [4, 5], "row_ids": [[4, 7, 4, 4], [5]]})) == 3
+
+
+def test_the_run_ends_at_whichever_comes_first() -> None:
+    assert total_steps(Train(epochs=2), 10) == 20
+    assert total_steps(Train(epochs=2, max_steps=7), 10) == 7
+    assert math.isclose(total_steps(Train(max_steps=70), 10), 70)
