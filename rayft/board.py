@@ -12,8 +12,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands. `silent_s` since it was heard of, `still_s` since it last came to something else (seconds).
+    """Where a rank stands. `silent_s` since it was heard of; `still_s` how long it had then not come to anything else.
 
+    Both in seconds. What a silent rank has come to since is not known, so its silence does not make it still.
     `count` grows with all that it comes to; `doing` is where it is in optimizer step `step` (1-based; None: before).
     """
 
@@ -62,8 +63,8 @@ class Board:
         now, places = time.monotonic(), []
         for rank, entry in sorted(self.places.items()):
             place = dict(entry)
-            silent, still = now - place.pop("heard"), now - place.pop("moved")
-            places.append(Place(rank=rank, silent_s=silent, still_s=still, **place))
+            heard, moved = place.pop("heard"), place.pop("moved")
+            places.append(Place(rank=rank, silent_s=now - heard, still_s=heard - moved, **place))
         return events, places
 
 
@@ -84,6 +85,8 @@ def standstill(places: list[Place], timeout_s: float) -> str | None:
     behind = min(places, key=lambda place: (place.step or 0, place.count))
     waited = f"for {behind.still_s:.0f} s (failure.timeout_s is {timeout_s:g})"
     if all((place.step, place.doing) == (behind.step, behind.doing) for place in places):
-        who = "all ranks stand" if len(places) > 1 else f"{behind} stands"
-        return f"{who} still {behind.last}, {behind.doing}, {waited}; first of them is {behind}"
+        if len(places) == 1:
+            return f"{behind} stands still {behind.last}, {behind.doing}, {waited}"
+        where = behind.last.replace("its", "their")
+        return f"all ranks stand still {where}, {behind.doing}, {waited}; first of them is {behind}"
     return f"{behind} stands still {behind.last}, {behind.doing}, {waited}; the others wait for it"

@@ -47,7 +47,17 @@ def place(rank: int, step: int | None = 7, doing: str = "waiting for rows", coun
             [place(0, step=None, doing="loading the model", still=70)],
             (
                 "rank 0 on 10.0.0.0 (process 70) stands still before its first step, loading the model, for 70 s "
-                "(failure.timeout_s is 60); first of them is rank 0 on 10.0.0.0 (process 70)"
+                "(failure.timeout_s is 60)"
+            ),
+        ),
+        (
+            [
+                place(0, step=None, doing="loading the model", still=70),
+                place(1, step=None, still=65, doing="loading the model"),
+            ],
+            (
+                "all ranks stand still before their first step, loading the model, for 70 s (failure.timeout_s is 60); "
+                "first of them is rank 0 on 10.0.0.0 (process 70)"
             ),
         ),
     ],
@@ -56,7 +66,7 @@ def test_who_stands_still(places: list[Place], says: str | None) -> None:
     assert standstill(places, 60) == says
 
 
-def test_a_place_is_still_since_it_changed_and_silent_since_it_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_is_silent_since_it_was_heard_and_was_still_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(board.time, "monotonic", lambda: clock[0])
     told, known = Board(), {"node": "a", "node_id": "b", "pid": 1, "step": 3}
@@ -72,8 +82,8 @@ def test_a_place_is_still_since_it_changed_and_silent_since_it_was_heard(monkeyp
     told.push({"event": "step"})
     events, (first, second) = told.drain()
     assert events == [{"event": "step"}]
-    assert (first.rank, first.silent_s, first.still_s) == (0, 3.0, 3.0)
-    assert (second.rank, second.silent_s, second.still_s) == (1, 3.0, 13.0)
+    assert (first.rank, first.silent_s, first.still_s) == (0, 3.0, 0.0)
+    assert (second.rank, second.silent_s, second.still_s) == (1, 3.0, 10.0)
     assert told.drain()[0] == []
     told.tell("leave")
     assert pulse(1, 5) == "leave"

@@ -324,7 +324,7 @@ def test_readers_that_stand_still_are_found(untouched: Untouched, cluster: small
     for dealer in cluster.processes("SplitCoordinator"):
         dealer.suspend()
     told = small.finish(process)
-    lines = [line for line in told.splitlines() if "stand still before its first step, waiting for rows" in line]
+    lines = [line for line in told.splitlines() if "stand still before their first step, waiting for rows" in line]
     assert lines, told
     assert "all ranks stand" in lines[0]
     assert "(failure.timeout_s is 15)" in lines[0]
