@@ -47,7 +47,7 @@ class Start:
     """What a worker group starts from: the attempt that it writes as, and the checkpoint (None: the beginning).
 
     `step` optimizer steps are done; with `feeds` there are more to do. `begun` is when the command was given, in
-    seconds since 1970.
+    seconds since 1970, `identity` the base model's.
     """
 
     attempt: int
@@ -55,6 +55,7 @@ class Start:
     checkpoint: str | None
     step: int
     feeds: bool
+    identity: str
 
 
 def fit(
@@ -96,6 +97,7 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
         "begun": start.begun,
         "board": board,
         "feeds": start.feeds,
+        "identity": start.identity,
     }
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import os
 import re
-import shutil
-import time
-import uuid
-from collections.abc import Iterator
 
 from rayft import storage
+from rayft.copies import local_copy
 from rayft.errors import ModelError
 
 # Weights, config, tokenizer and a model's own code; not model cards, nor other formats of the same weights.
@@ -81,49 +77,8 @@ def _packaged(path: str) -> str:
 
 
 def _downloaded(url: str) -> str:
-    """The local copy of a folder behind an URL, under a name made of its content.
-
-    A copy is made beside its place and moved there whole, with its marker in it. Processes that want the same one at
-    once wait for the first; where the cache's file system has no locks, each makes its own and one of them stays.
-    """
-    entries = [entry for entry in storage.listing(url) if os.path.basename(entry.path) != storage.MARKER]
-    if not entries:
+    """The local copy of a folder behind an URL."""
+    folder = local_copy(url, "models")
+    if folder is None:
         raise ModelError(f"model.path: there are no files at `{storage.shown(url)}`")
-    start = len(url.rstrip("/"))
-    names = [f"{entry.path[start:]}\0{entry.size}\0{storage.content_hash(entry)}\0" for entry in entries]
-    key = hashlib.sha256("".join(names).encode()).hexdigest()[:32]
-    folder = os.path.join(storage.cache_folder(), "models", key)
-    if storage.committed(folder) is not None:
-        return folder
-    with _lock(f"{folder}.lock"):
-        _sweep(os.path.dirname(folder))
-        if storage.committed(folder) is None:
-            part = f"{folder}.{uuid.uuid4().hex}.part"
-            try:
-                storage.download(url, part)
-                storage.commit(part, {"files": len(entries), "bytes": sum(entry.size for entry in entries)})
-                with contextlib.suppress(OSError):  # another process, not held by the lock, was first
-                    os.rename(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    if storage.committed(folder) is None:
-        raise ModelError(f"model.path: `{storage.shown(url)}` could not be put into the cache at {folder}")
     return folder
-
-
-def _sweep(folder: str) -> None:
-    """Removes copies whose process died before it could."""
-    for one in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            if one.name.endswith(".part") and time.time() - one.stat().st_mtime > 86400:
-                shutil.rmtree(one.path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(path: str) -> Iterator[None]:
-    """Held by one process at a time and let go of when it dies; nothing where the file system has no locks."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -143,6 +143,11 @@ class Record:
         return self.attempt
 
     @property
+    def model(self) -> str:
+        """What identifies the base model of the run that is being written."""
+        return str(self._state["model"])
+
+    @property
     def _claimed(self) -> bool:
         return "attempt" in self._state
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayft.errors import Fault
 from rayft.faults import show
-from rayft.search import Space
+from rayft.search import Space, Tune
 from rayft.sections import Cluster, Freeze, Lora, Source, Workers
 
 Faults = Iterator[Fault]
@@ -64,13 +64,11 @@ def workers_in_order(workers: int | Workers) -> Faults:
 def adapters_freeze_the_rest(lora: Lora | None, freeze: Freeze | None, unfreeze_every: int | None) -> Faults:
     if lora is None:
         return
-    if freeze is not None and not freeze.nothing:
-        shown = show(freeze.model_dump(mode="json"))
-        yield Fault(
-            "model.freeze", "impossible with `model.lora`, which freezes all but the adapters", shown, "null fits"
-        )
+    what = "impossible with `model.lora`, which freezes all but the adapters"
+    if freeze is not None and freeze.patterns:
+        fits = "a depth fits, below which there are no adapters"
+        yield Fault("model.freeze.patterns", what, show(list(freeze.patterns)), fits)
     if unfreeze_every is not None:
-        what = "impossible with `model.lora`, which freezes all but the adapters"
         yield Fault("model.unfreeze_every", what, show(unfreeze_every), "null fits")
 
 
@@ -80,10 +78,20 @@ def unfreezing_needs_frozen_blocks(unfreeze_every: int | None, freeze: Freeze | 
         yield Fault("model.unfreeze_every", "no block is frozen", show(unfreeze_every), fits)
 
 
-def cache_needs_fixed_depth(cache: str, unfreeze_every: int | None) -> Faults:
-    if cache == "on" and unfreeze_every is not None:
-        what = "impossible with `model.unfreeze_every`, which changes what is frozen"
-        yield Fault("model.cache_frozen", what, show(cache), "`auto` or `off` fits")
+def cache_needs_fixed_depth(
+    cache: str, unfreeze_every: int | None, freeze: Freeze | None, compiled: bool, tune: Tune | None
+) -> Faults:
+    if cache != "on":
+        return
+    wrong = None
+    if unfreeze_every is not None:
+        wrong = "impossible with `model.unfreeze_every`, which changes what is frozen"
+    elif compiled:
+        wrong = "impossible with `model.compile`, which would compile anew for what is stored"
+    elif (freeze is None or freeze.layers == 0) and not (tune and any("freeze" in name for name in tune.search)):
+        wrong = "no block is frozen: model.freeze.layers says how many are"
+    if wrong:
+        yield Fault("model.cache_frozen", wrong, show(cache), "`auto` or `off` fits")
 
 
 def offload_needs_sharding(offload: str, stage: int | str) -> Faults:
@@ -181,7 +189,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("cluster.workers",), workers_in_order),
     (("model.lora", "model.freeze", "model.unfreeze_every"), adapters_freeze_the_rest),
     (("model.unfreeze_every", "model.freeze", "model.lora"), unfreezing_needs_frozen_blocks),
-    (("model.cache_frozen", "model.unfreeze_every"), cache_needs_fixed_depth),
+    (
+        ("model.cache_frozen", "model.unfreeze_every", "model.freeze", "model.compile", "tune"),
+        cache_needs_fixed_depth,
+    ),
     (("deepspeed.offload", "deepspeed.zero_stage"), offload_needs_sharding),
     (("model.compile", "deepspeed.zero_stage", "deepspeed.offload"), compiling_needs_whole_weights),
     (("deepspeed.extra",), extra_leaves_ours_alone),

@@ -202,7 +202,7 @@ class Attempts:
             if workers < self.recipe.cluster.max_workers:
                 self.show({"event": "note", "text": f"working with {workers} workers until there is room for more"})
             recipe = decided(self.recipe, workers, self.parameters)
-            start = group.Start(attempt, self.begun, path, step, feeds)
+            start = group.Start(attempt, self.begun, path, step, feeds, self.record.model)
             most = self.recipe.cluster.max_workers
             try:
                 return group.fit(

@@ -205,6 +205,16 @@ def check_writable(path: str) -> None:
     delete(probe)
 
 
+def free(path: str) -> int | None:
+    """Bytes that the file system of `path`, or of the nearest folder above it that exists, has left; None: no limit."""
+    if not is_local(path):
+        return None
+    folder = absolute(path)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
 def _parallel(action: Callable[[T], None], items: Sequence[T]) -> None:
     """Does all, a few at a time; the first failure ends it without starting what has not begun."""
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from rayft.data.feed import first_row, strided
 from rayft.data.prepare import Prepared
+from rayft.data.read import first_row, strided
 from rayft.tasks.task import Batch, Columns, Prediction, Task
 from rayft.training.watch import Watch
 
@@ -60,27 +60,39 @@ def by_row(task: Task, entries: Iterable[tuple[int, Prediction, Any]]) -> dict[i
     return {row: (task.combine(parts[row]), truth[row]) for row in sorted(parts)}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A model, or the engine around it, and what its task needs to pass rows through it."""
+
+    model: Any
+    task: Task
+    processor: Any
+    facts: dict[str, Any]
+    device: torch.device
+
+    def batch(self, table: pa.Table) -> Batch:
+        return to_device(self.task.collate(features_of(table), self.processor, self.facts), self.device)
+
+
 def evaluate(
-    network: Any,
-    task: Task,
+    network: Network,
     prepared: Prepared,
-    processor: Any,
-    facts: dict[str, Any],
     batch_size: int,
-    device: torch.device,
     watch: Watch,
+    before: Callable[[Sequence[int]], None] = lambda rows: None,
 ) -> dict[str, float] | None:
     """`loss` (mean over the items) and the task's metrics, the same on every rank; None where one was asked to leave.
 
-    Collective; leaves evaluation mode on.
+    Collective; leaves evaluation mode on. `before` is called with the rows' numbers in the split before each pass.
 
     With ZeRO-3 all ranks run as many forward passes as the longest share, since the weights are gathered together.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    network.eval()
+    model, task, device = network.model, network.task, network.device
+    model.eval()
     total, items = 0.0, 0
     mine: list[tuple[int, int, Prediction, str | None]] = []  # position, row, result, reference
-    together = _sharded(network)
+    together = sharded(model)
     with torch.inference_mode() if not together else torch.no_grad():
         stream = strided(prepared.folder, prepared.manifest.shards, rank=rank, world=world, batch_size=batch_size)
         for number, table in enumerate(stream):
@@ -89,10 +101,11 @@ def evaluate(
                 return None
             if not table.num_rows:  # the others still have rows; with sharded weights they need this rank's shards
                 if together:
-                    spare = features_of(first_row(prepared.folder, prepared.manifest.shards))
-                    task.forward(network, to_device(task.collate(spare, processor, facts), device))
+                    before([0])
+                    task.forward(model, network.batch(first_row(prepared.folder, prepared.manifest.shards)))
                 continue
-            measured = measure(network, task, features_of(table), processor, facts, device)
+            before(table.column("position").to_pylist())
+            measured = measure(model, task, features_of(table), network.processor, network.facts, device)
             total, items, results = total + measured.loss, items + measured.items, measured.predictions
             references = (
                 table.column("reference").to_pylist() if "reference" in table.column_names else [None] * len(results)
@@ -119,5 +132,6 @@ def _leaving(watch: Watch, device: torch.device) -> bool:
     return int(asked) > 0
 
 
-def _sharded(network: Any) -> bool:
+def sharded(network: Any) -> bool:
+    """Are the weights spread over the ranks (ZeRO-3), so that each forward pass needs all of them?"""
     return any(hasattr(parameter, "ds_id") for parameter in network.parameters())

@@ -13,7 +13,7 @@ from rayft import __version__, storage
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained
 from rayft.training.checkpoint import Checkpoint
-from rayft.training.freeze import adapt
+from rayft.training.freeze import adapted
 
 DETAILS = "rayft.json"  # task, facts and scores, for `evaluate` and `predict` on the folder alone
 
@@ -38,7 +38,7 @@ def export(
     network = task.load(base, facts, processor)
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as folder:
         if recipe.model.lora is not None:
-            network = adapt(network, recipe.model.lora, new_parameters(network), recipe.train.seed)
+            network = adapted(network, recipe, task.blocks(network), new_parameters(network))
         with Checkpoint(best) as checkpoint:
             checkpoint.load_weights(network)
         if recipe.model.lora is not None:

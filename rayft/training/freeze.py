@@ -6,7 +6,7 @@ the first N blocks, "all" everything but what lies above the blocks. It is appli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rayft.errors import ModelError
-from rayft.recipe import Lora, Model, Train
+from rayft.recipe import Lora, Model, Recipe, Train
 from rayft.tasks.task import Blocks
 
 
@@ -145,15 +145,28 @@ def store_frozen_in(network: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def adapt(network: torch.nn.Module, lora: Lora, new: Iterable[str], seed: int) -> torch.nn.Module:
+def adapted(network: torch.nn.Module, recipe: Recipe, blocks: Blocks, new: Iterable[str]) -> torch.nn.Module:
+    """`adapt` as the recipe says: blocks below the freezing depth get no adapters."""
+    if recipe.model.lora is None:
+        return network
+    below = blocks.blocks[: depth_at(recipe.model, 0, len(blocks.blocks))]
+    return adapt(network, recipe.model.lora, new, recipe.train.seed, below)
+
+
+def adapt(
+    network: torch.nn.Module, lora: Lora, new: Iterable[str], seed: int, below: Sequence[str] = ()
+) -> torch.nn.Module:
     """Wraps `network` with low-rank adapters (Hu et al. 2021, by peft); parameters `new` to the checkpoint learn whole.
 
-    Adapter matrices are drawn from (seed, name). What learns is float32, whatever the dtype of the model below.
+    Modules `below` get none. Adapter matrices are drawn from (seed, name). What learns is float32, whatever the dtype
+    of the model below.
     """
     from peft import LoraConfig, get_peft_model
 
     heads = sorted({name.rpartition(".")[0] for name in new})
     targets = list(lora.targets) if lora.targets else _linear_names(network, heads)
+    if below:
+        targets = _above(network, targets, below)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -172,6 +185,16 @@ def adapt(network: torch.nn.Module, lora: Lora, new: Iterable[str], seed: int) -
             if "lora_A" in name or "lora_embedding_B" in name:  # their partners are zero
                 _draw_adapter(parameter, name, seed)
     return wrapped
+
+
+def _above(network: torch.nn.Module, targets: Sequence[str], below: Sequence[str]) -> list[str]:
+    """The full names of the modules that `targets` mean, but for those inside the modules `below`."""
+    ends = tuple("." + target for target in targets)
+    meant = [name for name, _ in network.named_modules() if f".{name}".endswith(ends)]
+    kept = [name for name in meant if not any(name.startswith(module + ".") for module in below)]
+    if not kept:
+        raise ModelError("model.freeze.layers: no module that `model.lora` adapts is left above that depth")
+    return kept
 
 
 def _transposed(network: torch.nn.Module, targets: list[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +12,17 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from rayft.data.feed import Share
 from rayft.data.prepare import Prepared
+from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe
-from rayft.tasks.task import Task
+from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint
 from rayft.training.engine import grad_norm
-from rayft.training.evaluate import evaluate, features_of, to_device
+from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.metrics import Metrics
+from rayft.training.prefix import Prefix
 from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
 from rayft.training.watch import Watch
@@ -81,6 +82,13 @@ class Job:
     metrics: Metrics | None  # on rank 0
     saver: Saver
     watch: Watch
+    blocks: Blocks
+    prefix: Prefix | None  # what stands in for the frozen blocks
+
+    def serve(self, split: str, rows: list[int]) -> None:
+        """The next forward pass is over these rows of `split`, by their numbers in it."""
+        if self.prefix is not None:
+            self.prefix.serve(split, rows, self.device)
 
     @property
     def rank(self) -> int:
@@ -124,7 +132,7 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         number = share.step + 1
         job.watch.at("agreeing on the batch", number)
         seed_step(job.recipe.train.seed, share.step, job.rank)
-        batches = [(_batch(job, table if table.num_rows else share.spare), table.num_rows > 0) for table in share.micro]
+        batches = [_micro(job, table if table.num_rows else share.spare, table.num_rows > 0) for table in share.micro]
         late = save_after is not None and job.rank == 0 and time.monotonic() - saved > save_after
         items, rows, tokens, padded, save, leave = _count(job, batches, share, late)
         rate = learning_rate(job.recipe.train, share.step, job.total_steps)
@@ -145,17 +153,27 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         yield Step(number, share.epoch, loss, rate, rows, tokens, padded, seconds, waited, save > 0, leave > 0)
 
 
-def _batch(job: Job, table: pa.Table) -> dict[str, Any]:
-    return to_device(job.task.collate(features_of(table), job.processor, job.facts), job.device)
+@dataclass(frozen=True)
+class Micro:
+    """One forward pass: its batch, the rows' numbers in the split, and whether it counts (else it is a spare row)."""
+
+    batch: dict[str, Any]
+    rows: list[int]
+    real: bool
 
 
-def _count(job: Job, batches: list[tuple[dict[str, Any], bool]], share: Share, late: bool) -> tuple[int, ...]:
+def _micro(job: Job, table: pa.Table, real: bool) -> Micro:
+    batch = to_device(job.task.collate(features_of(table), job.processor, job.facts), job.device)
+    return Micro(batch, table.column("position").to_pylist(), real)
+
+
+def _count(job: Job, batches: list[Micro], share: Share, late: bool) -> tuple[int, ...]:
     """Items, source rows, tokens, padded tokens of the global batch; and how many ranks are late and should leave."""
     sources = source_rows(share.rows)
     tokens = sum(share.rows.column("length").to_pylist())
-    padded = sum(_size(batch) for batch, real in batches if real)
+    padded = sum(_size(micro.batch) for micro in batches if micro.real)
     counts = [
-        sum(job.task.items(batch) for batch, real in batches if real),
+        sum(job.task.items(micro.batch) for micro in batches if micro.real),
         sources,
         tokens,
         padded,
@@ -179,20 +197,21 @@ def _size(batch: dict[str, Any]) -> int:
     return next((value.numel() for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 2), 0)
 
 
-def _accumulate(job: Job, batches: list[tuple[dict[str, Any], bool]], scale: float) -> float:
+def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
     """Backward over all micro-batches; the loss summed over all ranks.
 
     A rank whose share is used up runs the spare row with weight 0: the collectives of sharded weights and gradients
     need every rank, in the same order.
     """
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    for number, (batch, real) in enumerate(batches):
+    for number, micro in enumerate(batches):
         job.watch.at("in the forward and backward pass")
         job.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-        outputs = job.task.forward(job.engine, batch)
-        loss = job.task.loss(outputs, batch, job.recipe.train.label_smoothing)
-        job.engine.backward(loss * (scale if real else 0.0), scale_wrt_gas=False)
-        if real:
+        job.serve("train", micro.rows)
+        outputs = job.task.forward(job.engine, micro.batch)
+        loss = job.task.loss(outputs, micro.batch, job.recipe.train.label_smoothing)
+        job.engine.backward(loss * (scale if micro.real else 0.0), scale_wrt_gas=False)
+        if micro.real:
             total += loss.detach().double().cpu()
     total = total.to(job.device)
     dist.all_reduce(total)
@@ -204,31 +223,37 @@ def _finite_gradient(norm: float, step: int) -> None:
         raise NotFinite(step, "gradient norm", "lower train.learning_rate, or set train.max_grad_norm lower")
 
 
-def train(job: Job, shares: Iterator[Share], progress: Progress, timing: Timing, until: int) -> bool:
+def train(
+    job: Job, shares: Iterator[Share], progress: Progress, timing: Timing, until: int
+) -> Generator[None, None, bool]:
     """Drains `steps` up to optimizer step `until`: metrics, evaluation, checkpoints, early stopping, in this order.
 
-    False where it was asked to leave before: a checkpoint is committed then.
+    Yields after each evaluation, when what follows from it is done: whoever asks for more decides. Returns False where
+    it was asked to leave before: a checkpoint is committed then.
     """
-    blocks = job.task.blocks(job.engine.module)
     every = job.recipe.train.save_every
-    if progress.pending and not _settle(job, progress, timing, save=False, leave=False):
-        return False
+    if progress.pending:
+        if not _settle(job, progress, timing, save=False, leave=False):
+            return False
+        yield
     if progress.finished:
         return True
-    train_mode(job.engine.module, blocks)
+    train_mode(job.engine.module, job.blocks)
     try:
         for step in steps(job, shares, every.count * 60 if every.unit == "minutes" else None):
             progress.step = step.number
-            progress.pending = step.number == job.total_steps or due(
+            progress.pending = evaluates = step.number == job.total_steps or due(
                 job.recipe.train.evaluate_every, step.number, job.steps_per_epoch
             )
             _record(job, step, timing)
             save = step.save or step.number == until or due(every, step.number, job.steps_per_epoch)
             if not _settle(job, progress, timing, save, step.leave):
                 return False
+            if evaluates:
+                yield
             if progress.finished or step.number == until:
                 return True
-            train_mode(job.engine.module, blocks)
+            train_mode(job.engine.module, job.blocks)
     except NotFinite:  # on every rank alike
         job.saver.finish()  # the last good checkpoint may still be on its way
         dist.barrier()  # until rank 0 has committed it: the group ends with the first that raises
@@ -288,15 +313,13 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
     """Scores the validation split. (Is the model the best so far, was the run asked to leave before that was known.)"""
     begun = time.monotonic()
     job.emit({"event": "stage", "name": "evaluating"})
+    network = Network(job.engine, job.task, job.processor, job.facts, job.device)
     scores = evaluate(
-        job.engine,
-        job.task,
+        network,
         job.prepared["validation"],
-        job.processor,
-        job.facts,
         2 * job.recipe.train.micro_batch_size,
-        job.device,
         job.watch,
+        lambda rows: job.serve("validation", list(rows)),
     )
     timing.evaluating += time.monotonic() - begun
     if scores is None:

@@ -45,7 +45,8 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
         warnings.simplefilter("ignore")  # of libraries among themselves
         network = recipe.task.load(replace(base, meta=True), facts, given)
         if recipe.model.lora is not None:
-            network = freeze.adapt(network, recipe.model.lora, export.new_parameters(network), recipe.train.seed)
+            new = export.new_parameters(network)
+            network = freeze.adapted(network, recipe, recipe.task.blocks(network), new)
         blocks = recipe.task.blocks(network)
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
         first, last = (

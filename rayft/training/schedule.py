@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from rayft.data.feed import order_of
 from rayft.data.order import Order
 from rayft.data.prepare import Prepared
+from rayft.data.window import order_of
 from rayft.recipe import Every, Recipe, Train
 
 

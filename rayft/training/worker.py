@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rayft import attempts, storage
-from rayft.data.feed import Share, Shares
+from rayft.data.order import Position
 from rayft.data.prepare import Prepared
+from rayft.data.window import Share
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
-from rayft.tasks.task import Pretrained
-from rayft.training import checkpoint, engine, export, freeze
-from rayft.training.evaluate import evaluate
+from rayft.tasks.task import Blocks, Pretrained
+from rayft.training import checkpoint, engine, export, freeze, prefix
+from rayft.training.evaluate import Network, evaluate
 from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, train
 from rayft.training.metrics import Metrics
+from rayft.training.prefix import Prefix, Source, fill
 from rayft.training.saver import Saver
 from rayft.training.schedule import order, total_steps
 from rayft.training.watch import Watch
+
+Load = Callable[[Pretrained, dict[str, Any], Any], Any]
 
 
 def pretrained(recipe: Recipe, path: str) -> Pretrained:
@@ -47,11 +51,13 @@ def work(config: dict[str, Any]) -> None:
 
     `config`: `recipe` (dump, its ZeRO stage decided), `model` (what `fetch_model` takes), `prepared` ({split: folder}),
     `attempt`, `start` (the checkpoint to go on from, or None), `begun` (epoch seconds of the command), `board` (the
-    driver's actor, or None), `feeds` (are there steps to make?). Leaves checkpoints, metrics, export and result.json in
-    the run's folder; or, asked to leave, a checkpoint and the event `left`.
+    driver's actor, or None), `feeds` (are there steps to make?), `identity` (of the base model). Leaves checkpoints,
+    metrics, export and result.json in the run's folder; or, asked to leave, a checkpoint and the event `left`.
     """
     import ray.train
     from ray.train.torch import get_device
+
+    from rayft.data.feed import Shares
 
     recipe = Recipe.parse(config["recipe"])
     context = ray.train.get_context()
@@ -70,11 +76,21 @@ def work(config: dict[str, Any]) -> None:
     with Watch(board, dist.get_rank()) as watch:
         prepared = {split: Prepared.open(folder) for split, folder in config["prepared"].items()}
         iterator = ray.train.get_dataset_shard("train") if config["feeds"] else None
-        Run(recipe, config, prepared, device, emit, watch).go(iterator)
+
+        def feed(run: Run) -> Iterator[Share]:
+            assert iterator is not None
+            world, rank, size = dist.get_world_size(), dist.get_rank(), recipe.train.micro_batch_size
+            return iter(Shares(iterator, run.order, run.position, world, rank, size))
+
+        for _ in Run(recipe, config, prepared, device, emit, watch).go(feed if config["feeds"] else None):
+            pass
 
 
 class Run:
-    """One attempt on one worker."""
+    """One attempt on one worker. `load` makes the pretrained network with its head, as the task's own `load` does.
+
+    With `exports` false it ends with the best evaluation, and nothing is tested or exported.
+    """
 
     def __init__(
         self,
@@ -84,24 +100,32 @@ class Run:
         device: torch.device,
         emit: Emit,
         watch: Watch,
+        *,
+        load: Load | None = None,
+        exports: bool = True,
     ) -> None:
         self.recipe, self.task, self.prepared = recipe, recipe.task, prepared
         self.base = pretrained(recipe, fetch_model(config["model"]))
+        self.load, self.exports = load or self.task.load, exports
         self.facts = prepared["train"].manifest.facts
         self.processor = self.task.processor(self.base)
         self.start, self.attempt, self.begun = config["start"], config["attempt"], config["begun"]
+        self.identity = config["identity"]
         self.device, self.emit, self.watch = device, emit, watch
         self.order = order(recipe, prepared["train"])
         self.total = total_steps(recipe.train, self.order.steps_per_epoch)
         self.progress, self.timing = Progress(), Timing()
         self.engine: Any = None
+        self.prefix: Prefix | None = None
         self.shares: Iterator[Share] = iter(())
-        self.blocks = 0
+        self.blocks = Blocks((), ())
 
-    def go(self, iterator: Any) -> None:
+    def go(self, feed: Callable[[Run], Iterator[Share]] | None) -> Generator[None, None, None]:
         """Trains to the end, scores the best model on the test split, exports it and writes result.json.
 
-        Returns early, with a checkpoint committed and the event `left`, where the watch brings that order.
+        `feed` opens the stream of global batches from where the run stands; None where all steps are done. Yields after
+        each evaluation. Ends early, with a checkpoint committed and the event `left`, where the watch brings that
+        order.
         """
         if self.start:
             self._restore()
@@ -115,14 +139,16 @@ class Run:
             metrics,
             lambda step: self.emit({"event": "saved", "step": step}),
         )
-        self._open(iterator)
-        scores = self._finish() if self._trained(metrics) else None
+        self.shares = feed(self) if feed is not None else iter(())
+        stayed = yield from self._trained(metrics)
+        scores = self._finish() if stayed else None
         if scores is None:
             dist.barrier()
             self.emit({"event": "left", "step": self.progress.step})
             return
         if metrics is not None:
-            metrics.write({"step": self.progress.step, "epoch": self._epochs(), **scores})
+            if self.exports:
+                metrics.write({"step": self.progress.step, "epoch": self._epochs(), **scores})
             attempts.hold(self.recipe.folder, self.attempt)
             metrics.close()
             result = self._result(scores)
@@ -130,15 +156,18 @@ class Run:
             self.emit({"event": "finished", "result": result})
         dist.barrier()
 
-    def _trained(self, metrics: Metrics | None) -> bool:
+    def _trained(self, metrics: Metrics | None) -> Generator[None, None, bool]:
         """Stretch after stretch, each with an engine of its own. False where the run was asked to leave."""
         while True:
             self.watch.at("loading the model")
             self._build()
             if not self.done:
+                self.prefix = self._filled()
                 if self.timing.first_step is None:
                     self.emit({"event": "stage", "name": "training"})
-                stayed = train(self._job(metrics), self.shares, self.progress, self.timing, self._stretch_end())
+                stayed = yield from train(
+                    self._job(metrics), self.shares, self.progress, self.timing, self._stretch_end()
+                )
                 if not stayed:
                     return False
             self.watch.at("writing a checkpoint")
@@ -147,8 +176,19 @@ class Run:
                 return True
             dist.barrier()  # rank 0 has committed what all go on from
             self.start = checkpoint.newest(self.saver.folder)
+            self.close()
+
+    def close(self) -> None:
+        """Frees the engine."""
+        if self.engine is not None:
             engine.destroy(self.engine)
+            self.engine = self.prefix = None
             gc.collect()
+
+    @property
+    def position(self) -> Position:
+        """Where in the order of the rows the run stands."""
+        return self.order.position(self.progress.step)
 
     @property
     def done(self) -> bool:
@@ -163,14 +203,6 @@ class Run:
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
             self.progress.finished = False
 
-    def _open(self, iterator: Any) -> None:
-        """The stream of global batches from where the run stands; empty where all steps are done."""
-        if iterator is None:
-            return
-        position = self.order.position(self.progress.step)
-        size = self.recipe.train.micro_batch_size
-        self.shares = iter(Shares(iterator, self.order, position, dist.get_world_size(), dist.get_rank(), size))
-
     def _build(self) -> None:
         """The model at the current epoch's freezing depth, in an engine, with the newest checkpoint's state."""
         recipe = self.recipe
@@ -178,12 +210,11 @@ class Run:
         stage = int(recipe.deepspeed.zero_stage)
         config = engine.deepspeed_config(recipe, stage)
         sharding = _shard_while_loading(config) if stage == 3 else None
-        network: Any = self.task.load(self.base, self.facts, self.processor)
+        network: Any = self.load(self.base, self.facts, self.processor)
         if recipe.model.lora is not None:
-            network = freeze.adapt(network, recipe.model.lora, export.new_parameters(network), recipe.train.seed)
-        blocks = self.task.blocks(network)
-        self.blocks = len(blocks.blocks)
-        learning = freeze.freeze(network, recipe.model, blocks, epoch)
+            network = freeze.adapted(network, recipe, self.task.blocks(network), export.new_parameters(network))
+        self.blocks = self.task.blocks(network)
+        learning = freeze.freeze(network, recipe.model, self.blocks, epoch)
         for name in learning.trainable:
             self.progress.cohorts.setdefault(name, epoch)
         if recipe.model.dtype != "float32" and stage < 3:
@@ -193,7 +224,12 @@ class Run:
         saved = checkpoint.Checkpoint(self.start) if self.start else None
         if saved:
             saved.load_weights(network)
-        groups = freeze.parameter_groups(network, learning, self.blocks, recipe.train, self.progress.cohorts)
+        groups = freeze.parameter_groups(
+            network, learning, len(self.blocks.blocks), recipe.train, self.progress.cohorts
+        )
+        self.prefix = None
+        if prefix.impossible(recipe, learning.depth) is None:
+            self.prefix = Prefix(network, self.blocks, learning.depth)
         self.engine = engine.build(network, groups, config)
         if recipe.model.compile:
             self.engine.module.compile()
@@ -202,13 +238,40 @@ class Run:
                 saved.load_moments(self.engine)
         del sharding
 
+    def _filled(self) -> Prefix | None:
+        """What stands in for the frozen blocks, with their states for the rows to come; None where that won't pay."""
+        if self.prefix is None:
+            return None
+        todo = [split for split in ("train", "validation") if split in self.prepared]
+        self.watch.at("computing the frozen blocks")
+        self.engine.eval()
+        source = Source(self._network, self.engine.module, self.blocks)
+        left = self.total - self.progress.step
+        return fill(
+            self.recipe,
+            source,
+            self.prefix,
+            {split: self.prepared[split] for split in todo},
+            {split: left / self._between(split) for split in todo},
+            identity=self.identity,
+            emit=self.emit,
+            watch=self.watch,
+        )
+
+    def _between(self, split: str) -> float:
+        """Optimizer steps between two passes over a split."""
+        every, per_epoch = self.recipe.train.evaluate_every, self.order.steps_per_epoch
+        return per_epoch if split == "train" else every.count * (per_epoch if every.unit == "epoch" else 1)
+
     def _stretch_end(self) -> int:
         """The step at which the freezing depth changes next, or the last one."""
         if not self.recipe.model.unfreeze_every:
             return self.total
-        depth = freeze.depth_at(self.recipe.model, self.progress.step // self.order.steps_per_epoch, self.blocks)
+        depth = freeze.depth_at(
+            self.recipe.model, self.progress.step // self.order.steps_per_epoch, len(self.blocks.blocks)
+        )
         epoch = self.progress.step // self.order.steps_per_epoch
-        while depth and freeze.depth_at(self.recipe.model, epoch, self.blocks) == depth:
+        while depth and freeze.depth_at(self.recipe.model, epoch, len(self.blocks.blocks)) == depth:
             epoch += 1
         return min(self.total, epoch * self.order.steps_per_epoch) if depth else self.total
 
@@ -229,6 +292,8 @@ class Run:
             metrics=metrics,
             saver=self.saver,
             watch=self.watch,
+            blocks=self.blocks,
+            prefix=self.prefix,
         )
 
     def _finish(self) -> dict[str, float] | None:
@@ -236,6 +301,8 @@ class Run:
         best = self.progress.best
         if best is None:
             raise RuntimeError("a finished run has no evaluation")
+        if not self.exports:
+            return dict(best["scores"])
         path = storage.join(self.recipe.folder, "checkpoints", best["checkpoint"])
         if best["step"] != self.progress.step:
             with checkpoint.Checkpoint(path) as saved:
@@ -244,9 +311,7 @@ class Run:
         if "test" in self.prepared:
             self.emit({"event": "stage", "name": "testing"})
             size = 2 * self.recipe.train.micro_batch_size
-            tested = evaluate(
-                self.engine, self.task, self.prepared["test"], self.processor, self.facts, size, self.device, self.watch
-            )
+            tested = evaluate(self._network, self.prepared["test"], size, self.watch, self._whole)
             if tested is None:
                 return None
             scores |= {f"test_{name}": value for name, value in tested.items()}
@@ -260,8 +325,22 @@ class Run:
         dist.barrier()
         return scores
 
+    @property
+    def _network(self) -> Network:
+        return Network(self.engine, self.task, self.processor, self.facts, self.device)
+
+    def _whole(self, _: Any) -> None:
+        """Test rows pass through all blocks: it is but once."""
+        if self.prefix is not None:
+            self.prefix.offer(None)
+
     def _epochs(self) -> float:
         return round(self.progress.step / self.order.steps_per_epoch, 6)
+
+    @property
+    def rows(self) -> int:
+        """Source rows trained on so far, over all epochs."""
+        return round(self.progress.step / self.order.steps_per_epoch * self.prepared["train"].manifest.source_rows)
 
     def _result(self, scores: dict[str, float]) -> dict[str, Any]:
         timing, best = self.timing, self.progress.best or {}
@@ -274,9 +353,10 @@ class Run:
             "error": None,
             "steps": self.progress.step,
             "epochs": self._epochs(),
+            "rows": self.rows,
             "metrics": scores,
             "best": {"step": best["step"], "metric": f"eval_{leading_metric(self.recipe)}", "value": best["value"]},
-            "export": storage.join(self.recipe.folder, "export"),
+            "export": storage.join(self.recipe.folder, "export") if self.exports else None,
             "pipeline": self.task.pipeline(),
             "timing": {
                 "first_step_s": round((timing.first_step or time.time()) - self.begun, 3),
@@ -287,6 +367,7 @@ class Run:
                 "data_wait": round(timing.waiting / train_s, 4) if train_s > 0 else 0.0,
                 "save_stall_s": round(timing.saving, 3),
                 "evaluate_s": round(timing.evaluating, 3),
+                "cache_saved_s": round(self.prefix.saved_s, 3) if self.prefix is not None else 0.0,
             },
         }
 

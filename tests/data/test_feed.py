@@ -20,9 +20,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayft import storage
-from rayft.data import feed
-from rayft.data.feed import Feed, Share, Shares, Windows, first_row, order_of, strided, train_dataset
+from rayft.data import feed, read
+from rayft.data.feed import Feed, Shares, Windows, train_dataset
 from rayft.data.order import Chunk, Order, Position
+from rayft.data.read import first_row, strided
+from rayft.data.window import Share, order_of
 from rayft.errors import Damaged, TrainingError
 from rayft.tasks.task import Columns, Task
 
@@ -185,7 +187,7 @@ def test_a_harmed_shard_is_noticed_wherever_the_harm_is(tmp_path: Path) -> None:
         harmed[rng.randrange(len(harmed))] ^= 1 << rng.randrange(8)
         path.write_bytes(harmed)
         try:
-            with feed._parquet(str(path)) as file:
+            with read._parquet(str(path)) as file:
                 assert pa.concat_tables([file.read_row_group(group) for group in range(4)]).equals(table)
         except Damaged as error:
             noticed.append((error.folder, error.file))

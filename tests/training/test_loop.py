@@ -51,8 +51,8 @@ class Processor:
 
 
 def shares_of(batches: list[list[dict[str, Any]]], rank: int, world: int, micro: int) -> Any:
-    from rayft.data.feed import Share
     from rayft.data.order import micro_batches
+    from rayft.data.window import Share
 
     for step, batch in enumerate(batches):
         table = pa.Table.from_pylist(

