@@ -154,6 +154,32 @@ def run(
 
 
 @app.command()
+def tune(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete what the sweep has so far, and start over.")
+    ] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Start although another process writes this sweep.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Search the fields that a recipe's `tune` section names, or go on with the search."""
+    with answering(json, interrupted="interrupted; started again, the sweep goes on with what is left") as answer:
+        from rayft.display import Display
+        from rayft.recipe import Recipe
+
+        loaded = Recipe.load(recipe, overrides or ())
+        from rayft.text import sweep_lines
+        from rayft.tune import tune as search
+
+        with Display(answer.console, json) as show:
+            result = search(loaded, show=show, restart=restart, take_over=take_over)
+        answer.give(result, *sweep_lines(result))
+
+
+@app.command()
 def verify(
     recipe: RecipeFile,
     overrides: Overrides = None,

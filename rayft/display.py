@@ -1,7 +1,7 @@
 """What a user sees while a command works: a live region on a terminal, plain lines elsewhere.
 
 A `Display` is called with the plain dict events that long work sends: `stage`, `plan`, `step`, `scores`, `saved`,
-`note`, `warning` and `finished`. It prints ASCII alone where the encoding is not UTF-8.
+`note`, `warning`, `trial` and `finished`. It prints ASCII alone where the encoding is not UTF-8.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
-from rayft.text import amount, counted, duration, number, ordered, result_lines
+from rayft.text import amount, counted, duration, fields_text, number, ordered, result_lines
 
 Event = dict[str, Any]
 
 QUIET_S = 10.0  # without a terminal: a line at each tenth of the steps, and in between at most one in so many seconds
 RECENT = 50  # time left is judged by the pace of so many steps, so that a slow start is soon forgotten
+BEST_TRIALS = 5  # of those that have ended, so many stay in the table
+_STYLES = {"finished": "cyan", "stopped": "dim", "failed": "red"}
 _HELD_OUT = (("validation_rows", "validation"), ("test_rows", "test"))
 
 
@@ -65,6 +68,8 @@ class Display:
         self.told_at = self.began  # when the last line was printed
         self.tenth = 0  # of the training steps, the last one told
         self.figures = ""
+        self.trials: dict[int, Event] = {}  # the newest event of each
+        self.better = 1.0  # -1 where smaller scores are better
         self.progress = Progress(
             SpinnerColumn("line" if _ascii(console) else "dots"),
             TextColumn("{task.description}", markup=False),
@@ -96,6 +101,7 @@ class Display:
             "note": lambda event: self._line(f"note: {event['text']}"),
             "warning": lambda event: self._line(f"warning: {event['text']}", "yellow"),
             "finished": self._finished,
+            "trial": self._trial,
         }
         show[event["event"]](event)
 
@@ -159,6 +165,33 @@ class Display:
     def _saved(self, event: Event) -> None:
         self._line(f"saved a checkpoint at step {event['step']:,}", "dim")
 
+    def _trial(self, event: Event) -> None:
+        """What a sweep says of a trial: a row of its table, and a line when it has ended."""
+        self.trials[event["trial"]] = event
+        if event["status"] == "running":
+            return
+        told = [fields_text(event["fields"]), f"{event['metric']} {number(event['best'])}"]
+        if event["rows"]:
+            told.append(f"{counted(event['rows'], 'row')} in {duration(event['seconds'])}")
+        if event.get("error"):
+            told.append(event["error"])
+        self._line(f"trial {event['trial']} {event['status']}: {self.separator.join(told)}", _STYLES[event["status"]])
+
+    def _table(self) -> Table:
+        """The trials that run, and the best of those that have ended."""
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for title in ("trial", "state", "fields", "score", "best", "rows", "seconds"):
+            table.add_column(title, justify="left" if title in ("state", "fields") else "right")
+        running = [event for event in self.trials.values() if event["status"] == "running"]
+        ended = [event for event in self.trials.values() if event["status"] != "running" and event["best"] is not None]
+        best = sorted(ended, key=lambda event: self.better * event["best"], reverse=True)[:BEST_TRIALS]
+        for event in running + best:
+            table.add_row(
+                str(event["trial"]), event["status"], fields_text(event["fields"]), number(event["value"]),
+                number(event["best"]), number(event["rows"]), duration(event["seconds"]),
+            )  # fmt: skip
+        return table
+
     def _finished(self, event: Event) -> None:
         self.finished = True
         if not self.json:
@@ -173,6 +206,8 @@ class Display:
         return not self.live and self.clock() - self.told_at >= QUIET_S
 
     def _region(self) -> RenderableType:
+        if self.trials:
+            return Group(self._table(), self.progress)
         if not self.figures:
             return self.progress
         return Group(self.progress, Text(f"  {self.figures}", overflow="fold"))

@@ -143,6 +143,20 @@ class Stopped(RayftError):
         return f"stopped by {self.by}{why}; the same command goes on from step {self.step}"
 
 
+class SweepStopped(RayftError):
+    """`by` is who asked; `so_far` says in a few words what the sweep has found."""
+
+    exit_code = 130
+
+    def __init__(self, by: str, so_far: str):
+        super().__init__(by, so_far)
+        self.by = by
+        self.so_far = so_far
+
+    def __str__(self) -> str:
+        return f"stopped by {self.by}; {self.so_far}; the same command goes on with the trials that are left"
+
+
 class CheckpointError(RayftError):
     exit_code = 1
 

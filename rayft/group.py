@@ -47,7 +47,8 @@ class Start:
     """What a worker group starts from: the attempt that it writes as, and the checkpoint (None: the beginning).
 
     `step` optimizer steps are done; with `feeds` there are more to do. `begun` is when the command was given, in
-    seconds since 1970, `identity` the base model's.
+    seconds since 1970, `identity` the base model's. With `exports` the best
+    model is tested and exported in the end.
     """
 
     attempt: int
@@ -56,6 +57,7 @@ class Start:
     step: int
     feeds: bool
     identity: str
+    exports: bool
 
 
 def fit(
@@ -98,6 +100,7 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
         "board": board,
         "feeds": start.feeds,
         "identity": start.identity,
+        "exports": start.exports,
     }
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:

@@ -164,16 +164,28 @@ def no_secrets(storage: str, path: str, *splits: tuple[Source, ...] | None) -> F
             yield Fault(where, "a URL with credentials", show(value), fits)
 
 
-def grid_needs_choices(sampler: str | None, search: dict[str, Space] | None) -> Faults:
+def sampler_fits_spaces(sampler: str | None, scheduler: str | None, search: dict[str, Space] | None) -> Faults:
     for field, space in (search or {}).items():
-        if sampler == "grid" and space.choice is None:
-            shown = show(space.model_dump(mode="json"))
+        where, shown = f"tune.search.{field}", show(space.model_dump(mode="json"))
+        if sampler == "grid" and not space.choices:
+            yield Fault(where, "a grid has no ranges", shown, "`choice` fits, or the sampler `random` or `optuna`")
+        elif sampler == "optuna" and space.grid is not None:
             yield Fault(
-                f"tune.search.{field}",
-                "a grid has no ranges",
-                shown,
-                "`choice` fits, or the sampler `random` or `optuna`",
+                where, "the sampler `optuna` has no grid", shown, "`choice` fits, or the sampler `grid` or `random`"
             )
+        if scheduler == "pbt" and field not in CHANGEABLE:
+            fits = f"{', '.join(CHANGEABLE)} fit, or the scheduler `asha`, `median` or `none`"
+            yield Fault(where, "population based training can't change it while a trial runs", None, fits)
+
+
+# What a run may take over from its newest checkpoint with another value.
+CHANGEABLE = (
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.max_grad_norm",
+    "train.label_smoothing",
+    "train.layer_lr_decay",
+)
 
 
 def trials_are_counted(sampler: str | None, trials: int | None) -> Faults:
@@ -200,6 +212,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("model.attention", "cluster.gpus_per_worker"), flash_attention_needs_gpus),
     (("data.columns",), columns_go_to_different_names),
     (("storage", "model.path", "data.train", "data.validation", "data.test"), no_secrets),
-    (("tune.sampler", "tune.search"), grid_needs_choices),
+    (("tune.sampler", "tune.scheduler", "tune.search"), sampler_fits_spaces),
     (("tune.sampler", "tune.trials"), trials_are_counted),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rayft import placement, storage
@@ -17,8 +18,12 @@ from rayft.stopping import Stop
 Show = Callable[[dict[str, Any]], None]
 
 
-def run(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = False, exports: bool = True
+) -> dict[str, Any]:
     """Trains what `recipe` says, or goes on where its run stopped; returns what result.json holds.
+
+    With `exports` false it ends with the best evaluation: nothing is tested or exported.
 
     Raises a RayftError: before anything is started where the run is refused, else after result.json says what failed.
     """
@@ -40,8 +45,8 @@ def run(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = 
     with cluster(workers, recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
-        prepared = _prepared(recipe, model_path, show)
-        parameters = _parameters(recipe, model_path, prepared, show)
+        prepared = prepared_for(recipe, model_path, show)
+        parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
         record.refuse_other_data(prepared["train"].manifest.key)
@@ -49,7 +54,7 @@ def run(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = 
         stop = Stop(recipe.folder)
         with record.writing(recipe, identity, keys), stop.listening():
             try:
-                Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show).run()
+                Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show, exports).run()
             except (KeyboardInterrupt, Stopped) as error:
                 told = str(error) or "interrupted; the same command goes on from the last checkpoint"
                 record.end("stopped", told)
@@ -107,14 +112,14 @@ def _preparing(show: Show) -> Callable[[str, int, int | None], None]:
     return lambda stage, done, total: show({"event": "stage", "name": stage, "done": done, "total": total})
 
 
-def _prepared(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
+def prepared_for(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
     """Every split, from an earlier preparation where there is one."""
     from rayft.data.prepare import prepare
 
     return prepare(recipe, model_path, progress=_preparing(show))
 
 
-def _parameters(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
+def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
     """How many parameters learn; shows notes on what preparation did to the rows, and the plan."""
     from rayft.training import plan
     from rayft.training.schedule import order, total_steps
@@ -154,23 +159,24 @@ def decided(recipe: Recipe, workers: int, parameters: Any) -> Recipe:
     return alone.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"zero_stage": stage})})
 
 
+@dataclass
 class Attempts:
     """Worker groups, one after another, until the run has ended or what failed is not worth another try."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model_path: str,
-        prepared: dict[str, Any],
-        parameters: Any,
-        record: Record,
-        stop: Stop,
-        begun: float,
-        show: Show,
-    ) -> None:
-        self.recipe, self.model_path, self.prepared, self.parameters = recipe, model_path, prepared, parameters
-        self.record, self.stop, self.begun, self.show = record, stop, begun, show
-        self.folder = storage.join(recipe.folder, "checkpoints")
+    recipe: Recipe
+    model_path: str
+    prepared: dict[str, Any]
+    parameters: Any
+    record: Record
+    stop: Stop
+    begun: float
+    show: Show
+    exports: bool
+
+    @property
+    def folder(self) -> str:
+        """Where the checkpoints are."""
+        return storage.join(self.recipe.folder, "checkpoints")
 
     def run(self) -> None:
         retries, failed_at = 0, -1
@@ -202,7 +208,7 @@ class Attempts:
             if workers < self.recipe.cluster.max_workers:
                 self.show({"event": "note", "text": f"working with {workers} workers until there is room for more"})
             recipe = decided(self.recipe, workers, self.parameters)
-            start = group.Start(attempt, self.begun, path, step, feeds, self.record.model)
+            start = group.Start(attempt, self.begun, path, step, feeds, self.record.model, self.exports)
             most = self.recipe.cluster.max_workers
             try:
                 return group.fit(
@@ -250,4 +256,4 @@ class Attempts:
             checkpoint.discard(outcome.folder, str(outcome))
             return
         storage.delete(outcome.folder)
-        self.prepared = _prepared(self.recipe, self.model_path, self.show)
+        self.prepared = prepared_for(self.recipe, self.model_path, self.show)

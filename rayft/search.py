@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from rayft import faults
 from rayft.document import set_field
 from rayft.errors import Fault, RecipeError
-from rayft.sections import Metric, Natural, Number, Positive, Section, wrong
+from rayft.sections import Metric, Natural, Number, Positive, Section, Whole, wrong
 
 # Fields that say which run it is or where, so that trials can't differ in them.
 _FIXED = ("name", "storage", "tune", "submit", "task.type")
@@ -22,15 +22,19 @@ class Space(Section):
     """The values that one field takes in a sweep: exactly one of the keys."""
 
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """Each value as often as any other, crossed with those of every other grid."""
     uniform: tuple[Number, Number] | None = None
     log_uniform: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]] | None = None
+    int: tuple[Whole, Whole] | None = None
+    """Whole numbers from the first to the second, both included."""
 
     @model_validator(mode="after")
     def _one(self) -> Space:
-        given = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
+        given = [name for name in Space.model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise wrong("not one search space", "one of `choice`, `uniform`, `log_uniform` fits")
-        bounds = self.uniform or self.log_uniform
+            raise wrong("not one search space", "one of `choice`, `grid`, `uniform`, `log_uniform`, `int` fits")
+        bounds = self.uniform or self.log_uniform or self.int
         if bounds and bounds[0] >= bounds[1]:
             raise wrong("bounds in the wrong order", "[low, high] with low below high fits")
         return self
@@ -41,7 +45,12 @@ class Space(Section):
 
     def values(self) -> tuple[Any, ...]:
         """Its choices, or its two bounds."""
-        return self.choice or self.uniform or self.log_uniform or ()
+        return self.choices or self.uniform or self.log_uniform or self.int or ()
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """Its values, where they are listed."""
+        return self.choice or self.grid or ()
 
 
 class Budget(Section):
@@ -60,6 +69,8 @@ class Tune(Section):
     mode: Literal["max", "min"] | None = None
     """null: as the metric wants it."""
     budget: Budget | None = None
+    log_to: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Where trials are logged besides their folders; addresses and keys come from the environment."""
     seed: Natural = 0
 
 

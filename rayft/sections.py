@@ -257,6 +257,8 @@ class Train(Section):
     evaluate_every: EvaluateEvery = Every(count=1, unit="epoch")
     save_every: SaveEvery = Every(count=1, unit="epoch")
     early_stopping: EarlyStopping | None = None
+    metric: Metric | None = None
+    """The validation score that says which model is best; null: that of `early_stopping`, else the task's first."""
     seed: Natural = 0
 
     @model_validator(mode="before")

@@ -124,6 +124,33 @@ def result_lines(result: Json) -> list[str]:
     return lines
 
 
+def fields_text(fields: Json) -> str:
+    """`learning_rate 0.0002, layers 4`: the fields of a trial by their last names."""
+    return ", ".join(f"{name.rpartition('.')[2]} {_field(value)}" for name, value in fields.items())
+
+
+def sweep_lines(result: Json) -> list[str]:
+    """What a sweep has found, and where it is."""
+    counts, best = result["trials"], result["best"]
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    lines = ["", f"{counted(sum(counts.values()), 'trial')} in {duration(result['seconds'])}: {told}"]
+    if best:
+        lines.append(
+            f"best: trial {best['trial']}, {best['metric']} {number(best['value'])} with {fields_text(best['fields'])}"
+        )
+    metrics = result["metrics"]
+    lines += aligned([(f"  {name}", number(metrics[name])) for name in ordered(metrics)])
+    if result["cache"]:
+        cache = result["cache"]
+        lines.append(
+            f"frozen blocks: {size(cache['bytes'])} at depth {', '.join(map(str, cache['depths']))}, "
+            f"computed in {duration(cache['seconds'])}, saved {duration(cache['saved_s'])}"
+        )
+    if result["export"]:
+        lines.append(f"model: {result['export']}")
+    return [*lines, f"recipe of the best trial: {result['run'].rstrip('/')}/best.yaml"]
+
+
 def list_lines(runs: list[Json]) -> list[str]:
     """The summaries of report.runs as a table."""
     heads = ("run", "status", "steps", "metric", "value", "time", "started")

@@ -305,7 +305,7 @@ def _record(job: Job, step: Step, timing: Timing) -> None:
 def leading_metric(recipe: Recipe) -> str:
     """The metric, without `eval_`, that says which model is best."""
     stopping = recipe.train.early_stopping
-    named = stopping.metric if stopping and stopping.metric else recipe.task.first_metric
+    named = recipe.train.metric or (stopping.metric if stopping else None) or recipe.task.first_metric
     return named.removeprefix("eval_")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ def work(config: dict[str, Any]) -> None:
 
     `config`: `recipe` (dump, its ZeRO stage decided), `model` (what `fetch_model` takes), `prepared` ({split: folder}),
     `attempt`, `start` (the checkpoint to go on from, or None), `begun` (epoch seconds of the command), `board` (the
-    driver's actor, or None), `feeds` (are there steps to make?), `identity` (of the base model). Leaves checkpoints,
-    metrics, export and result.json in the run's folder; or, asked to leave, a checkpoint and the event `left`.
+    driver's actor, or None), `feeds` (are there steps to make?), `identity` (of the base model), `exports` (see Run).
+    Leaves checkpoints, metrics, export and result.json in the run's folder; or, asked to leave, a checkpoint and the
+    event `left`.
     """
     import ray.train
     from ray.train.torch import get_device
@@ -82,15 +84,31 @@ def work(config: dict[str, Any]) -> None:
             world, rank, size = dist.get_world_size(), dist.get_rank(), recipe.train.micro_batch_size
             return iter(Shares(iterator, run.order, run.position, world, rank, size))
 
-        for _ in Run(recipe, config, prepared, device, emit, watch).go(feed if config["feeds"] else None):
+        run = Run(recipe, config, prepared, device, emit, watch, Setting(exports=config["exports"]))
+        for _ in run.go(feed if config["feeds"] else None):
             pass
 
 
-class Run:
-    """One attempt on one worker. `load` makes the pretrained network with its head, as the task's own `load` does.
+@dataclass(frozen=True)
+class Setting:
+    """What may differ from a run under Ray Train.
 
-    With `exports` false it ends with the best evaluation, and nothing is tested or exported.
+    load        makes the pretrained network with its head; None: the task's own
+    own         makes tensors that learn writable, where `load` maps them
+    processor   the task's, where it was made before
+    exports     whether the best model is tested and exported in the end
+    takes_over  the checkpoint that it starts from is another run's, whose best model is not its own
     """
+
+    load: Load | None = None
+    own: Callable[[Any], None] = lambda network: None
+    processor: Any = None
+    exports: bool = True
+    takes_over: bool = False
+
+
+class Run:
+    """One attempt on one worker."""
 
     def __init__(
         self,
@@ -100,15 +118,14 @@ class Run:
         device: torch.device,
         emit: Emit,
         watch: Watch,
-        *,
-        load: Load | None = None,
-        exports: bool = True,
+        setting: Setting,
     ) -> None:
         self.recipe, self.task, self.prepared = recipe, recipe.task, prepared
         self.base = pretrained(recipe, fetch_model(config["model"]))
-        self.load, self.exports = load or self.task.load, exports
+        self.setting = setting
+        self.load = setting.load or self.task.load
         self.facts = prepared["train"].manifest.facts
-        self.processor = self.task.processor(self.base)
+        self.processor = setting.processor or self.task.processor(self.base)
         self.start, self.attempt, self.begun = config["start"], config["attempt"], config["begun"]
         self.identity = config["identity"]
         self.device, self.emit, self.watch = device, emit, watch
@@ -147,7 +164,7 @@ class Run:
             self.emit({"event": "left", "step": self.progress.step})
             return
         if metrics is not None:
-            if self.exports:
+            if self.setting.exports:
                 metrics.write({"step": self.progress.step, "epoch": self._epochs(), **scores})
             attempts.hold(self.recipe.folder, self.attempt)
             metrics.close()
@@ -199,6 +216,8 @@ class Run:
             state = saved.state
         names = ("step", "best", "waited", "pending", "scores", "cohorts", "finished")
         self.progress = Progress(**{name: state[name] for name in names})
+        if self.setting.takes_over:
+            self.progress.best, self.progress.waited, self.progress.finished = None, 0, False
         # A run that ended goes on when its recipe now asks for more.
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
             self.progress.finished = False
@@ -215,6 +234,7 @@ class Run:
             network = freeze.adapted(network, recipe, self.task.blocks(network), export.new_parameters(network))
         self.blocks = self.task.blocks(network)
         learning = freeze.freeze(network, recipe.model, self.blocks, epoch)
+        self.setting.own(network)
         for name in learning.trainable:
             self.progress.cohorts.setdefault(name, epoch)
         if recipe.model.dtype != "float32" and stage < 3:
@@ -301,7 +321,7 @@ class Run:
         best = self.progress.best
         if best is None:
             raise RuntimeError("a finished run has no evaluation")
-        if not self.exports:
+        if not self.setting.exports:
             return dict(best["scores"])
         path = storage.join(self.recipe.folder, "checkpoints", best["checkpoint"])
         if best["step"] != self.progress.step:
@@ -356,7 +376,7 @@ class Run:
             "rows": self.rows,
             "metrics": scores,
             "best": {"step": best["step"], "metric": f"eval_{leading_metric(self.recipe)}", "value": best["value"]},
-            "export": storage.join(self.recipe.folder, "export") if self.exports else None,
+            "export": storage.join(self.recipe.folder, "export") if self.setting.exports else None,
             "pipeline": self.task.pipeline(),
             "timing": {
                 "first_step_s": round((timing.first_step or time.time()) - self.begun, 3),

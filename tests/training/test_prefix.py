@@ -21,7 +21,7 @@ from rayft.recipe import Recipe
 from rayft.training import checkpoint, prefix, states
 from rayft.training.prefix import Cost, impossible
 from rayft.training.watch import Watch
-from rayft.training.worker import Run
+from rayft.training.worker import Run, Setting
 from small import recipe as small_recipe
 from small import small_bert
 
@@ -71,7 +71,7 @@ def trained(plain: dict[str, Any]) -> dict[str, Any]:
                 yield share
                 step += 1
 
-    run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), exports=False)
+    run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), Setting(exports=False))
     evaluations = [dict(run.progress.scores) for _ in run.go(feed)]
     served = run.prefix.rows_served if run.prefix is not None else 0
     run.close()

@@ -1,0 +1,224 @@
+"""The frozen blocks' output at every depth that a sweep will use, computed in one pass before its trials begin.
+
+Tasks on the cluster, one for each trial that runs at a time, pass a share of the rows each through the blocks; the
+trials find what they need in storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rayft import storage
+from rayft.data.prepare import Prepared
+from rayft.recipe import Recipe
+from rayft.search import Space, Tune
+
+Show = Callable[[dict[str, Any]], None]
+FIELDS = ("model.freeze.layers", "model.freeze")
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored now: depths, bytes, and the seconds of computing them (by all processes together)."""
+
+    depths: list[int]
+    bytes: int
+    seconds: float
+
+
+def depths(recipe: Recipe, blocks: int) -> dict[int, float]:
+    """Depth -> the share of the trials that will freeze so many of the model's `blocks`; depth 0 is left out."""
+    tune, freeze = recipe.tune, recipe.model.freeze
+    spaces = {name: space for name, space in (tune.search if isinstance(tune, Tune) else {}).items() if name in FIELDS}
+    if not spaces:
+        found = {_depth(freeze.layers if freeze is not None else 0, blocks): 1.0}
+    else:
+        values = _values(next(iter(spaces.values())))
+        found = {}
+        for value in values:
+            depth = _depth(value, blocks)
+            found[depth] = found.get(depth, 0.0) + 1 / len(values)
+    return {depth: share for depth, share in sorted(found.items()) if depth > 0}
+
+
+def _values(space: Space) -> list[Any]:
+    if space.int:
+        return list(range(space.int[0], space.int[1] + 1))
+    return list(space.choices)
+
+
+def _depth(value: Any, blocks: int) -> int:
+    if value == "all":
+        return blocks
+    if isinstance(value, dict):
+        return _depth(value.get("layers", 0), blocks)
+    return min(value, blocks) if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process needs to compute its part of the states; `targets` is {split: {depth: folder}}."""
+
+    recipe: dict[str, Any]
+    prepared: dict[str, str]
+    targets: dict[str, dict[int, str]]
+    attempt: str
+    warm: Any
+    rank: int
+    world: int
+
+
+def store(
+    recipe: Recipe, prepared: dict[str, Prepared], identity: str, warm: Any, blocks: int, trials: int, world: int,
+    show: Show,
+) -> Stored | None:  # fmt: skip
+    """Computes what is missing and pays; None where nothing of it does. `recipe` has its ZeRO stage decided."""
+    from rayft.training import prefix, states
+
+    shares = {depth: share for depth, share in depths(recipe, blocks).items() if not prefix.impossible(recipe, depth)}
+    if not shares:
+        return None
+    stage = int(recipe.deepspeed.zero_stage)
+    targets = {
+        split: {d: states.states_folder(prepared[split].folder, recipe, identity, d, stage) for d in shares}
+        for split in ("train", "validation")
+    }
+    missing = {
+        split: {depth: path for depth, path in found.items() if states.found(path) is None}
+        for split, found in targets.items()
+    }
+    wanted = _worth(recipe, prepared, warm, missing, shares, trials)
+    if any(wanted.values()):
+        show({"event": "stage", "name": "computing the frozen blocks"})
+        _compute(recipe, prepared, wanted, warm, world)
+    manifests = [states.found(path) for found in targets.values() for path in found.values()]
+    there = [manifest for manifest in manifests if manifest is not None]
+    if not there:
+        return None
+    deepest = max(manifest["seconds"] for manifest in there)
+    whole = [depth for depth in shares if all(states.found(found[depth]) for found in targets.values())]
+    return Stored(whole, sum(manifest["bytes"] for manifest in there), deepest)
+
+
+def _worth(
+    recipe: Recipe,
+    prepared: dict[str, Prepared],
+    warm: Any,
+    missing: dict[str, dict[int, str]],
+    shares: dict[int, float],
+    trials: int,
+) -> dict[str, dict[int, str]]:
+    """What of the missing states costs less than it saves."""
+    import torch
+
+    from rayft.tasks.task import Pretrained
+    from rayft.training import prefix
+    from rayft.training.evaluate import Network
+    from rayft.training.schedule import order, total_steps
+
+    per_epoch = order(recipe, prepared["train"]).steps_per_epoch
+    epochs = total_steps(recipe.train, per_epoch) / per_epoch
+    every = recipe.train.evaluate_every
+    between = every.count if every.unit == "epoch" else every.count / per_epoch
+    often = {"train": epochs, "validation": epochs / between}
+    base: Pretrained = warm.base
+    model = network(warm)
+    task, facts = recipe.task, prepared["train"].manifest.facts
+    given = Network(model, task, task.processor(base), facts, torch.device("cpu"))
+    found = task.blocks(model)
+    kept: dict[str, dict[int, str]] = {split: {} for split in missing}
+    for depth, share in shares.items():
+        rows = {split: prepared[split].manifest.rows for split in missing if depth in missing[split]}
+        if not rows:
+            continue
+        model.eval()
+        tried = prefix.trial(
+            prefix.Source(given, model, found), prefix.Prefix(model, found, depth), prepared["train"], 16
+        )
+        passes = sum(rows[split] * often[split] * share * trials for split in rows)
+        cost = tried.cost(
+            sum(rows.values()),
+            passes,
+            torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu"),
+            storage.free(recipe.storage),
+        )
+        dear = cost.too_dear() if recipe.model.cache_frozen == "auto" else None
+        if tried.why_not is None and dear is None:
+            for split in rows:
+                kept[split][depth] = missing[split][depth]
+        model = network(warm)
+        given = Network(model, task, given.processor, facts, given.device)
+    return kept
+
+
+def network(warm: Any) -> Any:
+    """The sweep's pretrained network, from the object store."""
+    import ray
+
+    from rayft.warm import unpacked
+
+    return unpacked(ray.get(warm.reference))
+
+
+def _compute(
+    recipe: Recipe, prepared: dict[str, Prepared], wanted: dict[str, dict[int, str]], warm: Any, world: int
+) -> None:
+    import ray
+
+    from rayft.training import states
+
+    attempt, cluster = states.new_attempt(), recipe.cluster
+    folders = {split: data.folder for split, data in prepared.items()}
+    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_retries=0)(part)
+    parts = ray.get(
+        [task.remote(Task(recipe.dump(), folders, wanted, attempt, warm, rank, world)) for rank in range(world)]
+    )
+    for split, found in wanted.items():
+        for depth, folder in found.items():
+            states.commit(folder, [part[split, depth] for part in parts])
+
+
+def part(task: Task) -> dict[tuple[str, int], Any]:
+    """In a task of Ray: (split, depth) -> the part that this process has written."""
+    import torch
+
+    from rayft.session import quiet
+    from rayft.training import freeze, prefix
+    from rayft.training.evaluate import Network
+    from rayft.training.states import Writer
+    from rayft.trial import alone
+
+    quiet()
+    recipe = Recipe.parse(task.recipe)
+    alone(recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker > 0)
+    device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
+    model = network(task.warm)
+    blocks = recipe.task.blocks(model)
+    deepest = max(depth for found in task.targets.values() for depth in found)
+    frozen = recipe.model.model_copy(update={"freeze": {"layers": deepest}, "lora": None})
+    freeze.freeze(model, recipe.model.model_validate(frozen.model_dump()), blocks)
+    narrow = recipe.model.dtype != "float32"
+    if narrow:
+        freeze.store_frozen_in(model, getattr(torch, recipe.model.dtype))
+    model.to(device).eval()
+    facts = Prepared.open(task.prepared["train"]).manifest.facts
+    source = prefix.Source(
+        Network(model, recipe.task, recipe.task.processor(task.warm.base), facts, device), model, blocks
+    )
+    found: dict[tuple[str, int], Any] = {}
+    mixed = torch.autocast(device.type, getattr(torch, recipe.model.dtype)) if narrow else contextlib.nullcontext()
+    for split, targets in task.targets.items():
+        if not targets:
+            continue
+        writers = {depth: Writer(folder, task.attempt, task.rank) for depth, folder in targets.items()}
+        with mixed:
+            written = prefix.compute(
+                source, Prepared.open(task.prepared[split]), writers,
+                rank=task.rank, world=task.world, batch_size=2 * recipe.train.micro_batch_size,
+            )  # fmt: skip
+        found |= {(split, depth): one for depth, one in written.items()}
+    return found

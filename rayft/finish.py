@@ -1,0 +1,94 @@
+"""The end of a sweep: its best trial's model, scored on the test rows and exported."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from rayft import storage
+from rayft.data.prepare import Prepared
+from rayft.errors import CheckpointError
+from rayft.models import fetch_model
+from rayft.recipe import Recipe
+
+
+def finish(recipe: Recipe, prepared: dict[str, Prepared], target: str) -> dict[str, float]:
+    """Scores the best model of a trial's run on the test rows, exports it to `target`; its scores.
+
+    Where trials have several workers, or a GPU, that takes the same resources; else it happens in this process.
+    """
+    if recipe.cluster.max_workers > 1:
+        return _by_run(recipe, target)
+    folders = {split: data.folder for split, data in prepared.items()}
+    if not recipe.cluster.gpus_per_worker:
+        return scored(recipe.dump(), folders, target)
+    import ray
+
+    task = ray.remote(num_cpus=recipe.cluster.cpus_per_worker, num_gpus=recipe.cluster.gpus_per_worker)(scored)
+    found: dict[str, float] = ray.get(task.remote(recipe.dump(), folders, target))
+    return found
+
+
+def _by_run(recipe: Recipe, target: str) -> dict[str, float]:
+    """The run is asked for what it left out: its steps are done."""
+    import tempfile
+
+    from rayft.run import run
+
+    storage.delete(storage.join(recipe.folder, "result.json"))
+    result = run(recipe, show=lambda event: None)
+    with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:
+        storage.download(result["export"], local)
+        storage.delete(target)
+        storage.upload(local, target)
+    scores: dict[str, float] = result["metrics"]
+    return scores
+
+
+def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[str, float]:
+    """In one process: builds the best model, scores it, exports it."""
+    import torch
+
+    from rayft.training import checkpoint, export, freeze
+    from rayft.training.evaluate import Network, evaluate
+    from rayft.training.watch import Watch
+    from rayft.training.worker import pretrained
+    from rayft.trial import alone
+
+    recipe = Recipe.parse(plain)
+    task, gpu = recipe.task, recipe.cluster.gpus_per_worker > 0
+    alone(max(recipe.cluster.cpus_per_worker, os.cpu_count() or 1), gpu)
+    prepared = {split: Prepared.open(folder) for split, folder in folders.items()}
+    facts = prepared["train"].manifest.facts
+    base = pretrained(recipe, fetch_model(recipe.model.path))
+    processor = task.processor(base)
+    best, scores = _best(recipe.folder)
+    if "test" in prepared:
+        network = task.load(base, facts, processor)
+        if recipe.model.lora is not None:
+            network = freeze.adapted(network, recipe, task.blocks(network), export.new_parameters(network))
+        with checkpoint.Checkpoint(best) as saved:
+            saved.load_weights(network)
+        device = torch.device("cuda" if gpu else "cpu")
+        model = Network(network.to(device), task, processor, facts, device)
+        size = 2 * recipe.train.micro_batch_size
+        narrow = recipe.model.dtype != "float32"
+        with torch.autocast(device.type, getattr(torch, recipe.model.dtype), enabled=narrow):
+            tested = evaluate(model, prepared["test"], size, Watch(None, 0))
+        scores |= {f"test_{name}": value for name, value in (tested or {}).items()}
+    data = {split: one.manifest.key for split, one in prepared.items()}
+    export.export(recipe, base, facts, best, scores, data, target)
+    return scores
+
+
+def _best(run: str) -> tuple[str, dict[str, float]]:
+    """The checkpoint of a run's best model, and its validation scores."""
+    from rayft.training import checkpoint
+
+    newest = checkpoint.newest(storage.join(run, "checkpoints"))
+    if newest is None:
+        raise CheckpointError(f"{run} has no checkpoint of its best model")
+    state = json.loads(storage.read_text(storage.join(newest, "state.json")))
+    best = state["best"]
+    return storage.join(run, "checkpoints", best["checkpoint"]), dict(best["scores"])

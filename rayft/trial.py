@@ -1,0 +1,281 @@
+"""A trial of a sweep, as Ray Tune runs it: a class whose step ends with an evaluation.
+
+A trial of one worker trains in the Tune actor itself, which is used again by the next: no new processes and imports,
+one process group, the pretrained weights in Ray's object store. A trial of several workers is a run of its own, from
+here. Either way a trial's folder is a run's folder, from which it goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray.tune
+
+from rayft import storage
+from rayft.errors import RayftError, Stopped
+from rayft.recipe import Recipe
+from rayft.record import Record
+from rayft.trials import trial_recipe
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep have in common; plain data.
+
+    `recipe` is the sweep's, with the ZeRO stage of its trials decided; `prepared` {split: folder}; `identity` the base
+    model's; `warm` its network in the object store, None where trials have several
+    workers.
+    """
+
+    recipe: dict[str, Any]
+    prepared: dict[str, str]
+    identity: str
+    warm: Any
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a trial has come to at an evaluation: `value` is the leading score there, `best` the best so far."""
+
+    step: int
+    rows: int
+    value: float
+    best: float
+    scores: dict[str, float]
+    finished: bool = False
+
+
+Work = Generator[Evaluated, None, None]
+
+
+class Trial(ray.tune.Trainable):
+    """One trial after another. `config`: {"number", "fields"}."""
+
+    def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
+        assert shared is not None
+        self.shared = shared
+        self.sweep = Recipe.parse(shared.recipe)
+        self._start(config, None)
+
+    def _start(self, config: dict[str, Any], checkpoint: str | None) -> None:
+        self.number, self.begun = int(config["number"]), time.monotonic()
+        self.recipe = trial_recipe(self.sweep, self.number, config["fields"])
+        single = self.recipe.cluster.max_workers == 1
+        self.work: Work = _here(self.recipe, self.shared, checkpoint) if single else _nested(self.recipe)
+        self.last: dict[str, Any] = {"rows": 0}
+
+    def step(self) -> dict[str, Any]:
+        """Trains up to the next evaluation, or to the end."""
+        try:
+            evaluated = next(self.work, None)
+        except Exception as error:  # noqa: BLE001 # the sweep goes on; the trial's folder and the table say why
+            text = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+            return {**self.last, "error": text.splitlines()[0], "done": True, "seconds": self._seconds}
+        if evaluated is None:
+            return {**self.last, FINISHED: True, "done": True, "seconds": self._seconds}
+        self.last = {
+            "value": evaluated.value,
+            "best": evaluated.best,
+            "rows": evaluated.rows,
+            "step": evaluated.step,
+            "scores": evaluated.scores,
+            "seconds": self._seconds,
+        }
+        if evaluated.finished:
+            return {**self.last, FINISHED: True, "done": True}
+        return dict(self.last)
+
+    @property
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.begun, 3)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.work.close()
+        self._start(new_config, None)
+        return True
+
+    def cleanup(self) -> None:
+        self.work.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Where this trial's newest checkpoint lies: what passes through Tune is the pointer."""
+        from rayft.training import checkpoint
+
+        return {"checkpoint": checkpoint.newest(storage.join(self.recipe.folder, "checkpoints"))}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Goes on from another trial's checkpoint, with this trial's fields."""
+        if checkpoint and checkpoint.get("checkpoint"):
+            self.work.close()
+            self._start(self.config, _there(checkpoint["checkpoint"]))
+
+
+def _there(path: str) -> str | None:
+    """The checkpoint at `path` or, where its run has deleted it since, the run's newest."""
+    from rayft.training import checkpoint
+
+    return path if storage.committed(path) is not None else checkpoint.newest(path.rpartition("/")[0])
+
+
+# --- one worker: in this process
+
+
+_processors: dict[str, Any] = {}
+
+
+def _processor(recipe: Recipe, base: Any) -> Any:
+    """The task's processor, once per process and way to make it."""
+    key = f"{recipe.task.model_dump_json()} {base}"
+    if key not in _processors:
+        _processors.clear()
+        _processors[key] = recipe.task.processor(base)
+    return _processors[key]
+
+
+def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
+    """Trains in this process; `taken_over` is the checkpoint of another trial to go on from."""
+    import torch
+
+    from rayft.data.window import local_shares
+    from rayft.models import fetch_model, model_identity
+    from rayft.session import quiet
+    from rayft.training import checkpoint
+    from rayft.training.watch import Watch
+    from rayft.training.worker import Run, Setting, pretrained
+    from rayft.warm import own_trainable
+
+    quiet()
+    alone(recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker > 0)
+    record = Record(recipe.folder)
+    path = fetch_model(recipe.model.path)
+    base = pretrained(recipe, path)
+    prepared = _prepared(recipe, path, shared)
+    identity = shared.identity if recipe.model.path == shared.recipe["model"]["path"] else model_identity(path)
+
+    def load(how: Any, facts: dict[str, Any], processor: Any) -> Any:
+        found = shared.warm.load(how) if shared.warm is not None else None
+        return recipe.task.load(how, facts, processor) if found is None else found
+
+    def feed(run: Run) -> Iterator[Any]:
+        data = prepared["train"]
+        size, task = recipe.train.micro_batch_size, recipe.task if recipe.task.varies else None
+        return local_shares(data.folder, data.manifest.shards, run.order, run.position, run.total, size, task)
+
+    setting = Setting(load, own_trainable, _processor(recipe, base), exports=False, takes_over=taken_over is not None)
+    folder = storage.join(recipe.folder, "checkpoints")
+    keys = {split: data.manifest.key for split, data in prepared.items()}
+    with record.writing(recipe, identity, keys):
+        record.status = "stopped"  # unless it comes to its end
+        attempt = record.claim()
+        start = taken_over or checkpoint.newest(folder)
+        config = {
+            "model": recipe.model.path, "start": start, "attempt": attempt,
+            "begun": time.time(), "identity": identity,
+        }  # fmt: skip
+        device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
+        run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
+        try:
+            going = run.go(feed)
+            for _ in going:
+                if not run.done:
+                    yield _evaluated(run)
+            record.status = FINISHED
+            yield _evaluated(run, finished=True)
+        except Exception as error:
+            record.end("failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            run.close()
+            checkpoint.sweep(folder, attempt)
+
+
+def prepares(names: Iterable[str]) -> bool:
+    """Do any of these fields change how rows are prepared?"""
+    return any((name + ".").startswith(("task.", "data.", "model.path.", "model.revision.")) for name in names)
+
+
+def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]:
+    """The sweep's prepared rows; where its trials differ in how rows are prepared, those of this trial."""
+    from rayft.data.prepare import Prepared, prepare
+
+    if prepares(shared.recipe["tune"]["search"]):
+        return prepare(recipe, model_path, progress=lambda stage, done, total: None)
+    return {split: Prepared.open(path) for split, path in shared.prepared.items()}
+
+
+def _evaluated(run: Any, finished: bool = False) -> Evaluated:
+    from rayft.training.loop import leading_metric
+
+    scores, value = run.progress.scores, run.progress.scores[f"eval_{leading_metric(run.recipe)}"]
+    return Evaluated(run.progress.step, run.rows, value, run.progress.best["value"], dict(scores), finished)
+
+
+def alone(cpus: int, gpu: bool) -> None:
+    """A process group of this process alone, kept from trial to trial."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    from rayft.training import engine
+
+    engine.prepare_process(cpus, 1)
+
+
+# --- several workers: a run of its own
+
+
+def _nested(recipe: Recipe) -> Work:
+    """A run whose driver is a thread of this process; what it shows are the evaluations."""
+    from rayft import stopping
+    from rayft.run import run
+    from rayft.training.loop import leading_metric
+
+    events: queue.Queue[Any] = queue.Queue()
+    over = object()
+    name = f"eval_{leading_metric(recipe)}"
+
+    def drive() -> None:
+        try:
+            events.put(run(recipe, show=shown, exports=False))
+        except Stopped:
+            events.put(over)
+        except Exception as error:  # noqa: BLE001 # raised again where the trial is asked for its next evaluation
+            events.put(error)
+
+    rows: dict[str, Any] = {}
+
+    def shown(event: dict[str, Any]) -> None:
+        if event["event"] == "plan":
+            rows.update(event)
+        if event["event"] == "scores" and name in event:
+            events.put(event)
+
+    thread = threading.Thread(target=drive, daemon=True)
+    thread.start()
+    sign, best = -1.0 if name.removeprefix("eval_") in recipe.task.lower_is_better else 1.0, None
+    try:
+        while True:
+            event = events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is over or "event" not in event:
+                return
+            scores = {key: value for key, value in event.items() if key.startswith("eval_")}
+            value = scores[name]
+            best = value if best is None else sign * max(sign * value, sign * best)
+            yield Evaluated(event["step"], round(event["epoch"] * rows["rows"]), value, best, scores)
+    finally:
+        if thread.is_alive():
+            with contextlib.suppress(RayftError):
+                stopping.request(recipe.folder, "the sweep")
+            thread.join()
