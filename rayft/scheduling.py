@@ -25,7 +25,14 @@ UNIT = "rows"
 REDUCTION = 3  # ASHA keeps the best third at each rung (Li et al. 2018)
 
 
-class Proposals(Searcher):
+class _OfThisProcess:
+    """Tune pickles what it is given, to restore it, which a sweep does by itself: the sweep stays here."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Proposals(_OfThisProcess, Searcher):
     """Gives Tune the sweep's trials."""
 
     def __init__(self, sweep: Any) -> None:
@@ -49,7 +56,7 @@ class Proposals(Searcher):
         raise NotImplementedError("a sweep goes on from its trials' folders")
 
 
-class Watcher(Callback):
+class Watcher(_OfThisProcess, Callback):
     """Tells the sweep how its trials fare."""
 
     def __init__(self, sweep: Any) -> None:
@@ -87,7 +94,7 @@ class Watcher(Callback):
         self.sweep.show({**event, "trial": trial.config["number"], "fields": trial.config["fields"]})
 
 
-class Asked(Stopper):
+class Asked(_OfThisProcess, Stopper):
     """Ends all trials when the sweep is asked to stop or its budget is used up."""
 
     def __init__(self, sweep: Any) -> None:

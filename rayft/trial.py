@@ -8,6 +8,7 @@ here. Either way a trial's folder is a run's folder, from which it goes on where
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -224,6 +225,8 @@ def alone(cpus: int, gpu: bool) -> None:
 
     if dist.is_initialized():
         return
+    # DeepSpeed asks the environment.
+    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     backend = "nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     from rayft.training import engine

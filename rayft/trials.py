@@ -77,7 +77,8 @@ def _read(folder: str, ended: bool) -> Known:
     if not ended:
         return trial
     result = storage.read_json(storage.join(folder, "result.json"))
-    if result["status"] == "stopped" and not result.get("by_scheduler"):  # the sweep was stopped, not this trial
+    # One that was stopped with the sweep goes on, and one that failed is tried again.
+    if result["status"] == "failed" or (result["status"] == "stopped" and not result.get("by_scheduler")):
         return trial
     best = result.get("best") or {}
     trial.status, trial.error = result["status"], result.get("error")
