@@ -40,7 +40,7 @@ class Sampler:
         if self._study is None:
             return _drawn(self.tune, number)
         asked = self._asked[number] = self._study.ask()
-        return {name: _suggested(asked, name, space) for name, space in self.tune.search.items()}
+        return {name: _suggested(asked, name, space) for name, space in sorted(self.tune.search.items())}
 
     def tell(self, number: int, fields: Fields, value: float | None) -> None:
         """What came of a trial; `value` None where it failed. Trials of an earlier start are told too."""
@@ -66,8 +66,9 @@ class Sampler:
 
 
 def _combination(search: dict[str, Space], number: int) -> Fields:
-    combinations = itertools.product(*(space.choices for space in search.values()))
-    return dict(zip(search, next(itertools.islice(combinations, number, None)), strict=True))
+    names = sorted(search)  # whatever their order in the file
+    combinations = itertools.product(*(search[name].choices for name in names))
+    return dict(zip(names, next(itertools.islice(combinations, number, None)), strict=True))
 
 
 def _drawn(tune: Tune, number: int) -> Fields:
@@ -76,8 +77,9 @@ def _drawn(tune: Tune, number: int) -> Fields:
     size = math.prod(len(space.choices) for space in grids.values())
     fixed = _combination(grids, number % size) if grids else {}
     # Every field draws, a grid's too: adding one then changes no other.
-    shares = {name: float(generator.random()) for name in tune.search}
-    return {name: fixed[name] if name in fixed else _at(space, shares[name]) for name, space in tune.search.items()}
+    shares = {name: float(generator.random()) for name in sorted(tune.search)}
+    spaces = tune.search
+    return {name: fixed[name] if name in fixed else _at(spaces[name], share) for name, share in shares.items()}
 
 
 def _at(space: Space, share: float) -> Any:

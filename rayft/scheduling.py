@@ -5,9 +5,11 @@ Rows seen are the unit in which trials are compared, so that those with other ba
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import ray.tune
 from ray.tune import Callback, Stopper
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -19,6 +21,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from rayft import trials
+from rayft.trial import number_of
 from rayft.trials import Known
 
 UNIT = "rows"
@@ -56,6 +59,37 @@ class Proposals(_OfThisProcess, Searcher):
         raise NotImplementedError("a sweep goes on from its trials' folders")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """How Tune comes to its trials: one after the other by `search`, or all at once from `space`."""
+
+    search: Searcher | None
+    space: dict[str, Any] | None
+    samples: int
+
+
+def chosen(sweep: Any) -> Chosen:
+    """Population based training has its whole population from the beginning; all else is proposed one by one."""
+    left = sweep.total - len(sweep.ended)
+    if sweep.tune.scheduler != "pbt":
+        return Chosen(Proposals(sweep), None, left)
+    found = dict(sweep.fields() for _ in range(left))
+    fields = {name: ray.tune.sample_from(_Of(found, name)) for name in sweep.tune.search}
+    numbers = sorted(found)
+    return Chosen(None, {"place": ray.tune.grid_search(list(range(left))), "numbers": numbers, "fields": fields}, 1)
+
+
+@dataclass(frozen=True)
+class _Of:
+    """The value of field `name` in the trial at the place that Tune has chosen."""
+
+    found: dict[int, dict[str, Any]]
+    name: str
+
+    def __call__(self, spec: Any) -> Any:
+        return self.found[sorted(self.found)[spec.config.place]][self.name]
+
+
 class Watcher(_OfThisProcess, Callback):
     """Tells the sweep how its trials fare."""
 
@@ -85,13 +119,13 @@ class Watcher(_OfThisProcess, Callback):
         self._end(trial, "failed", {**(trial.last_result or {}), "error": text})
 
     def _end(self, trial: Any, status: str, last: dict[str, Any]) -> None:
-        self.sweep.end(trial.config["number"], status, last)
+        self.sweep.end(number_of(trial.config, trial.trial_id), status, last)
         self._show(trial, status, last)
 
     def _show(self, trial: Any, status: str, last: dict[str, Any]) -> None:
         told = {name: last.get(name) for name in ("value", "best", "rows", "seconds", "error")}
         event = {"event": "trial", "status": status, "metric": self.sweep.metric, **told}
-        self.sweep.show({**event, "trial": trial.config["number"], "fields": trial.config["fields"]})
+        self.sweep.show({**event, "trial": number_of(trial.config, trial.trial_id), "fields": trial.config["fields"]})
 
 
 class Asked(_OfThisProcess, Stopper):
@@ -173,8 +207,6 @@ def _rows(sweep: Any) -> dict[str, int]:
 
 
 def _domain(space: Any) -> Any:
-    import ray.tune
-
     if space.choices:
         return list(space.choices)
     if space.int:

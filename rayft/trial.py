@@ -19,7 +19,7 @@ from typing import Any
 import ray.tune
 
 from rayft import storage
-from rayft.errors import RayftError, Stopped
+from rayft.errors import RayftError, Stopped, Superseded
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.trials import trial_recipe
@@ -51,14 +51,25 @@ class Evaluated:
     value: float
     best: float
     scores: dict[str, float]
+    saved_s: float = 0.0
     finished: bool = False
 
 
 Work = Generator[Evaluated, None, None]
 
 
+def number_of(config: dict[str, Any], trial_id: str) -> int:
+    """The number of the sweep's trial that Tune knows as `trial_id`.
+
+    Population based training copies the better trial's config, so there the number follows from Tune's own.
+    """
+    if "numbers" in config:
+        return int(config["numbers"][int(trial_id.rpartition("_")[2])])
+    return int(config["number"])
+
+
 class Trial(ray.tune.Trainable):
-    """One trial after another. `config`: {"number", "fields"}."""
+    """One trial after another. `config`: {"number", "fields"}; or {"place", "numbers", "fields"}, see `number_of`."""
 
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
         assert shared is not None
@@ -67,7 +78,7 @@ class Trial(ray.tune.Trainable):
         self._start(config, None)
 
     def _start(self, config: dict[str, Any], checkpoint: str | None) -> None:
-        self.number, self.begun = int(config["number"]), time.monotonic()
+        self.number, self.begun = number_of(config, self.trial_id), time.monotonic()
         self.recipe = trial_recipe(self.sweep, self.number, config["fields"])
         single = self.recipe.cluster.max_workers == 1
         self.work: Work = _here(self.recipe, self.shared, checkpoint) if single else _nested(self.recipe)
@@ -77,6 +88,8 @@ class Trial(ray.tune.Trainable):
         """Trains up to the next evaluation, or to the end."""
         try:
             evaluated = next(self.work, None)
+        except Superseded:  # population based training has started this trial again while its step was on its way
+            return dict(self.last)
         except Exception as error:  # noqa: BLE001 # the sweep goes on; the trial's folder and the table say why
             text = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
             return {**self.last, "error": text.splitlines()[0], "done": True, "seconds": self._seconds}
@@ -88,6 +101,7 @@ class Trial(ray.tune.Trainable):
             "rows": evaluated.rows,
             "step": evaluated.step,
             "scores": evaluated.scores,
+            "saved_s": evaluated.saved_s,
             "seconds": self._seconds,
         }
         if evaluated.finished:
@@ -215,8 +229,9 @@ def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]
 def _evaluated(run: Any, finished: bool = False) -> Evaluated:
     from rayft.training.loop import leading_metric
 
+    saved = run.prefix.saved_s if run.prefix is not None else 0.0
     scores, value = run.progress.scores, run.progress.scores[f"eval_{leading_metric(run.recipe)}"]
-    return Evaluated(run.progress.step, run.rows, value, run.progress.best["value"], dict(scores), finished)
+    return Evaluated(run.progress.step, run.rows, value, run.progress.best["value"], dict(scores), saved, finished)
 
 
 def alone(cpus: int, gpu: bool) -> None:

@@ -80,12 +80,17 @@ def _read(folder: str, ended: bool) -> Known:
     # One that was stopped with the sweep goes on, and one that failed is tried again.
     if result["status"] == "failed" or (result["status"] == "stopped" and not result.get("by_scheduler")):
         return trial
+    _take(trial, result)
+    return trial
+
+
+def _take(trial: Known, result: dict[str, Any]) -> None:
+    """What result.json says of a trial that has ended."""
     best = result.get("best") or {}
     trial.status, trial.error = result["status"], result.get("error")
     trial.value, trial.scores = best.get("value"), result.get("metrics") or {}
     trial.rows, trial.seconds = int(result.get("rows") or 0), float(result.get("seconds") or 0.0)
     trial.saved_s = float((result.get("timing") or {}).get("cache_saved_s") or 0.0)
-    return trial
 
 
 def evaluations(folder: str) -> list[dict[str, Any]]:
@@ -97,9 +102,9 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
 
 
 def end(trial: Known, status: str, last: dict[str, Any], metric: str) -> None:
-    """Writes how a trial has ended; one that has come to its own end has written its result, which gets what it lacks.
+    """Writes how a trial has ended, there and in `trial`; one that has come to its own end has written its result.
 
-    `last` is what it told last: value, best, rows, seconds, scores, error.
+    `last` is what it told last: best, rows, step, seconds, scores, saved_s, error; each may be missing.
     """
     path = storage.join(trial.folder, "result.json")
     result: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
@@ -111,6 +116,7 @@ def end(trial: Known, status: str, last: dict[str, Any], metric: str) -> None:
         result["timing"] = result.get("timing") or {"cache_saved_s": last.get("saved_s") or 0.0}
     result["seconds"] = last.get("seconds") or 0.0
     storage.write_json(path, result)
+    _take(trial, result)
 
 
 def best_of(trials: Iterable[Known], maximize: bool) -> Known | None:

@@ -151,6 +151,8 @@ class Sweep:
         """Runs what is left of the trials; the result, with the best one tested and exported."""
         if len(self.ended) < self.total:
             self._trials(cpus)
+        # One may have come to its end and not been heard of.
+        self.known |= {trial.number: trial for trial in trials.known(self.folder) if trial.status is not None}
         asked = self.stop.asked()
         best = self.write()
         if asked is not None:
@@ -199,12 +201,14 @@ class Sweep:
         )
         self.show({"event": "stage", "name": "trials", "done": len(self.ended), "total": self.total})
         with tempfile.TemporaryDirectory(prefix="rayft-tune-") as scratch:
+            chosen = scheduling.chosen(self)
             tuner = ray.tune.Tuner(
                 trainable,
+                param_space=chosen.space,
                 tune_config=ray.tune.TuneConfig(
-                    search_alg=scheduling.Proposals(self),
+                    search_alg=chosen.search,
                     scheduler=scheduling.scheduler(self),
-                    num_samples=self.total - len(self.ended),
+                    num_samples=chosen.samples,
                     max_concurrent_trials=at_once,
                     reuse_actors=single,
                 ),
@@ -266,9 +270,6 @@ class Sweep:
         """A trial has ended: its result, what the sampler learns from it, and which checkpoints are still wanted."""
         trial = self.known[number]
         trials.end(trial, status, last, self.metric)
-        trial.status, trial.value, trial.error = status, last.get("best"), last.get("error")
-        trial.rows, trial.seconds = int(last.get("rows") or 0), float(last.get("seconds") or 0.0)
-        trial.scores, trial.saved_s = last.get("scores") or {}, float(last.get("saved_s") or 0.0)
         self.sampler.tell(number, trial.fields, trial.value if status != "failed" else None)
         trials.hparams(trial, self.metric)
         best = trials.best_of(self.ended, self.maximize)

@@ -218,6 +218,7 @@ class Run:
         self.progress = Progress(**{name: state[name] for name in names})
         if self.setting.takes_over:
             self.progress.best, self.progress.waited, self.progress.finished = None, 0, False
+            self.progress.pending = self.progress.step >= self.total
         # A run that ended goes on when its recipe now asks for more.
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
             self.progress.finished = False

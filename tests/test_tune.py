@@ -1,0 +1,234 @@
+"""Sweeps: what they leave, that they go on where they were interrupted, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import small
+from rayft import storage, trials
+from rayft.errors import RunRefused
+from rayft.recipe import Recipe
+from rayft.run import run
+from rayft.tune import tune
+
+RATE, DEPTH = "train.learning_rate", "model.freeze.layers"
+
+
+def sweep(folder: Path, name: str, search: dict[str, Any], **tuned: Any) -> dict[str, Any]:
+    """A plain recipe of a small sweep in `folder`, whose model and rows are there."""
+    model = str(folder / "model")
+    if not Path(model).exists():
+        small.small_bert(folder / "model", blocks=3)
+    plain = small.recipe(folder, model, name=name, cluster__workers=1, train__micro_batch_size=16)
+    plain["tune"] = {"search": search, "scheduler": "none", **tuned}
+    return plain
+
+
+GRID = {RATE: {"grid": [1e-4, 3e-3]}, DEPTH: {"grid": [0, 2, 3]}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tune")
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, ray_local: None) -> dict[str, Any]:
+    """The result of a grid of six trials that nothing interrupted."""
+    return tune(Recipe.parse(sweep(home, "whole", GRID, sampler="grid")), show=lambda event: None)
+
+
+def table(folder: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(f"{folder}/trials.parquet").to_pylist()
+    return rows
+
+
+def outcome(folder: str) -> list[tuple[Any, ...]]:
+    """What must be equal of two sweeps: fields, status and score of each trial."""
+    return [(row["trial"], row["status"], row[RATE], row[DEPTH], row["score"], row["rows"]) for row in table(folder)]
+
+
+@pytest.mark.slow
+def test_a_grid_runs_each_combination_once_and_answers_with_the_best(whole: dict[str, Any], home: Path) -> None:
+    assert whole["status"] == "finished"
+    assert whole["trials"] == {"finished": 6, "stopped": 0, "failed": 0}
+    rows = table(whole["run"])
+    assert {(row[RATE], row[DEPTH]) for row in rows} == {(rate, depth) for rate in (1e-4, 3e-3) for depth in (0, 2, 3)}
+    best = max(rows, key=lambda row: (row["score"], -row["trial"]))
+    assert whole["best"] == {
+        "trial": best["trial"], "metric": "eval_accuracy", "value": best["score"],
+        "fields": {RATE: best[RATE], DEPTH: best[DEPTH]},
+    }  # fmt: skip
+    assert whole["cache"]["depths"] == [2, 3]
+    assert whole["cache"]["saved_s"] > 0
+    assert whole["metrics"]["eval_accuracy"] == best["score"]
+    assert "test_accuracy" in whole["metrics"]
+    # Checkpoints of trials that were not the best are gone.
+    kept = [row["trial"] for row in rows if Path(whole["run"], f"trials/{row['trial']:05d}/checkpoints").exists()]
+    assert kept == [best["trial"]]
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", whole["export"])
+    assert classify("hello there")[0]["label"] in ("ham", "spam")
+
+
+@pytest.mark.slow
+def test_the_best_recipe_alone_gives_the_trials_score_again(whole: dict[str, Any]) -> None:
+    alone = Recipe.load(f"{whole['run']}/best.yaml")
+    assert alone.name == "whole-best"
+    assert alone.tune is None
+    result = run(alone, show=lambda event: None)
+    assert result["metrics"]["eval_accuracy"] == pytest.approx(whole["best"]["value"], abs=1e-6)
+    assert result["metrics"]["test_accuracy"] == pytest.approx(whole["metrics"]["test_accuracy"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_trials_board_has_its_fields_and_score(whole: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(f"{whole['run']}/trials/00003/tensorboard").Reload()
+    tags = board.summary_metadata
+    assert any(name.startswith("_hparams_") for name in tags)
+    assert board.Scalars("hparam/eval_accuracy")[0].value == pytest.approx(table(whole["run"])[3]["score"])
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_answers_and_another_search_is_refused(whole: dict[str, Any], home: Path) -> None:
+    plain = sweep(home, "whole", GRID, sampler="grid")
+    said: list[dict[str, Any]] = []
+    assert tune(Recipe.parse(plain), show=said.append) == whole
+    assert [event["text"] for event in said] == [f"{whole['run']} is finished; this is its result"]
+    other = sweep(home, "whole", {**GRID, RATE: {"grid": [1e-4]}}, sampler="grid")
+    with pytest.raises(RunRefused, match=r"another tune\.search"):
+        tune(Recipe.parse(other), show=said.append)
+
+
+def ended(folder: str) -> dict[str, float]:
+    """The result files of trials that have ended, with the time of their last change."""
+    return {str(path): path.stat().st_mtime for path in Path(folder).glob("trials/*/result.json")}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_and_killed_ends_like_one_that_was_not(whole: dict[str, Any], home: Path) -> None:
+    plain = sweep(home, "broken", GRID, sampler="grid")
+    path, folder = small.write_recipe(home, plain), f"{plain['storage']}/broken"
+    process = small.start("tune", path)
+    small.wait_for(lambda: len(ended(folder)) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    told = small.finish(process, 130)
+    assert "stopped by Ctrl-C; the best so far is trial " in told
+    assert "the same command goes on with the trials that are left" in told
+    result = json.loads(Path(folder, "result.json").read_text())
+    assert result["status"] == "stopped"
+    assert result["best"]["metric"] == "eval_accuracy"
+    assert yaml.safe_load(Path(folder, "best.yaml").read_text())["name"] == "broken-best"
+    before = ended(folder)
+    assert len(before) < 6
+    process = small.start("tune", path)
+    small.wait_for(lambda: len(ended(folder)) > len(before), process)
+    small.kill_with_children(process)
+    killed = ended(folder)
+    told = small.finish(small.start("tune", path))
+    assert "6 finished" in told
+    after = ended(folder)
+    assert {name: after[name] for name in killed} == killed  # no finished trial ran again
+    assert outcome(folder) == outcome(whole["run"])
+    assert json.loads(Path(folder, "result.json").read_text())["metrics"] == whole["metrics"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_says_why_and_the_others_go_on(home: Path, ray_local: None) -> None:
+    search = {RATE: {"grid": [1e-3, 1e30]}}
+    said: list[dict[str, Any]] = []
+    result = tune(Recipe.parse(sweep(home, "faulty", search, sampler="grid")), show=said.append)
+    assert result["trials"] == {"finished": 1, "stopped": 0, "failed": 1}
+    (failed,) = [row for row in table(result["run"]) if row["status"] == "failed"]
+    assert failed[RATE] == 1e30
+    assert "train.learning_rate" in failed["error"]
+    assert any(event["event"] == "trial" and event.get("error") == failed["error"] for event in said)
+    assert result["best"]["fields"] == {RATE: 1e-3}
+
+
+@pytest.mark.slow
+def test_asha_stops_what_does_not_promise_by_rows_seen(home: Path, ray_local: None) -> None:
+    search = {RATE: {"log_uniform": [1e-6, 1e-2]}, "train.global_batch_size": {"choice": [8, 16]}}
+    plain = sweep(home, "asha", search, sampler="optuna", scheduler="asha", trials=8)
+    plain["train"] |= {"epochs": 3}
+    result = tune(Recipe.parse(plain), show=lambda event: None)
+    assert result["trials"]["finished"] + result["trials"]["stopped"] == 8
+    assert result["trials"]["stopped"] >= 1
+    rows = table(result["run"])
+    assert {row["rows"] for row in rows if row["status"] == "finished"} == {3 * 203}
+    assert {row["rows"] for row in rows if row["status"] == "stopped"} <= {203, 2 * 203}
+    assert result["best"]["value"] == max(row["score"] for row in rows)
+
+
+@pytest.mark.slow
+def test_population_based_training_takes_over_the_better_trials_weights(home: Path, ray_local: None) -> None:
+    plain = sweep(home, "pbt", {RATE: {"choice": [1e-9, 3e-3]}}, sampler="random", scheduler="pbt", trials=4)
+    plain["train"] |= {"epochs": 6}
+    result = tune(Recipe.parse(plain), show=lambda event: None)
+    assert result["trials"]["finished"] == 4
+    assert result["best"]["value"] == max(row["score"] for row in table(result["run"]))
+    attempts = [len(storage.listing(f"{result['run']}/trials/{number:05d}/attempts")) for number in range(4)]
+    assert max(attempts) > 1  # one was started again, from another's checkpoint
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_leave_nothing_reserved(home: Path, ray_local: None) -> None:
+    import ray
+
+    plain = sweep(home, "nested", {RATE: {"log_uniform": [1e-6, 1e-2]}}, sampler="random", scheduler="asha", trials=4)
+    plain["cluster"]["workers"] = 2
+    free = ray.available_resources()["CPU"]
+    result = tune(Recipe.parse(plain), show=lambda event: None)
+    assert sum(result["trials"].values()) == 4
+    assert result["trials"]["failed"] == 0
+    assert "test_accuracy" in result["metrics"]
+    wait(lambda: ray.available_resources()["CPU"] == free)
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} <= {"REMOVED"}
+
+
+def wait(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+    until = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_recipe_without_a_search_is_refused(tmp_path: Path) -> None:
+    plain = small.recipe(tmp_path, "nowhere")
+    with pytest.raises(RunRefused, match="no `tune` section"):
+        tune(Recipe.parse(plain), show=lambda event: None)
+
+
+def test_known_trials_are_read_from_their_folders(tmp_path: Path) -> None:
+    home = str(tmp_path)
+    for number in range(4):
+        trials.propose(home, number, {RATE: 10.0**-number})
+    known = trials.known(home)
+    trials.end(known[0], "finished", {"best": 0.5, "rows": 100, "seconds": 2.0, "scores": {"eval_accuracy": 0.5}}, "m")
+    trials.end(known[1], "stopped", {"best": 0.7, "rows": 50}, "m")
+    trials.end(known[2], "failed", {"error": "the loss of step 3 was NaN"}, "m")
+    storage.write_json(f"{home}/trials/00003/result.json", {"status": "stopped", "error": "stopped by Ctrl-C"})
+    again = trials.known(home)
+    assert [trial.status for trial in again] == ["finished", "stopped", None, None]
+    assert [trial.value for trial in again[:2]] == [0.5, 0.7]
+    best = trials.best_of(again, maximize=True)
+    assert best is not None
+    assert best.number == 1
+    worst = trials.best_of(again, maximize=False)
+    assert worst is not None
+    assert worst.number == 0
+    trials.write_table(home, known)
+    assert [row["error"] for row in table(home)][2] == "the loss of step 3 was NaN"
