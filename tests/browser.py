@@ -1,0 +1,39 @@
+"""Headless Chromium for tests of pages, and what it complained about."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser; a test that needs one fails where it isn't installed, and says what to install."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.fail(
+            "this test needs `chromium` of the Debian package chromium: apt-get install chromium", pytrace=False
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def watched(browser: Any, **options: Any) -> Iterator[Any]:
+    """A page of its own context; what it logs as an error or warning, and what it can't load, fails the test."""
+    context = browser.new_context(**options)
+    page, complaints = context.new_page(), list[str]()
+    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"not loaded: {request.url}"))
+    yield page
+    context.close()
+    assert complaints == []
