@@ -25,7 +25,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} – rayft</title>
+<title>{title} - rayft</title>
 <link rel="icon" href="data:,">
 {style}
 </head>

@@ -44,14 +44,14 @@ const charts = (() => {
   const PALETTE = ["accent", "second", "third", "fourth", "fifth"];
 
   // lines: {name: {x, y}} over steps.
-  function lines(named, log) {
+  function lines(named) {
     const traces = Object.entries(named).filter(([, line]) => line && line.x.length).map(([name, line], at) => ({
       name: plain(name), x: line.x, y: line.y, mode: line.x.length === 1 ? "markers" : "lines",
       line: { color: color(PALETTE[at % PALETTE.length]), width: 1.8 },
       marker: { color: color(PALETTE[at % PALETTE.length]) },
     }));
     if (!traces.length) return null;
-    const yaxis = { type: log ? "log" : "linear", exponentformat: "power", rangemode: "normal" };
+    const yaxis = { exponentformat: "e" };
     return { traces, layout: { xaxis: { title: title("step") }, yaxis, hovermode: "x unified" } };
   }
 
@@ -100,7 +100,12 @@ const charts = (() => {
   // The axis and the values of a field. Values that are no numbers are categories in their order.
   function along(axis, trials) {
     const values = trials.map((trial) => trial.fields[axis.name]);
-    if (numeric(values)) return [{ type: axis.log ? "log" : "linear", exponentformat: "power" }, values];
+    if (numeric(values)) {
+      const span = Math.log10(Math.max(...values) / Math.min(...values));
+      if (axis.log) return [{ type: "log", exponentformat: "e", dtick: span >= 2 ? 1 : "D2" }, values];
+      const ticks = axis.choices ? { tickvals: axis.choices } : {};
+      return [{ exponentformat: "e", ...ticks }, values];
+    }
     const order = (axis.choices || []).map((value) => plain(brief(word(value))));
     return [{ type: "category", categoryorder: "array", categoryarray: order }, values.map((v) => plain(brief(word(v))))];
   }
@@ -112,7 +117,7 @@ const charts = (() => {
     if (second && first.choices && second.choices) return grid(page, trials, first, second);
     const [xaxis, x] = along(first, trials);
     const [yaxis, y] = second ? along(second, trials) : [{}, trials.map((trial) => trial.score)];
-    const bar = { thickness: 10, outlinewidth: 0, title: { text: plain(page.metric), side: "right" } };
+    const bar = { thickness: 10, outlinewidth: 0, title: { text: plain(page.metric), side: "right", font: { size: 12, color: color("faint") } } };
     const trace = {
       x, y, mode: "markers", hoverinfo: "text", hovertext: trials.map((trial) => hover(trial, page.metric)),
       marker: {
@@ -187,11 +192,11 @@ const charts = (() => {
     const pairs = Object.entries(shares).sort((a, b) => a[1] - b[1]);
     const trace = {
       type: "bar", orientation: "h", x: pairs.map(([, share]) => share), y: pairs.map(([name]) => plain(name)),
-      marker: { color: color("accent") }, hoverinfo: "text", textposition: "auto",
+      marker: { color: color("accent") }, hoverinfo: "text", textposition: "outside", cliponaxis: false,
       hovertext: pairs.map(([name, share]) => `${plain(name)}: ${share}`),
       text: pairs.map(([, share]) => share.toFixed(2)),
     };
-    const layout = { xaxis: { range: [0, 1], title: title("share of the scores' spread") }, yaxis: { type: "category" } };
+    const layout = { xaxis: { range: [0, 1.08], title: title("share of the scores' spread") }, yaxis: { type: "category" } };
     return { traces: [trace], layout };
   }
 

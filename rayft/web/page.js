@@ -38,7 +38,7 @@ const share = (value) => `${number(value * 100)} %`;
 const counted = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 const words = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 const valued = (value, text) => ({ text: text === undefined ? number(value) : text, title: value === null || value === undefined ? undefined : String(value) });
-const field = (value) => (typeof value === "number" ? valued(value) : { text: value === undefined ? "–" : words(value) });
+const field = (value) => (typeof value === "number" ? valued(value) : { text: value === undefined || value === null ? "–" : words(value) });
 
 // --- what pages are made of
 
@@ -119,7 +119,7 @@ class Page {
   }
 
   head(data, kind) {
-    document.title = `${data.name} – rayft`;
+    document.title = `${data.name} - rayft`;
     const home = live ? el("a", { href: "/" }, "all runs") : null;
     const above = [home, home ? " · " : null, `${kind} in ${data.folder}`];
     const error = data.error ? el("p", { class: "sentence" }, data.error) : null;
@@ -136,7 +136,7 @@ const indexPage = {
     this.card = this.add(new Card("runs", "Runs and sweeps", true, this.table.node));
   },
   update(data) {
-    document.title = `${data.folder} – rayft`;
+    document.title = `${data.folder} - rayft`;
     this.header.replaceChildren(el("div", { class: "above" }, "storage"), el("h1", null, data.folder));
     this.tiles.hidden = true;
     this.card.show(true, data.runs.length ? "" : "there is no run yet; one that starts appears here");
@@ -165,13 +165,13 @@ const runPage = {
     this.tokens = this.add(new Chart("tokens-per-s", "Tokens per second"));
     this.final = this.add(new Card("final", "Scores of the exported model"));
     this.timing = this.add(new Card("timing", "Timing of the last attempt"));
-    this.evaluations = new Table((row) => row.step, "evaluations");
+    this.evaluations = new Table((row) => row.step, "evaluations", { small: true });
     this.evaluated = this.add(new Card("evaluations", "Evaluations", true, this.evaluations.node));
-    this.splits = new Table((row) => row.split, "splits");
+    this.splits = new Table((row) => row.split, "splits", { small: true });
     this.data = this.add(new Card("data", "Data", true, this.splits.node));
-    this.lengths = this.add(new Chart("lengths", "Lengths", true));
-    this.claims = new Table((row) => row.number, "attempts");
-    this.attempts = this.add(new Card("attempts", "Attempts", true, this.claims.node));
+    this.lengths = this.add(new Chart("lengths", "Lengths"));
+    this.claims = new Table((row) => row.number, "attempts", { small: true });
+    this.attempts = this.add(new Card("attempts", "Attempts", false, this.claims.node));
     this.recipe = this.add(new Text("recipe", "Recipe", "recipe.yaml, which gives the same run"));
   },
   update(data) {

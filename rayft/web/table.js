@@ -11,10 +11,11 @@ function el(tag, attributes, ...children) {
 
 // Column: {name, label, value(row), cell(row) -> {text, title, href, status}, number: aligned and sorted as such}.
 class Table {
-  constructor(key, nouns, sort) {
+  constructor(key, nouns, { sort = null, small = false } = {}) {
     this.key = key; // row -> what identifies it
     this.nouns = nouns;
-    this.sort = sort || null; // {name, down}
+    this.sort = sort; // {name, down}
+    this.small = small; // nothing to filter while there are few rows
     this.rows = [];
     this.columns = [];
     this.made = new Map(); // key -> {tr, shown}
@@ -24,7 +25,8 @@ class Table {
     this.count = el("span", { class: "count" });
     this.filter.addEventListener("input", () => this.arrange());
     const table = el("table", null, el("thead", null, this.head), this.body);
-    this.node = el("div", null, el("div", { class: "tools" }, this.filter, this.count), el("div", { class: "scroll" }, table));
+    this.tools = el("div", { class: "tools" }, this.filter, this.count);
+    this.node = el("div", null, this.tools, el("div", { class: "scroll" }, table));
   }
 
   update(columns, rows) {
@@ -33,6 +35,7 @@ class Table {
     }
     this.columns = columns;
     this.rows = rows;
+    this.tools.hidden = this.small && rows.length <= 20;
     const keys = new Set(rows.map(this.key));
     for (const key of this.made.keys()) if (!keys.has(key)) this.made.delete(key);
     for (const row of rows) this.fill(row);
