@@ -28,10 +28,18 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def watched(browser: Any, **options: Any) -> Iterator[Any]:
-    """A page of its own context; what it logs as an error or warning, and what it can't load, fails the test."""
+    """A page of its own context; what it logs as an error or warning, and what it can't load, fails the test.
+
+    What a driver of WebGL says of its own speed is no complaint.
+    """
     context = browser.new_context(**options)
     page, complaints = context.new_page(), list[str]()
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+
+    def listen(said: Any) -> None:
+        if said.type in ("error", "warning") and "GL Driver Message" not in said.text:
+            complaints.append(said.text)
+
+    page.on("console", listen)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("requestfailed", lambda request: complaints.append(f"not loaded: {request.url}"))
     yield page
