@@ -34,7 +34,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 TOKEN = "RAYFT_DASHBOARD_TOKEN"
 FRESH_S = 1.0  # what was read is not read again for so long, however many pages ask for it ...
-RESTS = 9.0  # ... nor for so many times what reading took: at most a tenth of the time goes into it
+RESTS = 4.0  # ... nor for so many times what reading it again took: at most a fifth of the time goes into it
+MOST_REST_S = 10.0
 _ASSETS = "/-/"
 _HEADERS = {
     # plotly compiles the shaders of parallel coordinates, and styles itself.
@@ -149,8 +150,9 @@ class Dashboard:
             except StorageMissing:  # names of nothing are not kept
                 self._answers.pop(name, None)
                 raise
+            took = time.monotonic() - begun if answer.version else 0.0  # the first time, every file was new
             answer.version = f'"{hashlib.sha256(answer.text.encode()).hexdigest()[:32]}"'
-            answer.until = time.monotonic() + max(FRESH_S, RESTS * (time.monotonic() - begun))
+            answer.until = time.monotonic() + min(MOST_REST_S, max(FRESH_S, RESTS * took))
         return answer
 
     def _read(self, name: str) -> tuple[str, str]:

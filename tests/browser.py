@@ -27,16 +27,16 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def watched(browser: Any, **options: Any) -> Iterator[Any]:
+def watched(browser: Any, expected: str = "GL Driver Message", **options: Any) -> Iterator[Any]:
     """A page of its own context; what it logs as an error or warning, and what it can't load, fails the test.
 
-    What a driver of WebGL says of its own speed is no complaint.
+    Unless that holds the text `expected`: what a driver of WebGL says of its own speed is no complaint.
     """
     context = browser.new_context(**options)
     page, complaints = context.new_page(), list[str]()
 
     def listen(said: Any) -> None:
-        if said.type in ("error", "warning") and "GL Driver Message" not in said.text:
+        if said.type in ("error", "warning") and expected not in said.text:
             complaints.append(said.text)
 
     page.on("console", listen)
