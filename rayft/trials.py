@@ -163,9 +163,9 @@ def _axes(search: Json, trials: list[Json]) -> list[Json]:
         choices = None if bounds else _different([*(space.get("choice") or []), *given])
         if choices is not None and len(choices) > _FEW and not space.get("choice"):
             choices = choices if not all(map(is_number, choices)) else None
-        numbers = [value for value in given if is_number(value)]
-        wide = bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= _DECADES
-        log = "log_uniform" in space or (wide and len(numbers) == len(given))
+        numbers = bounds or given  # what was drawn evenly near 0 is no reason for a logarithmic axis
+        wide = bool(numbers) and all(map(is_number, numbers)) and 0 < _DECADES * min(numbers) <= max(numbers)
+        log = "log_uniform" in space or wide
         found.append({"name": field, "log": log, "choices": choices, "bounds": bounds})
     return found
 

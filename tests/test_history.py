@@ -216,7 +216,8 @@ def test_a_metric_that_is_better_when_low_leads_to_the_lowest(where: str) -> Non
     [
         ({"log_uniform": [1e-5, 1e-4]}, [2e-5, 3e-5], True, None),
         ({"uniform": [0, 1]}, [0.1, 0.9], False, None),
-        ({"uniform": [0, 1]}, [0.001, 0.9], True, None),
+        ({"uniform": [0, 1]}, [0.001, 0.9], False, None),
+        ({"uniform": [0.001, 1]}, [0.2, 0.9], True, None),
         ({"choice": [4, 2, 0]}, [0, 4], False, [0, 2, 4]),
         ({"choice": [1e-5, 1e-2]}, [1e-5, 1e-2], True, [1e-5, 1e-2]),
         ({"choice": ["b", "a"]}, ["a", "b"], False, ["b", "a"]),

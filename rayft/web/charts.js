@@ -114,6 +114,7 @@ const charts = (() => {
     const has = (axis) => (trial) => axis.name in trial.fields;
     const trials = scored(page).filter(has(first)).filter(second ? has(second) : () => true);
     if (!trials.length) return null;
+    trials.sort((a, b) => (page.mode === "min" ? b.score - a.score : a.score - b.score)); // the best on top
     if (second && first.choices && second.choices) return grid(page, trials, first, second);
     const [xaxis, x] = along(first, trials);
     const [yaxis, y] = second ? along(second, trials) : [{}, trials.map((trial) => trial.score)];
@@ -155,7 +156,8 @@ const charts = (() => {
   }
 
   function parallel(page) {
-    const trials = scored(page).filter((trial) => page.axes.every((axis) => axis.name in trial.fields));
+    const ended = scored(page).filter((trial) => trial.status !== "running");
+    const trials = ended.filter((trial) => page.axes.every((axis) => axis.name in trial.fields));
     if (trials.length < 2 || !page.axes.length) return null;
     const dimensions = page.axes.map((axis) => dimension(axis, trials));
     const scores = trials.map((trial) => trial.score);

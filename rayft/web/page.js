@@ -42,6 +42,7 @@ const field = (value) => (typeof value === "number" ? valued(value) : { text: va
 
 // --- what pages are made of
 
+const dark = matchMedia("(prefers-color-scheme: dark)");
 const live = document.body.dataset.live || null; // where fresh data come from; none in a report
 const link = (name) => (live ? "/run/" + name.split("/").map(encodeURIComponent).join("/") : null);
 const statused = (status) => el("span", { class: `status ${status}` }, status);
@@ -87,7 +88,11 @@ class Chart extends Card {
 
   draw(figure, note) {
     this.inner.hidden = !figure;
-    if (this.show(Boolean(figure || note), note) && figure) charts.draw(this.plot, figure);
+    if (!this.show(Boolean(figure || note), note) || !figure) return;
+    const looks = JSON.stringify([figure, dark.matches]);
+    if (looks === this.looks) return; // of many trials, drawing takes far longer than comparing
+    this.looks = looks;
+    charts.draw(this.plot, figure);
   }
 }
 

@@ -35,8 +35,8 @@ const sweepPage = {
     this.drawOver();
     const { values, why, trials } = data.importance;
     this.importance.draw(charts.importance(data), values ? `from ${counted(trials, "finished trial")}` : why);
-    this.parallel.draw(charts.parallel(data), "one line is one trial; drag along an axis to keep only the trials that pass there");
-    this.parallel.show(charts.parallel(data) !== null, this.parallel.note.textContent);
+    const parallel = charts.parallel(data);
+    this.parallel.draw(parallel, parallel && "one line is one trial that has ended; drag along an axis to keep only those that pass there");
     this.fillTable(data);
     this.fillSaved(data);
     this.best.say(data.best_recipe);
@@ -145,5 +145,5 @@ async function refresh() {
 }
 
 show();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+dark.addEventListener("change", show);
 if (live) setTimeout(refresh, POLL_MS);
