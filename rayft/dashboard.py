@@ -7,6 +7,7 @@ seconds and which answer 304 where nothing has changed. Nothing can be written o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -256,7 +257,7 @@ async def in_thread(action: Callable[[], T]) -> T:
             result = action()
         except Exception as error:  # noqa: BLE001 # raised where it is awaited
             failure = error
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=work, daemon=True).start()

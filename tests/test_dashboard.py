@@ -327,18 +327,17 @@ def test_sweep_gains_trials_and_keeps_sort_and_filter(browser: Any, where: str) 
 
 def test_index_gains_runs_and_the_page_says_when_nothing_answers(browser: Any, where: str) -> None:
     folders.write_run(where, "first", silent_s=100)
-    with watched(browser, expected="status of 503") as page:
-        with serving(Dashboard(where)) as port:
-            page.goto(f"http://127.0.0.1:{port}/")
-            page.wait_for_selector('#runs [data-key="first"]')
-            folders.write_run(where, "second", "running")
-            page.wait_for_selector('#runs [data-key="second"] .running')
-            assert page.eval_on_selector_all("#runs tbody tr", "(all) => all.map((one) => one.dataset.key)") == [
-                "second",
-                "first",
-            ]
-            page.route("**/data/", lambda route: route.fulfill(status=503, body="the storage does not answer\n"))
-            page.wait_for_selector("#alarm:not([hidden])")
-            assert page.locator("#alarm").inner_text() == "the storage does not answer"
-            page.unroute("**/data/")
-            page.wait_for_selector("#alarm", state="hidden")
+    with serving(Dashboard(where)) as port, watched(browser, expected="status of 503") as page:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector('#runs [data-key="first"]')
+        folders.write_run(where, "second", "running")
+        page.wait_for_selector('#runs [data-key="second"] .running')
+        assert page.eval_on_selector_all("#runs tbody tr", "(all) => all.map((one) => one.dataset.key)") == [
+            "second",
+            "first",
+        ]
+        page.route("**/data/", lambda route: route.fulfill(status=503, body="the storage does not answer\n"))
+        page.wait_for_selector("#alarm:not([hidden])")
+        assert page.locator("#alarm").inner_text() == "the storage does not answer"
+        page.unroute("**/data/")
+        page.wait_for_selector("#alarm", state="hidden")

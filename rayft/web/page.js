@@ -78,21 +78,34 @@ class Card {
   }
 }
 
+// One that lies `across` takes long to draw, and is drawn while it is on the screen or near it.
 class Chart extends Card {
   constructor(id, heading, wide, across) {
     super(id, heading, wide);
     this.plot = el("div", { class: "chart" });
     this.inner.className = across ? "across" : "";
     this.inner.append(this.plot);
+    this.figure = null;
+    this.near = !across;
+    const watch = (entries) => {
+      this.near = entries[entries.length - 1].isIntersecting;
+      this.paint();
+    };
+    if (across) new IntersectionObserver(watch, { rootMargin: "200px" }).observe(this.plot);
   }
 
   draw(figure, note) {
     this.inner.hidden = !figure;
-    if (!this.show(Boolean(figure || note), note) || !figure) return;
-    const looks = JSON.stringify([figure, dark.matches]);
+    this.figure = figure;
+    if (this.show(Boolean(figure || note), note)) this.paint();
+  }
+
+  paint() {
+    if (!this.near || !this.figure) return;
+    const looks = JSON.stringify([this.figure, dark.matches]);
     if (looks === this.looks) return; // of many trials, drawing takes far longer than comparing
     this.looks = looks;
-    charts.draw(this.plot, figure);
+    charts.draw(this.plot, this.figure);
   }
 }
 
