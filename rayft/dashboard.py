@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -235,6 +236,9 @@ async def _serve(dashboard: Dashboard, host: str, port: int, say: Callable[[str]
 
 
 def url_of(host: str, port: int) -> str:
+    """What to open; of all addresses of this machine, its name."""
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.gethostname()
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 

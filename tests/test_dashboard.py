@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -250,9 +251,10 @@ def test_it_says_where_it_is_and_ends_without_a_word(where: str, host: str, numb
         assert process.stdout
         assert process.stderr
         said = process.stdout.readline()
-        path = said.split()[1].partition(f"http://{host}:")[2]
-        port, _, token = path.partition("/")
-        opened = get(int(port), "/" + token)
+        url = re.search(r"http://([^:/]+):(\d+)(/\S*)", said)
+        assert url
+        assert url[1] == (host if host == "127.0.0.1" else socket.gethostname())
+        opened = get(int(url[2]), url[3])
         assert opened.status == (200 if host == "127.0.0.1" else 303)
         process.send_signal(number)
         assert process.wait(30) == 0
