@@ -29,7 +29,7 @@ from rayft import pages, storage
 from rayft.errors import StorageDown, StorageError, StorageMissing, StorageRefused
 from rayft.history import index
 from rayft.snapshots import Files
-from rayft.trials import page
+from rayft.overview import page
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayft import storage
 from rayft.snapshots import Files, Json
-from rayft.trials import page
+from rayft.overview import page
 
 SCRIPTS = ("charts.js", "table.js", "page.js", "sweep.js")  # each uses only those before it
 STYLE = "page.css"

@@ -13,7 +13,7 @@ from rayft import report, storage
 from rayft.errors import StorageDenied, StorageMissing
 from rayft.history import index, run
 from rayft.snapshots import Files, in_parallel, thinned
-from rayft.trials import MOST_CURVES, page, sweep
+from rayft.overview import MOST_CURVES, page, sweep
 
 
 @pytest.fixture

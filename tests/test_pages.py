@@ -15,7 +15,7 @@ from browser import chromium, watched
 from rayft import pages, storage
 from rayft.errors import StorageMissing
 from rayft.snapshots import Files
-from rayft.trials import page as data_of
+from rayft.overview import page as data_of
 
 NASTY = "</script><script>alert(1)</script>&amp; \u2028 <!-- 'x' \"y\""
 
