@@ -291,6 +291,38 @@ def runs_compare(first: Run, second: Run, json: Json = False) -> None:
 
 
 @app.command()
+def report(
+    target: Annotated[str, typer.Argument(metavar="RUN|SWEEP", help="A run's or a sweep's folder: <storage>/<name>.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The HTML file or URL; else <name>.html here.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write one HTML page of a run or a sweep, which opens offline."""
+    with answering(json) as answer:
+        from rayft.pages import write_report
+        from rayft.text import size
+
+        done = write_report(target, output)
+        answer.give(done, f"wrote {done['report']} ({size(done['bytes'])})")
+
+
+@app.command()
+def dashboard(
+    storage: Storage,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Any but this machine's own needs a token.")
+    ] = "127.0.0.1",
+) -> None:
+    """Serve the pages of all runs and sweeps in a storage, live."""
+    with answering(False) as answer:
+        from rayft.dashboard import serve
+
+        serve(storage, host, port, answer.say)
+
+
+@app.command()
 def clean(
     storage: Storage,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,

@@ -28,8 +28,8 @@ from aiohttp import web
 from rayft import pages, storage
 from rayft.errors import StorageDown, StorageError, StorageMissing, StorageRefused
 from rayft.history import index
-from rayft.snapshots import Files
 from rayft.overview import page
+from rayft.snapshots import Files
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -13,8 +13,8 @@ import pkgutil
 from typing import Any
 
 from rayft import storage
-from rayft.snapshots import Files, Json
 from rayft.overview import page
+from rayft.snapshots import Files, Json
 
 SCRIPTS = ("charts.js", "table.js", "page.js", "sweep.js")  # each uses only those before it
 STYLE = "page.css"

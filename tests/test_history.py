@@ -12,8 +12,8 @@ import folders
 from rayft import report, storage
 from rayft.errors import StorageDenied, StorageMissing
 from rayft.history import index, run
-from rayft.snapshots import Files, in_parallel, thinned
 from rayft.overview import MOST_CURVES, page, sweep
+from rayft.snapshots import Files, in_parallel, thinned
 
 
 @pytest.fixture

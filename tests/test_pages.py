@@ -14,8 +14,8 @@ import folders
 from browser import chromium, watched
 from rayft import pages, storage
 from rayft.errors import StorageMissing
-from rayft.snapshots import Files
 from rayft.overview import page as data_of
+from rayft.snapshots import Files
 
 NASTY = "</script><script>alert(1)</script>&amp; \u2028 <!-- 'x' \"y\""
 
