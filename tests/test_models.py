@@ -113,7 +113,7 @@ def test_processes_that_fetch_at_once_end_with_one_copy(
     folder: Path, cache: Path, s3: str, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
     if not locks:  # as on a network file system without them
-        monkeypatch.setattr("rayft.models.fcntl.flock", _refuse)
+        monkeypatch.setattr("rayft.copies.fcntl.flock", _refuse)
     url = storage.join(s3, "models", f"raced-{locks}")
     storage.upload(str(folder), url)
     context = multiprocessing.get_context("fork")

@@ -32,12 +32,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cluster.workers": 33}, "cluster.workers"),
     ({"cluster.workers": {"min": 1, "max": 33}}, "cluster.workers.max"),
     ({"cluster.workers": {"min": 3, "max": 2}}, "cluster.workers.min"),
-    ({"model.lora": {}, "model.freeze": 2}, "model.freeze"),
+    ({"model.lora": {}, "model.freeze": ["a.*"]}, "model.freeze.patterns"),
     ({"model.lora": {}, "model.unfreeze_every": 1}, "model.unfreeze_every"),
     ({"model.unfreeze_every": 1}, "model.unfreeze_every"),
     ({"model.unfreeze_every": 1, "model.freeze": 0}, "model.unfreeze_every"),
     ({"model.unfreeze_every": 1, "model.freeze": ["a.*"]}, "model.unfreeze_every"),
     ({"model.unfreeze_every": 1, "model.freeze": 2, "model.cache_frozen": "on"}, "model.cache_frozen"),
+    ({"model.cache_frozen": "on"}, "model.cache_frozen"),
+    ({"model.cache_frozen": "on", "model.freeze": 2, "model.compile": True}, "model.cache_frozen"),
     ({"deepspeed.offload": "parameters", "deepspeed.zero_stage": 2}, "deepspeed.zero_stage"),
     ({"deepspeed.offload": "optimizer", "deepspeed.zero_stage": 0}, "deepspeed.zero_stage"),
     ({"model.compile": True, "deepspeed.zero_stage": 3}, "deepspeed.zero_stage"),
@@ -54,6 +56,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"tune": {"search": {"train.learning_rate": {"uniform": [0.1, 0.2]}}, "sampler": "grid"}},
         "tune.search.train.learning_rate",
     ),
+    ({"tune": {"search": {"train.seed": {"grid": [1]}}, "trials": 2}}, "tune.search.train.seed"),
+    (
+        {"tune": {"search": {"model.freeze.layers": {"choice": [1]}}, "trials": 2, "scheduler": "pbt"}},
+        "tune.search.model.freeze.layers",
+    ),
 ]
 
 PASSED: list[dict[str, Any]] = [
@@ -65,6 +72,8 @@ PASSED: list[dict[str, Any]] = [
     {"cluster.workers": 32},
     {"cluster.workers": {"min": 2, "max": 2}},
     {"model.lora": {"r": 4}, "model.freeze": 0},
+    {"model.lora": {"r": 4}, "model.freeze": 2, "model.cache_frozen": "on"},
+    {"model.cache_frozen": "on", "tune": {"search": {"model.freeze.layers": {"choice": [1, 2]}}, "trials": 2}},
     {"model.unfreeze_every": 1, "model.freeze": "all"},
     {"model.unfreeze_every": 1, "model.freeze": 2, "model.cache_frozen": "off"},
     {"deepspeed.offload": "parameters"},
@@ -101,9 +110,9 @@ def test_possible_combinations_pass(fields: dict[str, Any]) -> None:
     assert broken(fields) == []
 
 
-def test_adapters_exclude_both_kinds_of_freezing() -> None:
-    assert broken({"model.lora": {}, "model.freeze": 2, "model.unfreeze_every": 1}) == [
-        "model.freeze",
+def test_adapters_exclude_patterns_and_gradual_unfreezing() -> None:
+    assert broken({"model.lora": {}, "model.freeze": ["a.*"], "model.unfreeze_every": 1}) == [
+        "model.freeze.patterns",
         "model.unfreeze_every",
     ]
 

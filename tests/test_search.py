@@ -42,6 +42,7 @@ def test_a_sweep_of_the_design_is_read() -> None:
         "metric": "eval_accuracy",
         "mode": "max",
         "budget": {"minutes": 5},
+        "log_to": [],
         "seed": 0,
     }
     assert recipe.tune.search["train.learning_rate"].values() == (1e-5, 1e-3)

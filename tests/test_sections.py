@@ -71,6 +71,7 @@ from rayft.sections import (
                 "evaluate_every": "1 epoch",
                 "save_every": "1 epoch",
                 "early_stopping": None,
+                "metric": None,
                 "seed": 0,
             },
         ),

@@ -20,7 +20,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_quickstart_and_one_job_per_task_are_there() -> None:
-    assert {path.stem for path in JOBS} == {name.replace("-", "_") for name in tasks.names()} | {"quickstart"}
+    assert {path.stem for path in JOBS} == {name.replace("-", "_") for name in tasks.names()} | {"quickstart", "sweep"}
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
