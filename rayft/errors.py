@@ -13,6 +13,7 @@ RayftError                     told in one sentence; `exit_code` is the command 
 ├── RunRefused           2     another process writes this run, or its recipe has changed
 ├── Superseded           1     another process has taken this run over
 ├── Stopped            130     a stop was asked for, and the run has stopped
+├── SweepStopped       130     a stop was asked for, and the sweep has stopped
 ├── CheckpointError      1     a checkpoint that can't be used
 ├── Damaged              1     a file of a checkpoint or a prepared shard that is not as it was written
 ├── NotFinite            1     a loss or gradient that is NaN or infinite, with its step

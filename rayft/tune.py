@@ -55,11 +55,13 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     identity = model_identity(model_path, recipe.model.revision)
     if not restart:
         record.refuse_other_model(identity)
-    from rayft.session import cluster
+    from rayft.session import cluster, quiet
 
+    quiet()
+    os.environ.update(ENVIRONMENT)
     placed = recipe.cluster
     at_once = max(1, (os.cpu_count() or 1) // placed.cpus_per_worker) if placed.max_workers == 1 else 1
-    with cluster(at_once * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker):
+    with cluster(at_once * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker, _environment()):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)
@@ -85,6 +87,13 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
                 raise
             record.status = "finished"
     return result
+
+
+def _environment() -> dict[str, str]:
+    """The variables that Tune gives its actors: with the same ones a process of this job can become an actor."""
+    from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
+
+    return {**DEFAULT_ENV_VARS, **{name: os.environ[name] for name in ENV_VARS_TO_PROPAGATE if name in os.environ}}
 
 
 def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None:
@@ -182,7 +191,6 @@ class Sweep:
         from rayft import scheduling
         from rayft.trial import Shared, Trial
 
-        os.environ.update(ENVIRONMENT)
         at_once = self._at_once(cpus)
         single = self.recipe.cluster.max_workers == 1
         warm = self._warm() if single else None

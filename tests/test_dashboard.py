@@ -26,6 +26,8 @@ from rayft import storage
 from rayft.dashboard import Dashboard, is_own, place, serve, token_for
 from rayft.errors import StorageDown, StorageMissing, StorageRefused
 
+pytestmark = pytest.mark.slow  # they drive a browser
+
 Get = Callable[..., "Reply"]
 
 

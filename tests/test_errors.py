@@ -8,7 +8,7 @@ import re
 import pytest
 
 from rayft import errors
-from rayft.errors import Damaged, Fault, NotFinite, RayftError, RecipeError, Stopped, Superseded
+from rayft.errors import Damaged, Fault, NotFinite, RayftError, RecipeError, Stopped, Superseded, SweepStopped
 
 ALL = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RayftError)]
 FAULTS = (
@@ -26,6 +26,8 @@ def example(kind: type[RayftError]) -> RayftError:
         return Superseded("s3://bucket/run", 3, "process 7 on host")
     if kind is Stopped:
         return Stopped("SIGTERM", 12, True)
+    if kind is SweepStopped:
+        return SweepStopped("Ctrl-C", "the best so far is trial 3")
     if kind is Damaged:
         return Damaged("runs/a/checkpoints/step-000004-a1", "rank-00000.json", "is missing")
     return kind("s3://bucket/run: what happened")

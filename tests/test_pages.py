@@ -17,6 +17,8 @@ from rayft.errors import StorageMissing
 from rayft.overview import page as data_of
 from rayft.snapshots import Files
 
+pytestmark = pytest.mark.slow  # they drive a browser
+
 NASTY = "</script><script>alert(1)</script>&amp; \u2028 <!-- 'x' \"y\""
 
 

@@ -128,6 +128,8 @@ def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[s
 
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+    if torch.distributed.get_world_size() == 1 and engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = False  # it would copy every gradient to and fro, for nobody
     reset_moments(engine)
     return engine
 

@@ -253,7 +253,8 @@ def train(
                 yield
             if progress.finished or step.number == until:
                 return True
-            train_mode(job.engine.module, job.blocks)
+            if evaluates:
+                train_mode(job.engine.module, job.blocks)
     except NotFinite:  # on every rank alike
         job.saver.finish()  # the last good checkpoint may still be on its way
         dist.barrier()  # until rank 0 has committed it: the group ends with the first that raises
