@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def test_a_node_that_was_cut_off_adds_nothing_and_comes_back(
     run = storage.join(bucket, "cut")
     small.wait_for(committed(run, 10), process)
     three.cut(1)
+    cut = time.monotonic()
     three.wait(alive=2)
+    small.wait_for(lambda: time.monotonic() - cut > 30, process)
     three.heal(1)
     small.wait_for(lambda: not three.nodes[1].alive, process)  # Ray had given it up, and tells it so
     three.start(1)  # as a supervisor does
