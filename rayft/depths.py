@@ -30,8 +30,8 @@ class Stored:
     seconds: float
 
 
-def depths(recipe: Recipe, blocks: int) -> dict[int, float]:
-    """Depth -> the share of the trials that will freeze so many of the model's `blocks`; depth 0 is left out."""
+def shares(recipe: Recipe, blocks: int) -> dict[int, float]:
+    """Depth -> the share of the trials that will freeze so many of the model's `blocks`."""
     tune, freeze = recipe.tune, recipe.model.freeze
     spaces = {name: space for name, space in (tune.search if isinstance(tune, Tune) else {}).items() if name in FIELDS}
     if not spaces:
@@ -42,7 +42,7 @@ def depths(recipe: Recipe, blocks: int) -> dict[int, float]:
         for value in values:
             depth = _depth(value, blocks)
             found[depth] = found.get(depth, 0.0) + 1 / len(values)
-    return {depth: share for depth, share in sorted(found.items()) if depth > 0}
+    return dict(sorted(found.items()))
 
 
 def _values(space: Space) -> list[Any]:
@@ -79,28 +79,28 @@ def store(
     """Computes what is missing and pays; None where nothing of it does. `recipe` has its ZeRO stage decided."""
     from rayft.training import prefix, states
 
-    shares = {depth: share for depth, share in depths(recipe, blocks).items() if not prefix.impossible(recipe, depth)}
-    if not shares:
+    wanted = {depth: share for depth, share in shares(recipe, blocks).items() if not prefix.impossible(recipe, depth)}
+    if not wanted:
         return None
     stage = int(recipe.deepspeed.zero_stage)
     targets = {
-        split: {d: states.states_folder(prepared[split].folder, recipe, identity, d, stage) for d in shares}
+        split: {d: states.states_folder(prepared[split].folder, recipe, identity, d, stage) for d in wanted}
         for split in ("train", "validation")
     }
     missing = {
         split: {depth: path for depth, path in found.items() if states.found(path) is None}
         for split, found in targets.items()
     }
-    wanted = _worth(recipe, prepared, warm, missing, shares, trials)
-    if any(wanted.values()):
+    chosen = _worth(recipe, prepared, warm, missing, wanted, trials)
+    if any(chosen.values()):
         show({"event": "stage", "name": "computing the frozen blocks"})
-        _compute(recipe, prepared, wanted, warm, world)
+        _compute(recipe, prepared, chosen, warm, world)
     manifests = [states.found(path) for found in targets.values() for path in found.values()]
     there = [manifest for manifest in manifests if manifest is not None]
     if not there:
         return None
     deepest = max(manifest["seconds"] for manifest in there)
-    whole = [depth for depth in shares if all(states.found(found[depth]) for found in targets.values())]
+    whole = [depth for depth in wanted if all(states.found(found[depth]) for found in targets.values())]
     return Stored(whole, sum(manifest["bytes"] for manifest in there), deepest)
 
 

@@ -38,6 +38,8 @@ def check(recipe: Recipe, *, show: Show) -> Report:
                 upper bounds of their classes
     parameters  {total, trainable, frozen, trainable_at_end}
     steps       {total, per_epoch, global_batch_size, rows_per_worker, micro_batches}
+    sweep       {trials, at_once, scheduler, seconds: of all to their end, depths: [{depth, share: of the trials,
+                stored: is the frozen blocks' output, trainable, memory: bytes a worker, seconds: of a trial}]}
     memory      {worker: bytes or None, zero: {stage: bytes of weights, gradients and optimizer state}, zero_stage}
     """
     return _Check(recipe.resolved(), show).report
@@ -55,7 +57,7 @@ class _Check:
         self.prepared: dict[str, Any] = {}
         self.balances: dict[str, dict[str, int] | None] = {}
         self.report: Report = {"faults": self.faults, "warnings": []}
-        self.report |= dict.fromkeys(("run", "storage", "cluster", "data", "parameters", "steps", "memory"))
+        self.report |= dict.fromkeys(("run", "storage", "cluster", "data", "parameters", "steps", "memory", "sweep"))
         show({"event": "stage", "name": "checking"})
         self._place()
         with self._gathering():
@@ -127,6 +129,9 @@ class _Check:
             if have["CPU"] and reachable:
                 self._data(len(nodes))
             memory = placement.worker_memory(placed)
+            if self.recipe.tune is not None and self.facts is not None and self.prepared:
+                with self._gathering():
+                    self._sweep(memory)
         self._tell_data()
         if self.facts is not None and self.processor is not None:
             self._tell_cost(self.facts, memory)
@@ -206,6 +211,31 @@ class _Check:
             "rows_per_worker": share,
             "micro_batches": -(-share // train.micro_batch_size),
         }
+
+    def _sweep(self, memory: int | None) -> None:
+        """What the trials will cost at each depth that they may have."""
+        import ray
+
+        from rayft import depths, forecast
+        from rayft.run import decided
+        from rayft.training import plan
+        from rayft.training.worker import pretrained
+        from rayft.tune import at_once
+
+        recipe, placed, facts = self.recipe, self.recipe.cluster, self.facts or {}
+        base = pretrained(recipe, str(self.model_path))
+        blocks = plan.blocks(recipe, base, facts, self.processor)
+        counted: dict[int, Any] = {}
+        for depth in depths.shares(recipe, blocks):
+            freeze = {"layers": depth} if depth else None
+            frozen = Recipe.parse({**recipe.dump(), "model": {**recipe.dump()["model"], "freeze": freeze}})
+            one = plan.parameters(frozen, base, facts, self.processor, 1)
+            stage = one.zero_stage(frozen, memory)
+            counted[depth] = {"trainable": one.trainable, "memory": one.state_bytes(frozen, stage)}
+        task = ray.remote(num_cpus=placed.cpus_per_worker, num_gpus=placed.gpus_per_worker)(forecast.measure)
+        pace = ray.get(task.remote(recipe.dump(), self.prepared["train"].folder, list(counted)))
+        alone = decided(recipe, placed.max_workers, plan.parameters(recipe, base, facts, self.processor, 1))
+        self.report["sweep"] = forecast.forecast(alone, self.prepared, counted, pace, at_once(recipe))
 
     def _tell_cost(self, facts: dict[str, Any], memory: int | None) -> None:
         """Parameters, and the memory that they need."""

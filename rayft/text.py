@@ -223,6 +223,8 @@ def check_lines(report: Json) -> list[str]:
         lines += ["", *_split_lines(report["data"]), *_balance_lines(report["data"])]
     if report["memory"]:
         lines += ["", *_memory_lines(report["memory"])]
+    if report["sweep"]:
+        lines += ["", *_sweep_forecast(report["sweep"])]
     if report["storage"]["prepared"]:
         lines += ["", f"the prepared rows are kept for the run, in {report['storage']['prepared']}"]
     lines += [f"warning: {sentence}" for sentence in report["warnings"]]
@@ -291,6 +293,18 @@ def _balance_lines(data: Json) -> list[str]:
     head = f"{len(labels):,} labels" if shown != labels else "labels"
     rows = [(head, *splits), *((label, *(cell(name, label) for name in splits)) for label in shown)]
     return ["", *aligned(rows, right=range(1, len(rows[0])))]
+
+
+def _sweep_forecast(sweep: Json) -> list[str]:
+    """What trials cost at each depth, and all of them together."""
+    rows = [("frozen blocks", "trials", "to train", "a worker's memory", "a trial", "")]
+    for one in sweep["depths"]:
+        costs = (amount(one["trainable"]), size(one["memory"]), duration(one["seconds"]))
+        stored = "output of the frozen blocks is stored" if one["stored"] else ""
+        rows += [(str(one["depth"]), f"{one['share']:.0%}", *costs, stored)]
+    early = {"none": "", "pbt": ""}.get(sweep["scheduler"], f", less what {sweep['scheduler']} stops early")
+    total = f"{counted(sweep['trials'], 'trial')}, {sweep['at_once']} at a time: about {duration(sweep['seconds'])}"
+    return [*aligned(rows, right=range(5)), f"{total}{early}"]
 
 
 def _memory_lines(memory: Json) -> list[str]:

@@ -60,8 +60,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     quiet()
     os.environ.update(ENVIRONMENT)
     placed = recipe.cluster
-    at_once = max(1, (os.cpu_count() or 1) // placed.cpus_per_worker) if placed.max_workers == 1 else 1
-    with cluster(at_once * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker, _environment()):
+    with cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker, _environment()):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)
@@ -77,7 +76,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
                 decided(recipe, placed.max_workers, parameters), prepared, identity, record, stop, begun, show
             )
             try:
-                result = sweep.run(at_once)
+                result = sweep.run()
             except (KeyboardInterrupt, Stopped, SweepStopped):
                 record.status = "stopped"
                 raise
@@ -87,6 +86,21 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
                 raise
             record.status = "finished"
     return result
+
+
+def _local(recipe: Recipe) -> int:
+    """How many trials this machine's processors run at a time."""
+    cluster = recipe.cluster
+    return max(1, (os.cpu_count() or 1) // cluster.cpus_per_worker) if cluster.max_workers == 1 else 1
+
+
+def at_once(recipe: Recipe) -> int:
+    """How many trials run at a time: as many as the cluster holds, those of a local one by its real processors."""
+    cluster = recipe.cluster
+    room = placement.room(cluster) // cluster.max_workers
+    if os.environ.get("RAY_ADDRESS") is None and cluster.max_workers == 1 and not cluster.gpus_per_worker:
+        room = min(room, _local(recipe))
+    return max(1, room)
 
 
 def _environment() -> dict[str, str]:
@@ -156,10 +170,10 @@ class Sweep:
     def ended(self) -> list[Known]:
         return [trial for _, trial in sorted(self.known.items()) if trial.status is not None]
 
-    def run(self, cpus: int) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Runs what is left of the trials; the result, with the best one tested and exported."""
         if len(self.ended) < self.total:
-            self._trials(cpus)
+            self._trials()
         # One may have come to its end and not been heard of.
         self.known |= {trial.number: trial for trial in trials.known(self.folder) if trial.status is not None}
         asked = self.stop.asked()
@@ -185,18 +199,18 @@ class Sweep:
 
     # -- trials
 
-    def _trials(self, cpus: int) -> None:
+    def _trials(self) -> None:
         import ray.tune
 
         from rayft import scheduling
         from rayft.trial import Shared, Trial
 
-        at_once = self._at_once(cpus)
+        running = min(at_once(self.recipe), self.total - len(self.ended))
         single = self.recipe.cluster.max_workers == 1
         warm = self._warm() if single else None
         if warm is not None and not depths_vary_with_rows(self.tune):
             self.cache = depths.store(
-                self.recipe, self.prepared, self.identity, warm, self._blocks(warm), self.total, at_once, self.show
+                self.recipe, self.prepared, self.identity, warm, self._blocks(warm), self.total, running, self.show
             )
         folders = {split: data.folder for split, data in self.prepared.items()}
         shared = Shared(self.recipe.dump(), folders, self.identity, warm)
@@ -217,7 +231,7 @@ class Sweep:
                     search_alg=chosen.search,
                     scheduler=scheduling.scheduler(self),
                     num_samples=chosen.samples,
-                    max_concurrent_trials=at_once,
+                    max_concurrent_trials=running,
                     reuse_actors=single,
                 ),
                 run_config=ray.tune.RunConfig(
@@ -230,14 +244,6 @@ class Sweep:
                 ),
             )
             tuner.fit()
-
-    def _at_once(self, cpus: int) -> int:
-        """How many trials run at a time: as many as the cluster holds, those of a local one by its real processors."""
-        cluster = self.recipe.cluster
-        room = placement.room(cluster) // cluster.max_workers
-        if os.environ.get("RAY_ADDRESS") is None and cluster.max_workers == 1 and not cluster.gpus_per_worker:
-            room = min(room, cpus)
-        return max(1, min(room, self.total - len(self.ended)))
 
     def _warm(self) -> Any:
         """The pretrained network, in the object store."""

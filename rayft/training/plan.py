@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,11 +40,7 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
     Raises ModelError where the model can't be built as the recipe asks, or a freezing depth or pattern does not fit it.
     Of a Hub id whose adapters are trained, a new head is not counted among what learns.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries among themselves
+    with _quiet():
         network = recipe.task.load(replace(base, meta=True), facts, given)
         if recipe.model.lora is not None:
             new = export.new_parameters(network)
@@ -54,3 +52,20 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
             for epoch in (0, max(0, epochs - 1))
         )
     return Parameters(first, last, sum(sizes.values()))
+
+
+def blocks(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: Any) -> int:
+    """How many blocks the model has, which freezing depth counts; `given` is the processor."""
+    with _quiet():
+        return len(recipe.task.blocks(recipe.task.load(replace(base, meta=True), facts, given)).blocks)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps progress bars and what libraries warn of among themselves away from the user."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

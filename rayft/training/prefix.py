@@ -169,21 +169,24 @@ class _Enough(Exception):  # no error: ends a forward pass
 
 
 @contextmanager
-def captured(network: Any, blocks: Blocks, depths: Sequence[int], ending: bool = False) -> Iterator[dict[int, Any]]:
+def captured(
+    network: Any, blocks: Blocks, depths: Sequence[int], ending: bool = False, at: dict[int, float] | None = None
+) -> Iterator[dict[int, Any]]:
     """While open, a forward pass leaves in the dict what the last block below each depth gives, by depth.
 
-    At -1 stands when that was, of the deepest (seconds of time.perf_counter). With `ending` the pass goes no further.
+    `at` gets when that was (seconds of time.perf_counter), by depth. With `ending` the pass goes no further.
     """
     caught: dict[int, Any] = {}
     hooks = []
-    deepest = max(depths)
+    deepest = max(depths, default=0)
     for depth in depths:
 
         def keep(_: Any, __: Any, output: Any, depth: int = depth) -> None:
             if isinstance(output, torch.Tensor) and output.is_cuda:
                 torch.cuda.synchronize()
             caught[depth] = output
-            caught[-1] = time.perf_counter()
+            if at is not None:
+                at[depth] = time.perf_counter()
             if ending and depth == deepest:
                 raise _Enough
 
@@ -272,13 +275,14 @@ def compute(
     try:
         # Sharded weights are gathered block by block, and given back by those above.
         ending = not sharded(source.module)
-        with torch.no_grad(), captured(source.module, source.blocks, list(writers), ending) as caught:
+        at: dict[int, float] = {}
+        with torch.no_grad(), captured(source.module, source.blocks, list(writers), ending, at) as caught:
             for table in strided(prepared.folder, shards, rank=rank, world=world, batch_size=batch_size):
                 own = table if table.num_rows else first_row(prepared.folder, shards)
                 begun = time.perf_counter()
                 with suppress(_Enough):
                     network.task.forward(network.model, network.batch(own))
-                spent += caught[-1] - begun
+                spent += max(at.values()) - begun
                 if table.num_rows:
                     for depth, writer in writers.items():
                         _write(writer, table, caught[depth])
