@@ -176,6 +176,8 @@ class Sweep:
             self._trials()
         # One may have come to its end and not been heard of.
         self.known |= {trial.number: trial for trial in trials.known(self.folder) if trial.status is not None}
+        if self.record.superseded is not None:
+            raise self.record.superseded
         asked = self.stop.asked()
         best = self.write()
         if asked is not None:

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,8 @@ def test_a_node_that_dies_shrinks_the_group_and_one_that_comes_lets_it_grow(
     run = storage.join(bucket, "elastic")
     small.wait_for(committed(run, 10), process)
     three.kill(2)
-    small.wait_for(lambda: storage.exists(storage.join(run, "attempts", "000002.json")), process)
+    # A group that has not yet started would wait for the machine.
+    small.wait_for(lambda: any(path.endswith("-a2") for path in checkpoint.committed(f"{run}/checkpoints")), process)
     three.start(2)
     told = small.finish(process)
     assert " was lost " in told
@@ -151,9 +151,7 @@ def test_a_node_that_was_cut_off_adds_nothing_and_comes_back(
     run = storage.join(bucket, "cut")
     small.wait_for(committed(run, 10), process)
     three.cut(1)
-    cut = time.monotonic()
     three.wait(alive=2)
-    small.wait_for(lambda: time.monotonic() - cut > 30, process)
     three.heal(1)
     small.wait_for(lambda: not three.nodes[1].alive, process)  # Ray had given it up, and tells it so
     three.start(1)  # as a supervisor does
