@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 from rayft import attempts, storage
 from rayft.recipe import Recipe
+from rayft.tasks.task import Blocks
 from rayft.training import checkpoint, engine, freeze
 from rayft.training.loop import Job, Progress, Timing, _save, steps
 from rayft.training.saver import Saver
 from rayft.training.watch import Watch
-from rayft.training.worker import Run, pretrained
+from rayft.training.worker import Run, Setting, pretrained
 from test_loop import STEPS, Processor, recipe, rows, shares_of
 
 OWN = {"labels": ["LABEL_0", "LABEL_1", "LABEL_2"]}  # the model's: its head stays
@@ -39,6 +40,7 @@ def run_of(folder: str, given: dict[str, Any], start: str | None, steps_per_epoc
     run.order = SimpleNamespace(steps_per_epoch=steps_per_epoch)  # type: ignore[assignment]
     run.start, run.attempt, run.total = start, 1, STEPS
     run.progress, run.timing, run.engine = Progress(), Timing(), None
+    run.setting, run.load, run.blocks = Setting(), run.task.load, Blocks((), ())
     if start:
         run._restore()
     return run
@@ -50,6 +52,7 @@ def job_of(run: Run, folder: str) -> Job:
         steps_per_epoch=run.order.steps_per_epoch, total_steps=run.total, device=torch.device("cpu"), run=folder,
         attempt=run.attempt, emit=lambda event: None, metrics=None,
         saver=Saver(folder, run.attempt, 99, 60, None, lambda step: None), watch=Watch(None, dist.get_rank()),
+        blocks=run.blocks, prefix=None,
     )  # fmt: skip
 
 
@@ -57,7 +60,7 @@ def stretch(run: Run, folder: str, until: int) -> list[float]:
     """Trains up to step `until`; the losses."""
     batches = rows()[run.progress.step : until]
     size = run.recipe.train.micro_batch_size
-    freeze.train_mode(run.engine.module, run.task.blocks(run.engine.module))
+    freeze.train_mode(run.engine.module, run.blocks)
     found = []
     first = run.progress.step
     for share in shares_of(batches, dist.get_rank(), dist.get_world_size(), size):

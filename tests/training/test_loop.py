@@ -56,7 +56,7 @@ def shares_of(batches: list[list[dict[str, Any]]], rank: int, world: int, micro:
 
     for step, batch in enumerate(batches):
         table = pa.Table.from_pylist(
-            [{**row, "row_id": i, "length": len(row["input_ids"])} for i, row in enumerate(batch)]
+            [{**row, "row_id": i, "position": i, "length": len(row["input_ids"])} for i, row in enumerate(batch)]
         )
         own = table.take(pa.array(range(rank, len(batch), world), pa.int64()))
         cuts = micro_batches(len(batch), world, rank, micro)
@@ -70,6 +70,7 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
     from transformers import BertForSequenceClassification
 
     from rayft.recipe import Recipe
+    from rayft.tasks.task import Blocks
     from rayft.training import engine, freeze
     from rayft.training.loop import Job, steps
     from rayft.training.saver import Saver
@@ -109,6 +110,8 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
             metrics=None,
             saver=Saver("unused", 1, 1, 60, None, lambda step: None),
             watch=Watch(None, dist.get_rank()),
+            blocks=Blocks((), ()),
+            prefix=None,
         )
         seen = [step.loss for step in steps(job, shares_of(rows(), dist.get_rank(), dist.get_world_size(), micro))]
         sums = torch.zeros(2, dtype=torch.float64)
