@@ -18,7 +18,6 @@ from rayft.search import Space, Tune
 
 Show = Callable[[dict[str, Any]], None]
 FIELDS = ("model.freeze.layers", "model.freeze")
-LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def store(
         split: {depth: path for depth, path in found.items() if states.found(path) is None}
         for split, found in targets.items()
     }
-    chosen = _worth(recipe, prepared, warm, missing, wanted, trials)
+    chosen = _worth(recipe, prepared, warm, missing, wanted, trials, show)
     if any(chosen.values()):
         show({"event": "stage", "name": "computing the frozen blocks"})
         _compute(recipe, prepared, chosen, warm, world)
@@ -111,8 +110,9 @@ def _worth(
     missing: dict[str, dict[int, str]],
     shares: dict[int, float],
     trials: int,
+    show: Show,
 ) -> dict[str, dict[int, str]]:
-    """What of the missing states costs less than it saves."""
+    """What of the missing states costs less than it saves; tells of the others why they are left out."""
     import torch
 
     from rayft.tasks.task import Pretrained
@@ -147,7 +147,10 @@ def _worth(
             storage.free(recipe.storage),
         )
         dear = cost.too_dear() if recipe.model.cache_frozen == "auto" else None
-        if tried.why_not is None and dear is None:
+        if why := tried.why_not or dear:
+            text = f"the output of {depth} frozen blocks is not stored: {why}"
+            show({"event": "note", "text": text})
+        else:
             for split in rows:
                 kept[split][depth] = missing[split][depth]
         model = network(warm)

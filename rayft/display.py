@@ -69,7 +69,6 @@ class Display:
         self.tenth = 0  # of the training steps, the last one told
         self.figures = ""
         self.trials: dict[int, Event] = {}  # the newest event of each
-        self.better = 1.0  # -1 where smaller scores are better
         self.progress = Progress(
             SpinnerColumn("line" if _ascii(console) else "dots"),
             TextColumn("{task.description}", markup=False),
@@ -184,7 +183,7 @@ class Display:
             table.add_column(title, justify="left" if title in ("state", "fields") else "right")
         running = [event for event in self.trials.values() if event["status"] == "running"]
         ended = [event for event in self.trials.values() if event["status"] != "running" and event["best"] is not None]
-        best = sorted(ended, key=lambda event: self.better * event["best"], reverse=True)[:BEST_TRIALS]
+        best = sorted(ended, key=lambda event: event["best"] * (-1 if event["maximize"] else 1))[:BEST_TRIALS]
         for event in running + best:
             table.add_row(
                 str(event["trial"]), event["status"], fields_text(event["fields"]), number(event["value"]),

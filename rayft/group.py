@@ -47,8 +47,7 @@ class Start:
     """What a worker group starts from: the attempt that it writes as, and the checkpoint (None: the beginning).
 
     `step` optimizer steps are done; with `feeds` there are more to do. `begun` is when the command was given, in
-    seconds since 1970, `identity` the base model's. With `exports` the best
-    model is tested and exported in the end.
+    seconds since 1970, `identity` the base model's. With `exports` the best model is tested and exported in the end.
     """
 
     attempt: int

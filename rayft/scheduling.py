@@ -124,7 +124,8 @@ class Watcher(_OfThisProcess, Callback):
 
     def _show(self, trial: Any, status: str, last: dict[str, Any]) -> None:
         told = {name: last.get(name) for name in ("value", "best", "rows", "seconds", "error")}
-        event = {"event": "trial", "status": status, "metric": self.sweep.metric, **told}
+        goal = {"metric": self.sweep.metric, "maximize": self.sweep.maximize}
+        event = {"event": "trial", "status": status, **goal, **told}
         self.sweep.show({**event, "trial": number_of(trial.config, trial.trial_id), "fields": trial.config["fields"]})
 
 

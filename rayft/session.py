@@ -14,13 +14,10 @@ DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a wo
 
 
 @contextmanager
-def cluster(
-    workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0, environment: dict[str, str] | None = None
-) -> Iterator[None]:
+def cluster(workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0) -> Iterator[None]:
     """Joins the cluster of `RAY_ADDRESS`, or starts a local one with room for the workers and the readers beside them.
 
-    `environment` holds variables of every process of this job. A Ray that this process has already joined is used as
-    it is and left running.
+    A Ray that this process has already joined is used as it is and left running.
     """
     quiet()
     import ray
@@ -30,8 +27,6 @@ def cluster(
         return
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if environment:
-        options["runtime_env"] = {"env_vars": environment}
     if address:
         try:
             ray.init(address=address, **options)

@@ -32,8 +32,7 @@ class Shared:
     """What all trials of a sweep have in common; plain data.
 
     `recipe` is the sweep's, with the ZeRO stage of its trials decided; `prepared` {split: folder}; `identity` the base
-    model's; `warm` its network in the object store, None where trials have several
-    workers.
+    model's; `warm` its network in the object store, None where trials have several workers.
     """
 
     recipe: dict[str, Any]

@@ -45,6 +45,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     recipe = recipe.resolved()
     if recipe.tune is None:
         raise RunRefused(f"{recipe.name}: the recipe has no `tune` section; `rayft run` trains it")
+    _refuse_missing_loggers(recipe.tune)
     record = Record(recipe.folder)
     record.refuse_second_writer(take_over, show)
     done = None if restart else _settle(recipe, record, show)
@@ -60,7 +61,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     quiet()
     os.environ.update(ENVIRONMENT)
     placed = recipe.cluster
-    with cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker, _environment()):
+    with cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)
@@ -88,6 +89,14 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     return result
 
 
+def _refuse_missing_loggers(tune: Tune) -> None:
+    import importlib.util
+
+    for name in tune.log_to:
+        if importlib.util.find_spec(name) is None:
+            raise RunRefused(f"tune.log_to: the package {name} is not installed; `pip install {name}`")
+
+
 def _local(recipe: Recipe) -> int:
     """How many trials this machine's processors run at a time."""
     cluster = recipe.cluster
@@ -101,13 +110,6 @@ def at_once(recipe: Recipe) -> int:
     if os.environ.get("RAY_ADDRESS") is None and cluster.max_workers == 1 and not cluster.gpus_per_worker:
         room = min(room, _local(recipe))
     return max(1, room)
-
-
-def _environment() -> dict[str, str]:
-    """The variables that Tune gives its actors: with the same ones a process of this job can become an actor."""
-    from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
-
-    return {**DEFAULT_ENV_VARS, **{name: os.environ[name] for name in ENV_VARS_TO_PROPAGATE if name in os.environ}}
 
 
 def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None:

@@ -277,3 +277,17 @@ def test_terminal_is_given_back_when_the_work_fails() -> None:
 
 def test_terminal_that_is_not_utf8_gets_ascii() -> None:
     assert "evaluated at step 15" in on_a_terminal(encoding="ascii")
+
+
+@pytest.mark.parametrize(("maximize", "order"), [(True, ["2", "0"]), (False, ["0", "2"])])
+def test_a_sweeps_table_has_what_runs_and_then_the_best(maximize: bool, order: list[str]) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    show = Display(console)
+    for number, status, best in ((0, "finished", 0.2), (1, "running", None), (2, "stopped", 0.7)):
+        rest = {"metric": "eval_x", "maximize": maximize, "rows": 100, "seconds": 2.0, "error": None, "value": best}
+        show({"event": "trial", "trial": number, "status": status, "fields": {"train.seed": 1}, "best": best, **rest})
+    assert list(show._table().columns[0].cells) == ["1", *order]
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "trial 0 finished: seed 1 · eval_x 0.2000 · 100 rows in 2.0 s",
+        "trial 2 stopped: seed 1 · eval_x 0.7000 · 100 rows in 2.0 s",
+    ]

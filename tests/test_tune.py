@@ -212,6 +212,17 @@ def test_a_recipe_without_a_search_is_refused(tmp_path: Path) -> None:
         tune(Recipe.parse(plain), show=lambda event: None)
 
 
+def test_a_logger_that_is_not_installed_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    plain = small.recipe(tmp_path, "nowhere")
+    plain["tune"] = {"search": {RATE: {"choice": [1.0]}}, "trials": 1, "log_to": ["mlflow"]}
+    with pytest.raises(RunRefused, match="the package mlflow is not installed; `pip install mlflow`"):
+        tune(Recipe.parse(plain), show=lambda event: None)
+    assert not Path(plain["storage"]).exists()
+
+
 def test_known_trials_are_read_from_their_folders(tmp_path: Path) -> None:
     home = str(tmp_path)
     for number in range(4):

@@ -103,9 +103,9 @@ class Prefix:
             parent._modules[last] = block
             self.blocks.append(block)
 
-    def serve(self, split: str | None, rows: Sequence[int], device: torch.device) -> None:
+    def serve(self, split: str, rows: Sequence[int], device: torch.device) -> None:
         """The next forward passes get the states of these rows of `split`; without stored ones the blocks compute."""
-        store = self.stores.get(split or "")
+        store = self.stores.get(split)
         if store is None:
             self._shared.states = None
             return
@@ -243,12 +243,12 @@ def trial(source: Source, prefix: Prefix, prepared: Prepared, batch_size: int) -
         prefix.offer(None)
     if not abs(again - whole) <= TOLERANCE * abs(whole):
         return Trial(f"with stored states the loss is {again:g} instead of {whole:g}")
-    rows, longest, length = table.num_rows, states.shape[1], table.column("length").to_pylist()
-    useful = sum(length) / (rows * longest) if _by_length(states, table) else 1.0
+    known = prepared.manifest  # the rows that were tried are among the shortest
+    positions = known.tokens / max(1, known.rows) if _by_length(states, table) else float(states.shape[1])
     weights = sum(
         getattr(parameter, "ds_numel", parameter.numel()) for block in prefix.blocks for parameter in block.parameters()
     )
-    return Trial(None, useful * states[0].numel() * states.element_size(), 2.0 * weights * useful * longest)
+    return Trial(None, positions * states[0, 0].numel() * states.element_size(), 2.0 * weights * positions)
 
 
 def _by_length(states: torch.Tensor, table: Any) -> bool:
@@ -270,7 +270,7 @@ def compute(
 
     Collective where weights are sharded: all ranks make as many forward passes. `told` is called with the rows done.
     """
-    network, done, spent = source.network, 0, 0.0
+    network, done, spent = source.network, 0, dict.fromkeys(writers, 0.0)
     shards = prepared.manifest.shards
     try:
         # Sharded weights are gathered block by block, and given back by those above.
@@ -282,13 +282,13 @@ def compute(
                 begun = time.perf_counter()
                 with suppress(_Enough):
                     network.task.forward(network.model, network.batch(own))
-                spent += max(at.values()) - begun
+                spent = {depth: seconds + at[depth] - begun for depth, seconds in spent.items()}
                 if table.num_rows:
                     for depth, writer in writers.items():
                         _write(writer, table, caught[depth])
                 done += table.num_rows
                 told(done)
-        return {depth: writer.close(spent) for depth, writer in writers.items()}
+        return {depth: writer.close(spent[depth]) for depth, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.discard()
@@ -338,8 +338,7 @@ def fill(
         if why is not None:
             if recipe.model.cache_frozen == "on":
                 raise ModelError(f"model.cache_frozen: impossible with this model: {why}; auto or off fits")
-            if tried.why_not is not None:
-                emit({"event": "note", "text": f"the output of the frozen blocks is not stored: {why}"})
+            emit({"event": "note", "text": f"the output of the frozen blocks is not stored: {why}"})
             return None
         for split in missing:
             _compute_all(source, prefix.depth, prepared[split], folders[split], size, emit, watch)

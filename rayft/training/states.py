@@ -99,7 +99,8 @@ class Writer:
     def __init__(self, folder: str, attempt: str, number: int) -> None:
         self.folder, self.name = folder, f"{attempt}/{number}"
         self._target = storage.join(folder, f"{self.name}.bin")
-        self._path = local(self._target) if storage.is_local(folder) else tempfile.mkstemp(suffix=".bin")[1]
+        scratch = os.path.join(tempfile.gettempdir(), f"rayft-{attempt}-{number}-{uuid.uuid4().hex}.bin")
+        self._path = local(self._target) if storage.is_local(folder) else scratch
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         self._file: BinaryIO = open(self._path, "wb")  # noqa: SIM115 # closed by `close`
         self._numbers: list[int] = []
