@@ -65,6 +65,14 @@ def ip(*arguments: str) -> str:
     return done.stdout
 
 
+def _ended(pid: int) -> bool:
+    """Is the process gone, or a zombie that only its parent's notice keeps?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def check_machine() -> None:
     faults = {
         "the command `ip` is missing (Debian: apt-get install iproute2)": shutil.which("ip") is None,
@@ -225,11 +233,15 @@ class Nodes:
         return len(self.nodes) - 1
 
     def kill(self, index: int) -> None:
-        """SIGKILL to every process of the node at once, as a power cut."""
+        """SIGKILL to every process of the node at once, as a power cut. Returns when all have ended."""
+        killed: set[int] = set()
         while pids := self.nodes[index].pids:  # again, because one may have forked in between
+            killed.update(pids)
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        while any(not _ended(pid) for pid in killed):  # a process leaves its namespace before it ends
             time.sleep(0.01)
         if child := self._children.pop(self.nodes[index].name, None):
             child.wait()

@@ -199,13 +199,22 @@ class Record:
         finally:
             over.set()
             thread.join()
-            if self._claimed and self.superseded is None:
+            if self._claimed and not self._replaced():
                 storage.write_json(self.file, {**self._state, "status": self.status, "heartbeat": time.time()})
+
+    def _replaced(self) -> bool:
+        """Has another process claimed the run since?"""
+        if self.superseded is None:
+            try:
+                attempts.hold(self.folder, self.attempt)
+            except Superseded as error:
+                self.superseded = error
+        return self.superseded is not None
 
     def end(self, status: str, error: str) -> None:
         """Writes result.json of a run that did not finish; `error` is one sentence. Nothing where another took over."""
         self.status = status
-        if self.superseded is not None:
+        if self._replaced():
             return
         result = {"run": self.folder, "status": status, "error": error, "steps": None, "epochs": None}
         empty: dict[str, Any] = {"metrics": {}, "best": None, "export": None, "timing": {}}

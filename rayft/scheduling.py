@@ -97,6 +97,7 @@ class Watcher(_OfThisProcess, Callback):
         self.sweep = sweep
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.sweep.begin(number_of(trial.config, trial.trial_id), trial.config["fields"])
         self._show(trial, "running", {})
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -115,7 +116,8 @@ class Watcher(_OfThisProcess, Callback):
         self._end(trial, status, last)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        text = str(trial.error_msg or "its process ended").strip().splitlines()[-1]
+        lines = str(trial.get_error() or "").strip().splitlines()
+        text = lines[-1] if lines else "its process ended"
         self._end(trial, "failed", {**(trial.last_result or {}), "error": text})
 
     def _end(self, trial: Any, status: str, last: dict[str, Any]) -> None:

@@ -127,9 +127,11 @@ class Trial(ray.tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Goes on from another trial's checkpoint, with this trial's fields."""
-        if checkpoint and checkpoint.get("checkpoint"):
+        path = (checkpoint or {}).get("checkpoint")
+        if path is not None:
             self.work.close()
-            self._start(self.config, _there(checkpoint["checkpoint"]))
+            own = path.startswith(self.recipe.folder.rstrip("/") + "/")  # it was only paused
+            self._start(self.config, None if own else _there(path))
 
 
 def _there(path: str) -> str | None:
@@ -185,6 +187,7 @@ def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
 
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False, takes_over=taken_over is not None)
     folder = storage.join(recipe.folder, "checkpoints")
+    passed_on = shared.recipe["tune"]["scheduler"] == "pbt"  # another trial may go on from where this one stands now
     keys = {split: data.manifest.key for split, data in prepared.items()}
     with record.writing(recipe, identity, keys):
         record.status = "stopped"  # unless it comes to its end
@@ -197,8 +200,9 @@ def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
         device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
         run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
         try:
-            going = run.go(feed)
-            for _ in going:
+            for _ in run.go(feed):
+                if passed_on:
+                    run.saver.finish()
                 if not run.done:
                     yield _evaluated(run)
             record.status = FINISHED

@@ -284,6 +284,13 @@ class Sweep:
         self._running.add(trial.number)
         return trial.number, trial.fields
 
+    def begin(self, number: int, fields: dict[str, Any]) -> None:
+        """A trial starts, or goes on, maybe with the fields that population based training now gives it."""
+        trial = self.known[number]
+        if trial.fields != fields:
+            trial.fields = dict(fields)
+            trials.propose(self.folder, number, trial.fields)
+
     def end(self, number: int, status: str, last: dict[str, Any]) -> None:
         """A trial has ended: its result, what the sampler learns from it, and which checkpoints are still wanted."""
         trial = self.known[number]

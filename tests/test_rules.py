@@ -61,6 +61,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"tune": {"search": {"model.freeze.layers": {"choice": [1]}}, "trials": 2, "scheduler": "pbt"}},
         "tune.search.model.freeze.layers",
     ),
+    (
+        {"tune": {"search": {"train.learning_rate": {"choice": [1.0]}}, "trials": 2, "scheduler": "pbt"}},
+        "tune.scheduler",
+    ),
 ]
 
 PASSED: list[dict[str, Any]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -174,13 +175,36 @@ def test_asha_stops_what_does_not_promise_by_rows_seen(home: Path, ray_local: No
 
 @pytest.mark.slow
 def test_population_based_training_takes_over_the_better_trials_weights(home: Path, ray_local: None) -> None:
-    plain = sweep(home, "pbt", {RATE: {"choice": [1e-9, 3e-3]}}, sampler="random", scheduler="pbt", trials=4)
+    search = {RATE: {"choice": [1e-9, 3e-3, 1e-8, 1e-3]}}
+    plain = sweep(home, "pbt", search, sampler="grid", scheduler="pbt", metric="eval_loss")
     plain["train"] |= {"epochs": 6}
     result = tune(Recipe.parse(plain), show=lambda event: None)
-    assert result["trials"]["finished"] == 4
-    assert result["best"]["value"] == max(row["score"] for row in table(result["run"]))
-    attempts = [len(storage.listing(f"{result['run']}/trials/{number:05d}/attempts")) for number in range(4)]
-    assert max(attempts) > 1  # one was started again, from another's checkpoint
+    assert result["trials"] == {"finished": 4, "stopped": 0, "failed": 0}
+    rows = table(result["run"])
+    assert result["best"]["value"] == min(row["score"] for row in rows)
+    first = trials.evaluations(trials.folder_of(result["run"], 0))[0]["eval_loss"]
+    assert rows[0]["score"] < 0.9 * first  # which its own rate could not have moved
+    ends = [Recipe.load(f"{trials.folder_of(result['run'], row['trial'])}/recipe.yaml") for row in rows]
+    assert [row[RATE] for row in rows] == [recipe.train.learning_rate for recipe in ends]
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_fails_alone_and_says_why(home: Path, ray_local: None) -> None:
+    plain = sweep(home, "killed", {RATE: {"grid": [1e-4, 3e-3]}}, sampler="grid")
+    plain["train"] |= {"epochs": 20}
+    plain["failure"] = {"max_retries": 0}
+    killed: list[int] = []
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "trial" and event["trial"] == 0 and event["value"] is not None and not killed:
+            state = storage.read_json(f"{trials.folder_of(str(home / 'runs' / 'killed'), 0)}/run.json")
+            killed.append(state["pid"])
+            os.kill(state["pid"], signal.SIGKILL)
+
+    result = tune(Recipe.parse(plain), show=show)
+    assert result["trials"] == {"finished": 1, "stopped": 0, "failed": 1}
+    assert result["best"]["trial"] == 1
+    assert "process" in table(result["run"])[0]["error"]
 
 
 @pytest.mark.slow

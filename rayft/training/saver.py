@@ -68,11 +68,15 @@ class Saver:
             failure, self._failure = self._failure, None
             raise failure
 
-    def finish(self) -> None:
-        """Waits until what was saved is written, on rank 0 until it is committed; raises what went wrong."""
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def finish(self) -> None:
+        """Waits until what was saved is written, on rank 0 until it is committed; raises what went wrong."""
+        self.wait()
         self.check()
 
     def release(self) -> None:

@@ -196,8 +196,9 @@ class Run:
             self.close()
 
     def close(self) -> None:
-        """Frees the engine."""
+        """Frees the engine, when no checkpoint of it is on its way any more."""
         if self.engine is not None:
+            self.saver.wait()
             engine.destroy(self.engine)
             self.engine = self.prefix = None
             gc.collect()
