@@ -187,7 +187,6 @@ def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
 
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False, takes_over=taken_over is not None)
     folder = storage.join(recipe.folder, "checkpoints")
-    passed_on = shared.recipe["tune"]["scheduler"] == "pbt"  # another trial may go on from where this one stands now
     keys = {split: data.manifest.key for split, data in prepared.items()}
     with record.writing(recipe, identity, keys):
         record.status = "stopped"  # unless it comes to its end
@@ -201,8 +200,8 @@ def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
         run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
         try:
             for _ in run.go(feed):
-                if passed_on:
-                    run.saver.finish()
+                if shared.recipe["tune"]["scheduler"] == "pbt":
+                    run.saver.finish()  # another trial may go on from where this one stands now
                 if not run.done:
                     yield _evaluated(run)
             record.status = FINISHED

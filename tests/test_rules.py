@@ -58,7 +58,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tune": {"search": {"train.seed": {"grid": [1]}}, "trials": 2}}, "tune.search.train.seed"),
     (
-        {"tune": {"search": {"model.freeze.layers": {"choice": [1]}}, "trials": 2, "scheduler": "pbt"}},
+        {
+            "tune": {"search": {"model.freeze.layers": {"choice": [1]}}, "trials": 2, "scheduler": "pbt"},
+            "cluster.workers": 1,
+        },
         "tune.search.model.freeze.layers",
     ),
     (

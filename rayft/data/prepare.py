@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from rayft import storage
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
+from rayft.data.source import small
 from rayft.data.splits import (
     Split,
     facts_key,
@@ -181,8 +182,9 @@ def _make(
     if not plans:
         return {}
     attempts = {name: plan.folder for name, plan in plans.items()}
+    here = small(piece for split in splits for piece in split.pieces)
     try:
-        tallies = _scatter(recipe, splits, plans, encoder, known, show)
+        tallies = _scatter(recipe, splits, plans, encoder, known, show, here)
         counts = {name: tallies[name].counts for name in plans}
         # Where reading ended early, only splits with bad rows are known to be at fault.
         early = recipe.data.on_bad_row == "error" and any(count.bad >= ENOUGH_BAD for count in counts.values())
@@ -190,7 +192,7 @@ def _make(
         refused = [sentence for name, count in judged.items() for sentence in _faults(recipe, name, count)]
         if refused:
             raise DataError("\n".join(refused))
-        _gather(plans, tallies, show)
+        _gather(plans, tallies, show, here)
         manifests = {name: _manifest(name, plans[name], folders[name], tallies[name], known) for name in plans}
         # From here on an attempt's manifest may be there, even where writing it seemed to fail.
         return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
@@ -211,7 +213,13 @@ class _Tally:
 
 
 def _scatter(
-    recipe: Recipe, splits: Sequence[Split], plans: dict[str, Plan], encoder: Encoder, known: Scan, show: Progress
+    recipe: Recipe,
+    splits: Sequence[Split],
+    plans: dict[str, Plan],
+    encoder: Encoder,
+    known: Scan,
+    show: Progress,
+    here: bool,
 ) -> dict[str, _Tally]:
     """Reads and encodes all rows of all splits in one execution."""
     tallies = {split.name: _Tally() for split in splits}
@@ -220,7 +228,7 @@ def _scatter(
     total = None if None in totals else sum(count or 0 for count in totals)
     done = 0
     stages = (partial(read_rows, plans=plans), partial(encode_rows, plans=plans, encoder=encoder))
-    with contextlib.closing(spread(units, *stages)) as scattered:
+    with contextlib.closing(spread(units, *stages, here=here)) as scattered:
         for result in scattered:
             tally = tallies[result.split]
             tally.counts.add(result.counts)
@@ -260,14 +268,14 @@ def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
     return []
 
 
-def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress) -> None:
+def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress, here: bool) -> None:
     """Writes all shards of all splits in one execution."""
     units = [
         Shard(name, number, sorted(tally.pieces[shard]))
         for name, tally in tallies.items()
         for number, shard in enumerate(sorted(tally.pieces))
     ]
-    for done, written in enumerate(spread(units, partial(write_shard, plans=plans)), 1):
+    for done, written in enumerate(spread(units, partial(write_shard, plans=plans), here=here), 1):
         tallies[written.split].written.append(written)
         show("writing shards", done, len(units))
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from rayft.data import places
-from rayft.data.source import BadRow, Fragment, read, row_id
+from rayft.data.source import BadRow, Fragment, read, row_id, small
 from rayft.data.spread import spread
 from rayft.errors import DataError
 from rayft.recipe import Source
@@ -52,7 +52,8 @@ def scan(
     def batches() -> Iterator[Columns]:
         nonlocal rows, hashes, bad
         work = partial(_scan, sources=sources, names=names, columns=columns, cut=cut)
-        for part in spread(units, work, in_order=True):
+        here = small(piece for unit in units for piece in unit)
+        for part in spread(units, work, in_order=True, here=here):
             rows, bad = rows + part["rows"], bad + part["bad"]
             examples.extend(part["examples"][: EXAMPLES - len(examples)])
             hashes = places.smallest(np.concatenate([hashes, part["hashes"]]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from rayft.errors import RayftError
@@ -12,13 +12,19 @@ from rayft.errors import RayftError
 Stage = Callable[[Any], Iterator[Any]]
 
 
-def spread(units: Sequence[Any], *stages: Stage, in_order: bool = False) -> Generator[Any, None, None]:
+def spread(
+    units: Sequence[Any], *stages: Stage, in_order: bool = False, here: bool = False
+) -> Generator[Any, None, None]:
     """Passes each unit through the first stage, each of its results through the second, and so on; yields the last's.
 
     Stages give results as they go, each a block of its own, so that nobody holds more than a few. They come as they are
     made, or with `in_order` in the units' order. A RayftError that a stage raises is raised here as it was. Units,
-    stages and results have to be picklable; Ray has to be initialised.
+    stages and results have to be picklable; Ray has to be initialised. With `here` this process does all of the work,
+    one unit after another, which is sooner done than started where there is little of it.
     """
+    if here:
+        yield from _through(units, stages)
+        return
     import ray
 
     items = [{"item": packed(unit)} for unit in units]
@@ -45,6 +51,14 @@ def spread(units: Sequence[Any], *stages: Stage, in_order: bool = False) -> Gene
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for item in batch["item"]:
             yield unpacked(item.as_buffer())
+
+
+def _through(items: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
+    if not stages:
+        yield from items
+        return
+    for item in items:
+        yield from _through(stages[0](item), stages[1:])
 
 
 class Batched:
