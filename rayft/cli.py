@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 runs = typer.Typer(no_args_is_help=True, help="Look at runs: list, show, compare.")
 app.add_typer(runs, name="runs")
+jobs = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, status, logs, stop.")
+app.add_typer(jobs, name="jobs")
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file in YAML.")]
 Overrides = Annotated[
@@ -252,6 +254,114 @@ def export(
 
         target = copy(run, folder)
         answer.give({"export": target}, f"model: {target}")
+
+
+# --- on a cluster
+
+
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="The cluster's job server, as http://HEAD:8265.", show_default=False),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or its run's name or folder.")]
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show its output until it ends.")] = False,
+    upload: Annotated[bool, typer.Option("--upload", help="Copy small local inputs to the run's storage.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe on a cluster, or attach to the job that runs it there."""
+    with answering(json) as answer:
+        from rayft.display import Display
+        from rayft.recipe import Recipe
+
+        loaded = Recipe.load(recipe, overrides or ())
+        from rayft.following import follow as see
+        from rayft.jobserver import JobServer, address_of
+        from rayft.submit import submit as send
+        from rayft.text import submitted_lines
+
+        server = JobServer(address_of(address, loaded.submit.address if loaded.submit else None))
+        with Display(answer.console, json) as show:
+            sent = send(loaded, server, upload=upload, show=show)
+        if follow:
+            answer.say(*submitted_lines(sent.plain()))
+            ended = see(server, sent.job, answer, ask=not json)
+            answer.give(sent.plain() | ended)
+            code = ended["exit_code"]
+        else:
+            answer.give(sent.plain(), *submitted_lines(sent.plain()))
+            code = 0
+    if code:
+        raise typer.Exit(code)
+
+
+@jobs.command("list")
+def jobs_list(address: Address = None, json: Json = False) -> None:
+    """List the cluster's jobs with the state of their runs, newest first."""
+    with answering(json) as answer:
+        from rayft import jobs as cluster
+        from rayft.jobserver import JobServer, address_of
+        from rayft.text import jobs_lines
+
+        server = JobServer(address_of(address, None))
+        found = cluster.listed(server)
+        answer.give(found, *(jobs_lines(found) if found else [f"no jobs of rayft at {server.address}"]))
+
+
+@jobs.command("status")
+def jobs_status(job: JobName, address: Address = None, json: Json = False) -> None:
+    """Show one job and its run."""
+    with answering(json) as answer:
+        from rayft import jobs as cluster
+        from rayft.jobserver import JobServer, address_of
+        from rayft.text import job_lines
+
+        server = JobServer(address_of(address, None))
+        found = cluster.told(cluster.find(server, job))
+        answer.give(found, *job_lines(found))
+
+
+@jobs.command("logs")
+def jobs_logs(
+    job: JobName,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show more until the job ends.")] = False,
+) -> None:
+    """Print what a job has printed."""
+    with answering(False) as answer:
+        from rayft import jobs as cluster
+        from rayft.following import follow as see
+        from rayft.jobserver import JobServer, address_of
+
+        server = JobServer(address_of(address, None))
+        found = cluster.find(server, job).submission_id
+        if not follow:
+            answer.say(server.logs(found).rstrip("\n"))
+            return
+        code = see(server, found, answer, ask=True)["exit_code"]
+    if code:
+        raise typer.Exit(code)
+
+
+@jobs.command("stop")
+def jobs_stop(job: JobName, address: Address = None, json: Json = False) -> None:
+    """Stop a job after its run has written a checkpoint."""
+    with answering(json) as answer:
+        from rayft import jobs as cluster
+        from rayft.display import Display
+        from rayft.jobserver import JobServer, address_of
+        from rayft.text import job_lines
+
+        server = JobServer(address_of(address, None))
+        with Display(answer.console, json) as show:
+            found = cluster.stop(server, job, show)
+        answer.give(found, *job_lines(found))
 
 
 # --- what runs left behind

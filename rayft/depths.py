@@ -1,12 +1,13 @@
 """The frozen blocks' output at every depth that a sweep will use, computed in one pass before its trials begin.
 
-Tasks on the cluster, one for each trial that runs at a time, pass a share of the rows each through the blocks; the
-trials find what they need in storage.
+Tasks on the cluster, one for each trial that runs at a time, pass a share of the rows each through the blocks; where it
+is little, the driver does it. The trials find what they need in storage.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from rayft.recipe import Recipe
 from rayft.search import Space, Tune
 
 Show = Callable[[dict[str, Any]], None]
+HERE_S = 60.0  # as `prefix.Cost` counts seconds; really a tenth of it, about what other processes take to start
 FIELDS = ("model.freeze.layers", "model.freeze")
 
 
@@ -90,10 +92,11 @@ def store(
         split: {depth: path for depth, path in found.items() if states.found(path) is None}
         for split, found in targets.items()
     }
-    chosen = _worth(recipe, prepared, warm, missing, wanted, trials, show)
+    chosen, seconds = _worth(recipe, prepared, warm, missing, wanted, trials, show)
     if any(chosen.values()):
         show({"event": "stage", "name": "computing the frozen blocks"})
-        _compute(recipe, prepared, chosen, warm, world)
+        here = seconds < HERE_S and not recipe.cluster.gpus_per_worker
+        _compute(recipe, prepared, chosen, warm, 0 if here else world)
     manifests = [states.found(path) for found in targets.values() for path in found.values()]
     there = [manifest for manifest in manifests if manifest is not None]
     if not there:
@@ -111,8 +114,11 @@ def _worth(
     shares: dict[int, float],
     trials: int,
     show: Show,
-) -> dict[str, dict[int, str]]:
-    """What of the missing states costs less than it saves; tells of the others why they are left out."""
+) -> tuple[dict[str, dict[int, str]], float]:
+    """What of the missing states costs less than it saves, and the seconds that computing it takes.
+
+    Tells of the others why they are left out.
+    """
     import torch
 
     from rayft.tasks.task import Pretrained
@@ -131,6 +137,7 @@ def _worth(
     given = Network(model, task, task.processor(base), facts, torch.device("cpu"))
     found = task.blocks(model)
     kept: dict[str, dict[int, str]] = {split: {} for split in missing}
+    seconds = 0.0
     for depth, share in shares.items():
         rows = {split: prepared[split].manifest.rows for split in missing if depth in missing[split]}
         if not rows:
@@ -153,9 +160,10 @@ def _worth(
         else:
             for split in rows:
                 kept[split][depth] = missing[split][depth]
+            seconds = max(seconds, cost.rows * cost.seconds)  # one pass gives all depths on its way to the deepest
         model = network(warm)
         given = Network(model, task, given.processor, facts, given.device)
-    return kept
+    return kept, seconds
 
 
 def network(warm: Any) -> Any:
@@ -170,23 +178,26 @@ def network(warm: Any) -> Any:
 def _compute(
     recipe: Recipe, prepared: dict[str, Prepared], wanted: dict[str, dict[int, str]], warm: Any, world: int
 ) -> None:
+    """By `world` tasks, or by this process where that is 0."""
     import ray
 
     from rayft.training import states
 
     attempt, cluster = states.new_attempt(), recipe.cluster
     folders = {split: data.folder for split, data in prepared.items()}
-    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_retries=0)(part)
-    parts = ray.get(
-        [task.remote(Task(recipe.dump(), folders, wanted, attempt, warm, rank, world)) for rank in range(world)]
-    )
+    tasks = [Task(recipe.dump(), folders, wanted, attempt, warm, rank, max(1, world)) for rank in range(max(1, world))]
+    if world == 0:
+        parts = [part(tasks[0], os.cpu_count() or 1)]
+    else:
+        apart = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_retries=0)(part)
+        parts = ray.get([apart.remote(task, cluster.cpus_per_worker) for task in tasks])
     for split, found in wanted.items():
         for depth, folder in found.items():
             states.commit(folder, [part[split, depth] for part in parts])
 
 
-def part(task: Task) -> dict[tuple[str, int], Any]:
-    """In a task of Ray: (split, depth) -> the part that this process has written."""
+def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
+    """(split, depth) -> the part that this process has written."""
     import torch
 
     from rayft.session import quiet
@@ -197,7 +208,7 @@ def part(task: Task) -> dict[tuple[str, int], Any]:
 
     quiet()
     recipe = Recipe.parse(task.recipe)
-    alone(recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker > 0)
+    alone(threads, recipe.cluster.gpus_per_worker > 0, trains=False)
     device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
     model = network(task.warm)
     blocks = recipe.task.blocks(model)

@@ -58,7 +58,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
 
     recipe = Recipe.parse(plain)
     task, gpu = recipe.task, recipe.cluster.gpus_per_worker > 0
-    alone(max(recipe.cluster.cpus_per_worker, os.cpu_count() or 1), gpu)
+    alone(max(recipe.cluster.cpus_per_worker, os.cpu_count() or 1), gpu, trains=False)
     prepared = {split: Prepared.open(folder) for split, folder in folders.items()}
     facts = prepared["train"].manifest.facts
     base = pretrained(recipe, fetch_model(recipe.model.path))

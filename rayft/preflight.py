@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rayft import placement, storage
-from rayft.errors import DataError, RayftError, RunRefused
+from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -45,10 +45,21 @@ def check(recipe: Recipe, *, show: Show) -> Report:
     return _Check(recipe.resolved(), show).report
 
 
-class _Check:
-    """One check: each part is looked at even where another has failed, as far as it can be."""
+def refuse_from_here(recipe: Recipe, show: Show) -> None:
+    """RunRefused with every fault that shows without a cluster: the run's folder, the model, the columns of the rows.
 
-    def __init__(self, recipe: Recipe, show: Show) -> None:
+    What can't be looked at from here (a storage without rights to it, a package that only the cluster has) is left to
+    the cluster.
+    """
+    found = _Check(recipe.resolved(), show, here=True).faults
+    if found:
+        raise RunRefused("\n".join(found))
+
+
+class _Check:
+    """One check: each part is looked at even where another has failed, as far as it can be; `here`: from here alone."""
+
+    def __init__(self, recipe: Recipe, show: Show, here: bool = False) -> None:
         self.recipe, self.show = recipe, show
         self.faults: list[str] = []
         self.model_path: str | None = None
@@ -59,6 +70,9 @@ class _Check:
         self.report: Report = {"faults": self.faults, "warnings": []}
         self.report |= dict.fromkeys(("run", "storage", "cluster", "data", "parameters", "steps", "memory", "sweep"))
         show({"event": "stage", "name": "checking"})
+        if here:
+            self._from_here()
+            return
         self._place()
         with self._gathering():
             self._model()
@@ -80,6 +94,29 @@ class _Check:
 
     def _add(self, *sentences: str) -> None:
         self.faults.extend(sentence for sentence in sentences if sentence not in self.faults)
+
+    def _from_here(self) -> None:
+        from rayft.data.source import fragments, peek
+
+        recipe = self.recipe
+        with self._gathering(), suppress(StorageError):
+            Record(recipe.folder).standing(recipe)
+        with self._gathering(), suppress(StorageError):
+            if not recipe.model.path.startswith("pkg:"):
+                fetch_model(recipe.model.path)
+        wanted = [name for name in recipe.task.columns() if name not in recipe.data.columns.values()]
+        for split in SPLITS:
+            with self._gathering(), suppress(StorageError):
+                sources = getattr(recipe.data, split) or ()
+                if sources and not any(source.path.startswith("hf://") for source in sources):
+                    first = fragments(sources, split)[0]
+                    columns, _ = peek(first)
+                    missing = [name for name in wanted if name not in columns]
+                    if missing:
+                        there = ", ".join(columns) or "none"
+                        self._add(
+                            f"data.{split}: {first.path} has no column {', '.join(missing)}; its columns: {there}"
+                        )
 
     def _place(self) -> None:
         """Storage, and what lies there of this run."""

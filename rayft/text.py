@@ -326,3 +326,37 @@ def _field(value: Any) -> str:
 
 def _is_plain_source(value: Any) -> bool:
     return isinstance(value, dict) and "path" in value and not value.get("where") and value.get("weight", 1.0) == 1.0
+
+
+def submitted_lines(sent: Json) -> list[str]:
+    """What `rayft submit` did, and how to look after it."""
+    did = f"attached to the job that is there ({sent['status'].lower()})" if sent["attached"] else "submitted"
+    job = sent["job"]
+    rows = [("job", job), ("run", sent["run"]), ("follow", f"rayft jobs logs {job} --follow")]
+    return [f"{did}, attempt {sent['attempt']}", *aligned([*rows, ("stop", f"rayft jobs stop {job}")])]
+
+
+def jobs_lines(jobs: list[Json]) -> list[str]:
+    """The jobs of a cluster as a table."""
+    heads = ("job", "status", "attempt", "step", "loss", "score", "time", "left", "started")
+    rows = []
+    for job in jobs:
+        score = f"{job['metric']} {number(job['value'])}" if job["metric"] else "-"
+        work = (number(job["attempt"]), number(job["step"]), number(job["loss"]), score)
+        times = (duration(job["seconds"]), duration(job["left_s"]), moment(job["started"]))
+        rows.append((job["job"], job["status"], *work, *times))
+    return aligned([heads, *rows], right={2, 3, 4, 6, 7})
+
+
+def job_lines(job: Json) -> list[str]:
+    """One job and its run."""
+    score = f"{job['metric']} {number(job['value'])}" if job["metric"] else "-"
+    facts = [
+        ("status", job["status"] + (f": {job['message']}" if job["message"] else "")),
+        ("run", job["run"] or "-"),
+        ("attempt", number(job["attempt"])),
+        ("step", f"{number(job['step'])} ({number(job['epoch'])} epochs), loss {number(job['loss'])}"),
+        ("score", score),
+        ("started", f"{moment(job['started'])}, {duration(job['seconds'])} so far, {duration(job['left_s'])} left"),
+    ]
+    return [job["job"], *aligned(facts)]

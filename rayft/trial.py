@@ -236,19 +236,22 @@ def _evaluated(run: Any, finished: bool = False) -> Evaluated:
     return Evaluated(run.progress.step, run.rows, value, run.progress.best["value"], dict(scores), saved, finished)
 
 
-def alone(cpus: int, gpu: bool) -> None:
-    """A process group of this process alone, kept from trial to trial."""
+def alone(cpus: int, gpu: bool, trains: bool = True) -> None:
+    """A process group of this process alone, kept from trial to trial; where it `trains`, DeepSpeed is made ready."""
+    import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(cpus)
     if dist.is_initialized():
         return
     # DeepSpeed asks the environment.
     os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     backend = "nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    from rayft.training import engine
+    if trains:
+        from rayft.training import engine
 
-    engine.prepare_process(cpus, 1)
+        engine.prepare_process(cpus, 1)
 
 
 # --- several workers: a run of its own

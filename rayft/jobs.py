@@ -1,0 +1,161 @@
+"""Jobs on a cluster beside the runs that they write: one table, and a stop that leaves a checkpoint first."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rayft import document, stopping, storage
+from rayft.errors import RunRefused, StorageError, TrainingError
+from rayft.jobserver import TERMINAL, JobServer
+
+Show = Callable[[dict[str, Any]], None]
+Job = dict[str, Any]
+
+PREFIX = "rayft-"
+LOOK_S = 0.5
+SLACK_S = 30.0  # beyond the grace period: for a request to be seen, a long step, a slow storage
+END_S = 60.0  # for Ray to end a job's processes
+READERS = 8
+
+
+def listed(server: JobServer) -> list[Job]:
+    """Every job of rayft that the cluster knows, the newest first, with what its run's folder says.
+
+    Each: {"job", "status", "run", "recipe", "attempt", "step", "epoch", "loss", "metric", "value", "left_s",
+    "started", "seconds", "message"}; what is not known is None.
+    """
+    jobs = server.jobs(PREFIX)
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(told, jobs))
+
+
+def find(server: JobServer, name: str) -> Any:
+    """The job with the id `name`, or the newest one of the run whose name or folder that is."""
+    jobs = server.jobs(PREFIX)
+    for job in jobs:
+        known = job.metadata or {}
+        if name in (job.submission_id, known.get("recipe")) or name.rstrip("/") == known.get("run"):
+            return job
+    raise RunRefused(f"{server.address} knows no job `{name}`; `rayft jobs list` shows those that it knows")
+
+
+def told(job: Any) -> Job:
+    """A job as Ray knows it, and its run as its folder tells it."""
+    known = job.metadata or {}
+    found: Job = {
+        "job": job.submission_id,
+        "status": job.status.value.lower(),
+        "run": known.get("run"),
+        "recipe": known.get("recipe"),
+        "attempt": None,
+        "step": None,
+        "epoch": None,
+        "loss": None,
+        "metric": None,
+        "value": None,
+        "left_s": None,
+        "started": (job.start_time or 0) / 1000 or None,
+        "seconds": _seconds(job),
+        "message": job.message,
+    }
+    if found["run"]:
+        try:
+            found |= _of_run(found["run"], job.status.value == "RUNNING")
+        except (StorageError, OSError):  # a storage that is not to be seen from here; the job is
+            found["message"] = f"{found['run']} can't be read from here"
+    return found
+
+
+def _seconds(job: Any) -> float | None:
+    if not job.start_time:
+        return None
+    return round((job.end_time or time.time() * 1000) / 1000 - job.start_time / 1000, 1)
+
+
+def _of_run(folder: str, running: bool) -> Job:
+    """Attempt, step, loss, score and seconds left, from the run's folder."""
+    state = storage.join(folder, "run.json")
+    if not storage.exists(state):
+        return {}
+    known = storage.read_json(state)
+    found: Job = {"attempt": known.get("attempt")}
+    path = storage.join(folder, "metrics.jsonl")
+    lines = storage.read_text(path).splitlines() if storage.exists(path) else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    steps = [row for row in rows if "loss" in row]
+    if steps:
+        last = steps[-1]
+        found |= {name: last.get(name) for name in ("step", "epoch", "loss")}
+        if running:
+            found["left_s"] = _left(folder, last, time.time() - float(known.get("started") or time.time()))
+    scores = [row for row in rows if "loss" not in row]
+    if scores:
+        metric = next((name for name in scores[-1] if name.startswith("eval_") and name != "eval_loss"), None)
+        found |= {"metric": metric, "value": scores[-1].get(metric)} if metric else {}
+    return found
+
+
+def _left(folder: str, last: dict[str, Any], seconds: float) -> float | None:
+    """By the pace of the attempt so far; None where the recipe's end is not to be known from its epochs or steps."""
+    train = (document.read(storage.read_text(storage.join(folder, "recipe.yaml"))).value or {}).get("train") or {}
+    shares = [
+        last[name] / train[whole]
+        for name, whole in (("epoch", "epochs"), ("step", "max_steps"))
+        if last.get(name) and train.get(whole)
+    ]
+    done = max(shares, default=0.0)
+    return round(seconds * (1 - done) / done, 1) if 0 < done <= 1 else None
+
+
+def stop(server: JobServer, name: str, show: Show) -> Job:
+    """Asks the run to write a checkpoint and stop, waits for that up to its grace period, then stops the job."""
+    job = find(server, name)
+    if job.status.value in TERMINAL:
+        raise RunRefused(f"{job.submission_id} has ended already: {job.status.value.lower()}")
+    known = job.metadata or {}
+    run = known.get("run")
+    if run and _asked_to_stop(run):
+        show({"event": "stage", "name": "waiting for the checkpoint"})
+        until = time.monotonic() + float(known.get("grace_s") or 0) + SLACK_S
+        while time.monotonic() < until and not _ended(server, job) and _running(run):
+            time.sleep(LOOK_S)
+    # The command writes its result and goes by itself once the run has stopped.
+    until = time.monotonic() + LOOK_S * 10
+    while run and time.monotonic() < until and not _ended(server, job) and not _running(run):
+        time.sleep(LOOK_S)
+    if not _ended(server, job):
+        show({"event": "stage", "name": "stopping the job"})
+        server.stop(job.submission_id)
+        until = time.monotonic() + END_S
+        while not _ended(server, job):
+            if time.monotonic() > until:
+                raise TrainingError(f"{job.submission_id} was told to stop and has not ended within {END_S:g} s")
+            time.sleep(LOOK_S)
+    return told(server.job(job.submission_id))
+
+
+def _asked_to_stop(run: str) -> bool:
+    """Leaves the request where a run is going on; False where there is none to hear it."""
+    try:
+        if not _running(run):
+            return False
+        stopping.request(run, f"{getpass.getuser()}@{socket.gethostname()}")
+    except (StorageError, OSError):  # not to be reached from here: Ray alone stops it, with its three seconds
+        return False
+    return True
+
+
+def _running(run: str) -> bool:
+    state = storage.join(run, "run.json")
+    return storage.exists(state) and storage.read_json(state).get("status") == "running"
+
+
+def _ended(server: JobServer, job: Any) -> bool:
+    now = server.job(job.submission_id)
+    return now is None or now.status.value in TERMINAL

@@ -1,0 +1,184 @@
+"""A Ray cluster's job server: jobs are submitted, found, followed and stopped; what goes wrong is one sentence.
+
+Ray's token authentication is used where the environment says so: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH for a file.
+With RAY_AUTH_MODE=token Ray's own file, ~/.ray/auth_token, serves too. A token is sent, and never shown or stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from rayft.errors import ClusterError, TrainingError
+
+PATIENCE_S = 120.0  # how long a server that had answered may be silent: a head that starts anew takes that long
+LOOK_S = 1.0
+TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_PORT = 8265
+
+T = TypeVar("T")
+
+
+def address_of(given: str | None, recipe: str | None) -> str:
+    """The URL of the job server: `given` on the command line, the recipe's, or the environment's."""
+    environment = next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
+    address = given or recipe or environment
+    if address is None:
+        raise ClusterError(
+            "no cluster is named: give --address http://HEAD:8265, or set submit.address in the recipe, or "
+            "RAY_API_SERVER_ADDRESS"
+        )
+    url = address if "://" in address else f"http://{address}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ClusterError(f"address {address}: a job server's is http://HEAD:{_PORT}, or https://…")
+    if parts.username or parts.password:
+        raise ClusterError("address: it holds credentials; a token comes from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
+    return url.rstrip("/") if parts.port or parts.scheme == "https" else f"{url.rstrip('/')}:{_PORT}"
+
+
+class JobServer:
+    """The job server at `address` (a URL); ClusterError where it does not answer or wants another token."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._client = self._asked(self._connected)
+
+    def _connected(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        with _given_address_counts():
+            return JobSubmissionClient(self.address, headers=_headers())
+
+    def _asked(self, question: Callable[[], T]) -> T:
+        """What the server answers; ClusterError says why it doesn't."""
+        import requests
+        from ray.exceptions import AuthenticationError
+
+        try:
+            return question()
+        except AuthenticationError as error:
+            raise ClusterError(_refused(self.address, str(error))) from None
+        except (ConnectionError, requests.exceptions.RequestException) as error:
+            raise Unreachable(
+                f"no job server answers at {self.address} ({type(error).__name__}); is the head running, and its port "
+                f"{urlsplit(self.address).port or _PORT} reachable from here?"
+            ) from None
+
+    def jobs(self, prefix: str = "") -> list[Any]:
+        """Jobs that were submitted with an id that begins with `prefix`, the newest first."""
+        found = [job for job in self._asked(self._client.list_jobs) if (job.submission_id or "").startswith(prefix)]
+        return sorted(found, key=lambda job: -(job.start_time or 0))
+
+    def job(self, submission_id: str) -> Any | None:
+        """What is known of a job, None where there is none."""
+        return next((job for job in self.jobs(submission_id) if job.submission_id == submission_id), None)
+
+    def submit(self, submission_id: str, **job: Any) -> bool:
+        """Submits a job; False where one with that id is there, which is left as it is."""
+        try:
+            self._asked(lambda: self._client.submit_job(submission_id=submission_id, **job))
+        except (RuntimeError, ValueError) as error:
+            if self.job(submission_id) is not None:
+                return False
+            raise ClusterError(f"{self.address} did not take the job: {_first_line(error)}") from None
+        return True
+
+    def stop(self, submission_id: str) -> None:
+        """Ends a job's processes; Ray gives them three seconds."""
+        self._asked(lambda: self._client.stop_job(submission_id))
+
+    def logs(self, submission_id: str) -> str:
+        found: str = self._asked(lambda: self._client.get_job_logs(submission_id))
+        return found
+
+    def follow(self, submission_id: str, write: Callable[[str], None]) -> Any:
+        """Passes on what the job prints until it has ended, also over dropped connections; the job as it ended."""
+        shown, heard = 0, time.monotonic()
+
+        def take(text: str, received: int) -> int:
+            """The server begins anew at each connection: what has been shown is passed over."""
+            nonlocal shown
+            new = text[max(0, shown - received) :]
+            if new:
+                write(new)
+            shown = max(shown, received + len(text))
+            return received + len(text)
+
+        while True:
+            try:
+                job = self.job(submission_id)
+                if job is None:
+                    raise TrainingError(f"the cluster at {self.address} no longer knows the job {submission_id}")
+                heard = time.monotonic()
+                if job.status.value in TERMINAL:
+                    take(self.logs(submission_id), 0)
+                    return job
+                if job.status.value == "RUNNING":
+                    asyncio.run(self._tail(submission_id, take))
+            except Unreachable as error:
+                if time.monotonic() - heard > PATIENCE_S:
+                    raise TrainingError(
+                        f"{self.address} has not answered for {PATIENCE_S:g} s; the job may go on: "
+                        f"`rayft jobs logs {submission_id}` follows it again"
+                    ) from error
+            time.sleep(LOOK_S)
+
+    async def _tail(self, submission_id: str, take: Callable[[str, int], int]) -> None:
+        import aiohttp
+
+        received = 0
+        try:
+            async for text in self._client.tail_job_logs(submission_id):
+                received = take(text, received)
+        except (RuntimeError, OSError, aiohttp.ClientError):
+            return  # the connection is gone: whether the server is, shows when it is asked again
+
+
+class Unreachable(ClusterError):
+    """Nobody answers at the address."""
+
+
+@contextmanager
+def _given_address_counts() -> Iterator[None]:
+    """Ray prefers the environment's address to the one that it is given."""
+    before = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _headers() -> dict[str, str]:
+    """The token that the environment gives, where Ray's client would not send it by itself."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return {}
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token is None and path:
+        try:
+            with open(path) as file:
+                token = file.read()
+        except OSError as error:
+            raise ClusterError(f"RAY_AUTH_TOKEN_PATH={path}: {error.strerror}") from None
+    return {"Authorization": f"Bearer {token.strip()}"} if token and token.strip() else {}
+
+
+def _refused(address: str, told: str) -> str:
+    given = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), None)
+    if given is None and os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not re.search("required", told):
+        given = "~/.ray/auth_token"
+    if given is None:
+        return f"{address} asks for a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
+    return f"{address} refuses the token that {given} gives; it has to be the one that the cluster was started with"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

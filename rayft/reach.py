@@ -1,0 +1,141 @@
+"""What of a recipe a cluster can reach: paths made good for its machines, small inputs uploaded, the rest refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from rayft import storage
+from rayft.errors import DataError, RunRefused
+from rayft.recipe import Recipe, set_field
+from rayft.text import size
+
+LIMIT_BYTES = 256 << 20  # of what --upload takes
+FOLDER = "inputs"  # below storage
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A path of a recipe that lies on this machine: `field` is its dotted name, `where` the keys that lead to it."""
+
+    field: str
+    where: tuple[str | int, ...]
+    path: str
+
+
+def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str, Any]], None]) -> Recipe:
+    """The recipe as the cluster whose job server is at `address` can run it.
+
+    Where its machines see this one's files (it is this machine, or storage is shared), relative paths become absolute.
+    Otherwise inputs are uploaded where `upload` says so. RunRefused names every path that stays out of reach.
+    """
+    plain = recipe.dump()
+    local = local_paths(recipe)
+    if recipe.cluster.shared_storage or is_here(address):
+        for one in local:
+            _set(plain, one.where, os.path.abspath(_bare(one.path)))
+        return Recipe.parse(plain, recipe.name)
+    refuse_out_of_reach(recipe, local, upload)
+    if local:
+        _refuse_large(local)
+        for one in local:
+            show({"event": "stage", "name": f"uploading {one.field}"})
+            _set(plain, one.where, _uploaded(one.path, storage.join(recipe.storage, FOLDER)))
+    return Recipe.parse(plain, recipe.name)
+
+
+def local_paths(recipe: Recipe) -> list[Local]:
+    """The recipe's paths on this machine: storage, rows, and the model where it is a folder."""
+    found = [Local("storage", ("storage",), recipe.storage)]
+    for split in ("train", "validation", "test"):
+        for number, source in enumerate(getattr(recipe.data, split) or ()):
+            found.append(Local(f"data.{split}", ("data", split, number, "path"), source.path))
+    if os.path.isdir(_bare(recipe.model.path)):
+        found.append(Local("model.path", ("model", "path"), recipe.model.path))
+    return [one for one in found if storage.is_local(one.path)]
+
+
+def refuse_out_of_reach(recipe: Recipe, local: list[Local], upload: bool) -> None:
+    lines = []
+    for one in local:
+        if one.field == "storage":
+            lines.append(f"  storage: {one.path}; an URL such as s3://bucket/prefix fits")
+        elif not upload:
+            lines.append(f"  {one.field}: {one.path}; an URL fits, or --upload puts it beside the run")
+    if lines:
+        shared = "or say cluster.shared_storage=true where all machines share these paths"
+        raise RunRefused("\n".join(["the cluster can't reach paths of this machine:", *lines, shared]))
+
+
+def is_here(address: str) -> bool:
+    """Is the machine of this URL the one that this process runs on?"""
+    host = urlsplit(address).hostname or ""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    import psutil
+
+    own = {one.address.partition("%")[0] for each in psutil.net_if_addrs().values() for one in each}
+    return any(ip.startswith("127.") or ip == "::1" or ip in own for ip in map(str, found))
+
+
+def _bare(path: str) -> str:
+    return os.path.expanduser(path.removeprefix("file://"))
+
+
+def _set(plain: dict[str, Any], where: tuple[str | int, ...], value: str) -> None:
+    if len(where) < 3:
+        set_field(plain, ".".join(map(str, where)), value)
+        return
+    inner: Any = plain
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+
+
+def _files(path: str) -> list[Any]:
+    found = storage.expand(path)
+    if not found:
+        raise DataError(f"{path}: there is nothing to upload")
+    return found
+
+
+def _refuse_large(local: list[Local]) -> None:
+    sizes = {one: sum(entry.size for entry in _files(one.path)) for one in local}
+    if sum(sizes.values()) > LIMIT_BYTES:
+        listed = "\n".join(f"  {one.field}: {one.path} ({size(count)})" for one, count in sizes.items())
+        raise RunRefused(
+            f"--upload takes {size(LIMIT_BYTES)} in all, and these are {size(sum(sizes.values()))}:\n{listed}\n"
+            "copy them to object storage yourself, and name the URL"
+        )
+
+
+def _uploaded(path: str, home: str) -> str:
+    """Where the files that `path` names are now, below `home`: a folder of their content's name, so that it is once."""
+    entries = _files(path)
+    base = _fixed(path)
+    names = {entry.path: os.path.relpath(entry.path, base) for entry in entries}
+    total = hashlib.sha256()
+    for entry in entries:
+        total.update(f"{names[entry.path]}\0{storage.content_hash(entry)}\0".encode())
+    folder = storage.join(home, total.hexdigest()[:16])
+    if storage.committed(folder) is None:
+        for entry in entries:
+            storage.upload(entry.path, storage.join(folder, names[entry.path]))
+        storage.commit(folder, {"files": len(entries)})
+    return storage.join(folder, os.path.relpath(os.path.abspath(_bare(path)), base))
+
+
+def _fixed(path: str) -> str:
+    """The folder above what `path` names: above its first wildcard, or above the file or folder itself."""
+    parts = os.path.abspath(_bare(path)).split(os.sep)
+    wild = next((number for number, part in enumerate(parts) if _WILD.search(part)), len(parts) - 1)
+    return os.sep.join(parts[:wild]) or os.sep

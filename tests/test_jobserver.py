@@ -1,0 +1,70 @@
+"""Addresses and tokens of a job server; what it does on a cluster is in `tests/cluster/test_jobs.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayft import jobserver
+from rayft.errors import ClusterError
+from rayft.jobserver import JobServer, address_of
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("head", "http://head:8265"),
+        ("head:1234", "http://head:1234"),
+        ("http://head/", "http://head:8265"),
+        ("https://ray.example.com/", "https://ray.example.com"),
+        ("http://10.0.0.1:8265/", "http://10.0.0.1:8265"),
+    ],
+)
+def test_an_address_becomes_an_url(given: str, meant: str) -> None:
+    assert address_of(given, None) == meant
+
+
+def test_the_command_line_comes_before_the_recipe_and_that_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://c:1")
+    assert address_of("http://a:1", "http://b:1") == "http://a:1"
+    assert address_of(None, "http://b:1") == "http://b:1"
+    assert address_of(None, None) == "http://c:1"
+
+
+@pytest.mark.parametrize("given", ["ray://head:10001", "http://", "http://me:secret@head:8265"])
+def test_what_is_no_job_server_is_refused_without_repeating_a_secret(given: str) -> None:
+    with pytest.raises(ClusterError) as raised:
+        address_of(given, None)
+    assert "secret" not in str(raised.value)
+
+
+def test_no_address_is_refused_with_the_ways_to_give_one() -> None:
+    with pytest.raises(ClusterError, match=r"--address .*submit.address.*RAY_API_SERVER_ADDRESS"):
+        address_of(None, None)
+
+
+def test_a_server_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8")  # which Ray's client would ask instead
+    with pytest.raises(ClusterError, match=r"no job server answers at http://127\.0\.0\.1:9 "):
+        JobServer("http://127.0.0.1:9")
+
+
+def test_tokens_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert jobserver._headers() == {}
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(ClusterError, match=r"RAY_AUTH_TOKEN_PATH=.*No such file"):
+        jobserver._headers()
+    (tmp_path / "token").write_text("abc\n")
+    assert jobserver._headers() == {"Authorization": "Bearer abc"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "def")
+    assert jobserver._headers() == {"Authorization": "Bearer def"}
