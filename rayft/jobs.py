@@ -18,6 +18,7 @@ Show = Callable[[dict[str, Any]], None]
 Job = dict[str, Any]
 
 PREFIX = "rayft-"
+INTERRUPTED = 130  # the exit code of a run that was stopped
 LOOK_S = 0.5
 SLACK_S = 30.0  # beyond the grace period: for a request to be seen, a long step, a slow storage
 END_S = 60.0  # for Ray to end a job's processes
@@ -50,7 +51,8 @@ def told(job: Any) -> Job:
     known = job.metadata or {}
     found: Job = {
         "job": job.submission_id,
-        "status": job.status.value.lower(),
+        # Ray calls it a failure when a run that was asked to stop ends by itself, with the code that says so.
+        "status": "stopped" if job.driver_exit_code == INTERRUPTED else job.status.value.lower(),
         "run": known.get("run"),
         "recipe": known.get("recipe"),
         "attempt": None,

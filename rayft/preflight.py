@@ -46,10 +46,10 @@ def check(recipe: Recipe, *, show: Show) -> Report:
 
 
 def refuse_from_here(recipe: Recipe, show: Show) -> None:
-    """RunRefused with every fault that shows without a cluster: the run's folder, the model, the columns of the rows.
+    """RunRefused with every fault that shows without a cluster: in the model, the files and the columns of the rows.
 
-    What can't be looked at from here (a storage without rights to it, a package that only the cluster has) is left to
-    the cluster.
+    What can't be looked at from here (files without rights to them, a package that only the cluster has) is left to the
+    cluster.
     """
     found = _Check(recipe.resolved(), show, here=True).faults
     if found:
@@ -99,8 +99,6 @@ class _Check:
         from rayft.data.source import fragments, peek
 
         recipe = self.recipe
-        with self._gathering(), suppress(StorageError):
-            Record(recipe.folder).standing(recipe)
         with self._gathering(), suppress(StorageError):
             if not recipe.model.path.startswith("pkg:"):
                 fetch_model(recipe.model.path)

@@ -6,6 +6,7 @@ attaches to the job that is there, and one after a failure starts the next attem
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,10 @@ from typing import Any
 
 import rayft
 from rayft import preflight, reach, storage
-from rayft.errors import RunRefused
+from rayft.errors import RunRefused, StorageError
 from rayft.jobserver import TERMINAL, JobServer
 from rayft.recipe import Recipe
+from rayft.record import Record
 
 Show = Callable[[dict[str, Any]], None]
 FILE = "recipe.yaml"
@@ -67,6 +69,8 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     attempt = found[0] + 1 if found is not None else 1
     preflight.refuse_from_here(recipe, show)
     sent = reach.carried(recipe, server.address, upload, show)
+    with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
+        Record(sent.folder).standing(sent)
     job_id = f"{prefix}{attempt}"
     with tempfile.TemporaryDirectory(prefix="rayft-submit-") as folder:
         with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:

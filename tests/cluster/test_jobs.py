@@ -16,6 +16,7 @@ import small
 from cluster.local import Nodes
 from faulty_s3 import FaultyS3
 from rayft import storage
+from rayft.training import checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -50,7 +51,7 @@ def leads(cluster: Nodes) -> dict[str, str]:
 def plain(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe whose rows and model are on this machine, and whose storage is on S3."""
     folder = tmp_path_factory.mktemp("jobs")
-    made = small.recipe(folder, small.small_bert(folder / "bert"), cluster__workers=3)
+    made = small.recipe(folder, small.small_bert(folder / "bert"), cluster__workers=2)
     return {**made, "storage": bucket}
 
 
@@ -60,40 +61,60 @@ def rayft(leads: dict[str, str], *arguments: str, code: int = 0) -> str:
 
 def answered(leads: dict[str, str], *arguments: str) -> Any:
     """The JSON answer of a command, whose other output comes before it here."""
-    text = rayft(leads, *arguments, "--json")
-    return json.loads(text[min(place for place in (text.find("\n{"), text.find("\n["), 0) if place >= 0) :])
+    lines = rayft(leads, *arguments, "--json").splitlines()
+    begin = next(number for number, line in enumerate(lines) if line[:1] in ("{", "["))
+    return json.loads("\n".join(lines[begin:]))
 
 
-def test_a_job_trains_as_the_command_does_and_a_second_submission_attaches(
+def test_two_submissions_at_once_are_one_job_which_trains_as_the_command_does(
     plain: dict[str, Any], leads: dict[str, str], bucket: str, tmp_path: Path
 ) -> None:
     path = small.write_recipe(tmp_path, {**plain, "name": "once"})
-    told = rayft(leads, "submit", path, "--upload", "--follow")
-    assert "submitted, attempt 1" in told
-    assert "finished after 26 steps" in told
+    for process in [small.start("submit", path, "--upload", "--follow", **leads) for _ in range(2)]:
+        told = small.finish(process)
+        assert "attempt 1" in told
+        assert "finished after 26 steps" in told
     result = storage.read_json(storage.join(bucket, "once", "result.json"))
     alone = small.write_recipe(tmp_path, {**plain, "name": "alone", "storage": str(tmp_path / "runs")})
     small.finish(small.start("run", alone))
     expected = json.loads((tmp_path / "runs" / "alone" / "result.json").read_text())
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
     assert storage.exists(storage.join(result["export"], "model.safetensors"))
+    assert len(storage.listing(storage.join(bucket, "once", "attempts"))) == 1
     again = answered(leads, "submit", path, "--upload")
     assert (again["attached"], again["attempt"], again["status"]) == (True, 1, "SUCCEEDED")
-    (job,) = [one for one in answered(leads, "jobs", "list") if one["recipe"] == "once"]
+    listed = answered(leads, "jobs", "list")
+    (job,) = [one for one in listed if one["recipe"] == "once"]
     assert (job["status"], job["step"], job["attempt"]) == ("succeeded", 26, 1)
     assert job["value"] == result["metrics"]["eval_accuracy"]
-    assert "finished after 26 steps" in rayft(leads, "jobs", "logs", "once")
+    logs = rayft(leads, "jobs", "logs", "once")
+    assert "finished after 26 steps" in logs
+    stored = [
+        storage.read_bytes(entry.path)
+        for folder in ("once", "inputs", "prepared")
+        for entry in storage.listing(storage.join(bucket, folder))
+    ]
+    assert len(stored) > 10
+    assert not any(TOKEN in text for text in (told, logs, json.dumps(again), json.dumps(listed)))
+    assert not any(TOKEN.encode() in content for content in stored)
+    arguments = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not any(TOKEN in line for line in arguments)
 
 
-def test_submitting_twice_at_once_leaves_one_run(
-    plain: dict[str, Any], leads: dict[str, str], bucket: str, tmp_path: Path
+def test_tokens_and_servers_that_do_not_fit_are_one_sentence(
+    plain: dict[str, Any], leads: dict[str, str], tmp_path: Path
 ) -> None:
-    path = small.write_recipe(tmp_path, {**plain, "name": "twice"})
-    both = [small.start("submit", path, "--upload", "--follow", **leads) for _ in range(2)]
-    for process in both:
-        assert "finished after 26 steps" in small.finish(process)
-    assert len([one for one in answered(leads, "jobs", "list") if one["recipe"] == "twice"]) == 1
-    assert len(storage.listing(storage.join(bucket, "twice", "attempts"))) == 1
+    path = small.write_recipe(tmp_path, {**plain, "name": "refused"})
+    told = rayft({**leads, "RAY_AUTH_TOKEN": ""}, "submit", path, "--upload", code=2)
+    assert "asks for a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH" in told
+    told = rayft({**leads, "RAY_AUTH_TOKEN": "0" * 48}, "submit", path, "--upload", code=2)
+    assert "refuses the token that RAY_AUTH_TOKEN gives" in told
+    told = rayft(leads, "submit", path, "--upload", "--address", "http://127.0.0.1:9", code=2)
+    assert "no job server answers at http://127.0.0.1:9" in told
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    from_file = {**leads, "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(file)}
+    assert not [job for job in answered(from_file, "jobs", "list") if job["recipe"] == "refused"]
 
 
 def test_a_failing_recipe_says_why_last_and_the_next_submission_is_the_next_attempt(
@@ -105,88 +126,41 @@ def test_a_failing_recipe_says_why_last_and_the_next_submission_is_the_next_atte
     assert any("train.learning_rate" in line for line in last), last
     again = answered(leads, "submit", path, "--upload")
     assert (again["attached"], again["attempt"]) == (False, 2)
-    rayft(leads, "jobs", "logs", again["job"], "--follow", code=1)
 
 
-def test_a_stopped_job_leaves_a_checkpoint_from_which_the_next_goes_on(
-    plain: dict[str, Any], leads: dict[str, str], bucket: str, tmp_path: Path
-) -> None:
-    made = {**plain, "name": "stopped", "train": {**plain["train"], "epochs": 60}}
-    path = small.write_recipe(tmp_path, made)
-    run = storage.join(bucket, "stopped")
-    following = small.start("submit", path, "--upload", "--follow", **leads)
-    small.wait_for(lambda: storage.exists(storage.join(run, "metrics.jsonl")), following)
-    found = answered(leads, "jobs", "stop", "stopped")
-    assert found["status"] in ("stopped", "failed")  # as Ray calls it: it ended by itself, with exit code 130
-    assert "stopped" in small.finish(following, 130)
-    assert storage.read_json(storage.join(run, "run.json"))["status"] == "stopped"
-    sent = answered(leads, "submit", path, "--upload")
-    assert (sent["attached"], sent["attempt"]) == (False, 2)
-    following = small.start("jobs", "logs", sent["job"], "--follow", **leads)
-    told = ""
-    assert following.stdout is not None
-    while "going on from step" not in told:
-        line = following.stdout.readline()
-        assert line, told
-        told += line
-    rayft(leads, "jobs", "stop", sent["job"])
-    following.communicate()
-
-
-def test_tokens_are_asked_for_in_one_sentence_and_shown_nowhere(
-    plain: dict[str, Any], leads: dict[str, str], cluster: Nodes, bucket: str, tmp_path: Path
-) -> None:
-    path = small.write_recipe(tmp_path, {**plain, "name": "tokens"})
-    told = rayft({**leads, "RAY_AUTH_TOKEN": ""}, "submit", path, "--upload", code=2)
-    assert "asks for a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH" in told
-    told = rayft({**leads, "RAY_AUTH_TOKEN": "0" * 48}, "submit", path, "--upload", code=2)
-    assert "refuses the token that RAY_AUTH_TOKEN gives" in told
-    file = tmp_path / "token"
-    file.write_text(TOKEN + "\n")
-    from_file = {**leads, "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(file)}
-    told = rayft(from_file, "submit", path, "--upload", "--follow")
-    job = answered(leads, "jobs", "status", "tokens")
-    logs = rayft(leads, "jobs", "logs", job["job"])
-    listed = rayft(leads, "jobs", "list", "--json")
-    stored = [
-        storage.read_bytes(entry.path)
-        for folder in ("tokens", "inputs")
-        for entry in storage.listing(storage.join(bucket, folder))
-    ]
-    assert len(stored) > 5
-    assert not any(TOKEN in text for text in (told, logs, listed, json.dumps(job)))
-    assert not any(TOKEN.encode() in content for content in stored)
-    arguments = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    assert not any(TOKEN in line for line in arguments)
-
-
-def test_a_head_that_does_not_answer_is_one_sentence(
-    plain: dict[str, Any], leads: dict[str, str], tmp_path: Path
-) -> None:
-    path = small.write_recipe(tmp_path, {**plain, "name": "nowhere"})
-    told = rayft(leads, "submit", path, "--upload", "--address", "http://127.0.0.1:9", code=2)
-    assert "no job server answers at http://127.0.0.1:9" in told
-
-
-def test_a_new_head_and_the_same_submission_go_on(
+def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
     plain: dict[str, Any], leads: dict[str, str], cluster: Nodes, bucket: str, tmp_path: Path
 ) -> None:
     """The last of the file: the cluster knows nothing of its earlier jobs afterwards."""
-    train = {**plain["train"], "epochs": 8}
-    fields = {"model": {**plain["model"], "dropout": 0.0}, "train": {**train, "save_every": "5 steps"}}
-    path = small.write_recipe(tmp_path, {**plain, **fields, "name": "head"})
-    alone = small.write_recipe(tmp_path, {**plain, **fields, "name": "untouched", "storage": str(tmp_path / "runs")})
-    small.finish(small.start("run", alone))
+    train = {**plain["train"], "epochs": 12, "save_every": "5 steps"}
+    made = {**plain, "model": {**plain["model"], "dropout": 0.0}, "train": train}
+    path = small.write_recipe(tmp_path, {**made, "name": "head"})
     run = storage.join(bucket, "head")
+
+    def further(step: int) -> bool:
+        found = checkpoint.newest(storage.join(run, "checkpoints"))
+        return found is not None and checkpoint.step_of(found) > step
+
     following = small.start("submit", path, "--upload", "--follow", **leads)
-    small.wait_for(lambda: any(e.path.endswith("COMMITTED") for e in storage.listing(f"{run}/checkpoints")), following)
+    small.wait_for(lambda: further(0), following)
     for index in range(3):
         cluster.kill(index)
     following.kill()
     following.communicate()
     for index in range(3):
         cluster.start(index)
-    assert "going on from step" in rayft(leads, "submit", path, "--upload", "--follow")
+    following = small.start("submit", path, "--upload", "--follow", **leads)
+    begun = checkpoint.step_of(checkpoint.newest(storage.join(run, "checkpoints")) or "")
+    small.wait_for(lambda: further(begun), following)
+    found = answered(leads, "jobs", "stop", "head")
+    assert found["status"] == "stopped"
+    assert "going on from step" in small.finish(following, 130)
+    assert storage.read_json(storage.join(run, "run.json"))["status"] == "stopped"
+    told = rayft(leads, "submit", path, "--upload", "--follow")
+    assert "submitted, attempt 2" in told
+    assert "going on from step" in told
+    alone = small.write_recipe(tmp_path, {**made, "name": "untouched", "storage": str(tmp_path / "runs")})
+    small.finish(small.start("run", alone))
     rows = [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]
-    found = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    assert found == pytest.approx(small.losses(tmp_path / "runs" / "untouched"), rel=1e-5)
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert losses == pytest.approx(small.losses(tmp_path / "runs" / "untouched"), rel=1e-5)
