@@ -106,6 +106,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scheduling",
         "tune",
         "preflight",
+        "kubernetes_rules",
         "output",
         "inference",
         "predict",
