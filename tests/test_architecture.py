@@ -107,6 +107,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tune",
         "preflight",
         "kubernetes_rules",
+        "kuberay",
         "output",
         "inference",
         "predict",
