@@ -111,6 +111,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "preflight",
         "reach",
         "submit",
+        "kubernetes_rules",
+        "kuberay",
         "output",
         "inference",
         "predict",

@@ -1,0 +1,285 @@
+"""What a recipe may not ask of Kubernetes: each rule says where, what, the value given and what fits.
+
+The limits are those of Kubernetes' API, of KubeRay 1.7 (`ray-operator/controllers/ray/utils/validation.go`) and of
+Kueue's webhook for RayJobs. What they would refuse after the job was sent, or what would leave its pods waiting for
+ever, is refused here, all of it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+
+from rayft.errors import Fault
+from rayft.faults import show
+from rayft.filesystems import is_local
+from rayft.recipe import Recipe, Submit
+
+Faults = Iterator[Fault]
+
+CONFIG_MAP_BYTES = 1_000_000  # a ConfigMap holds 1 MiB, with its metadata
+_LEAST = {"memory": "1Gi", "shm": "128Mi"}  # below that Ray does not start: mostly a number without its unit
+_MOST_CPUS = 1024
+_INT32 = 2**31 - 1
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123, as namespaces are named
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_WORD = re.compile(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?")  # the name in a label's key, and its value
+_IMAGE = re.compile(r"[A-Za-z0-9][\w.:-]*(/[\w.-]+)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?")
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|[kMGTPE]|[KMGTPE]i)?")
+_UNITS = {"m": Decimal("0.001")} | {
+    suffix + i: Decimal(base) ** power
+    for i, base, suffixes in (("", 1000, "kMGTPE"), ("i", 1024, "KMGTPE"))
+    for power, suffix in enumerate(suffixes, 1)
+}
+
+_MACHINES = re.compile(
+    r"(node|beta)\.kubernetes\.io/instance-type|nvidia\.com/.+|cloud\.google\.com/gke-(accelerator|gpu).*"
+    r"|karpenter\.k8s\.aws/instance-.+"
+)
+_COUNTS = ("nvidia.com/gpu.count", "cloud.google.com/gke-accelerator-count", "karpenter.k8s.aws/instance-gpu-count")
+_TYPES = ("node.kubernetes.io/instance-type", "beta.kubernetes.io/instance-type")
+# GPUs of a machine by its type: AWS's accelerated instances, and Google's, whose names mostly end in the number.
+_GPUS = {
+    **dict.fromkeys(("p3.2xlarge", "p5.4xlarge"), 1),
+    "p3.8xlarge": 4,
+    **dict.fromkeys(("p3.16xlarge", "p3dn.24xlarge", "p4d.24xlarge", "p4de.24xlarge"), 8),
+    **dict.fromkeys(("p5.48xlarge", "p5e.48xlarge", "p5en.48xlarge", "p6-b200.48xlarge"), 8),
+    **{f"{kind}.{size}xlarge": 1 for kind in ("g4dn", "g5", "g6", "g6e") for size in ("", 2, 4, 8, 16)},
+    **{f"{kind}.12xlarge": 4 for kind in ("g4dn", "g5", "g6", "g6e")},
+    **{f"{kind}.24xlarge": 4 for kind in ("g5", "g6", "g6e")},
+    **{f"{kind}.48xlarge": 8 for kind in ("g5", "g6", "g6e")},
+    "g4dn.metal": 8,
+    **{f"g2-standard-{cpus}": 1 for cpus in (4, 8, 12, 16, 32)},
+    **{f"g2-standard-{gpus * 12}": gpus for gpus in (2, 4, 8)},
+}
+_COUNTED_TYPE = re.compile(r"a[2-4]-\w+-(\d+)g")
+
+_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+_OPERATORS = ("Equal", "Exists")
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """All that keeps `recipe` from running as a RayJob; nothing where it can.
+
+    Besides the recipe only the local file system is asked: whether `model.path` is a folder here or an id of the Hub.
+    """
+    asked = recipe.submit or Submit()
+    return [fault for rule in RULES for fault in rule(recipe, asked)]
+
+
+def amount(quantity: str) -> Decimal | None:
+    """What a Kubernetes quantity stands for: "500m" is 0.5, "2Gi" is 2147483648; None where it is none ("2gi")."""
+    found = _QUANTITY.fullmatch(quantity)
+    return Decimal(found[1]) * _UNITS.get(found[2], Decimal(1)) if found else None
+
+
+def names_machine(label: str) -> bool:
+    """Whether a node's label says which machine, or which GPUs, the node has."""
+    return _MACHINES.fullmatch(label) is not None
+
+
+# --- paths
+
+
+def paths_reach_pods(recipe: Recipe, asked: Submit) -> Faults:
+    # Pods share no folder, whatever `cluster.shared_storage` says of other clusters, and lose theirs when they end.
+    if is_local(recipe.storage):
+        yield Fault("storage", "a local path, and pods share none", show(recipe.storage), "s3://bucket/prefix fits")
+    places = [("model.path", recipe.model.path)]
+    for split in ("train", "validation", "test"):
+        places += [(f"data.{split}", source.path) for source in getattr(recipe.data, split) or ()]
+    for name, space in recipe.tune.search.items() if recipe.tune else ():
+        if name in {"model.path", "data.train", "data.validation", "data.test"}:
+            places += [(f"tune.search.{name}", value) for value in space.values() if isinstance(value, str)]
+    for where, path in places:
+        model = where.endswith("model.path")
+        if not (_local_model(path) if model else is_local(path)):
+            continue
+        fits = "an URL, a Hub id or pkg:<package>/<folder> fits" if model else "an URL such as s3://bucket/folder fits"
+        if not recipe.cluster.shared_storage:
+            more = "; cluster.shared_storage: true says that the image has it"
+            yield Fault(where, "a local path, which pods may not have", show(path), fits + more)
+        elif not os.path.isabs(path.removeprefix("file://")):
+            yield Fault(where, "a relative path, and pods start in a folder of their own", show(path), fits)
+
+
+def _local_model(path: str) -> bool:
+    if path.startswith("pkg:") or not is_local(path):
+        return False
+    return path.startswith((".", "/", "~", "file://")) or os.path.isdir(path)
+
+
+def recipe_fits_config_map(recipe: Recipe, asked: Submit) -> Faults:
+    size = len(recipe.to_yaml().encode())
+    if size > CONFIG_MAP_BYTES:
+        fits = f"at most {CONFIG_MAP_BYTES} bytes fit into a ConfigMap; a folder or a pattern is shorter than a list"
+        yield Fault("the recipe", "too long", f"{size} bytes", fits)
+
+
+# --- names and numbers
+
+
+def names_are_valid(recipe: Recipe, asked: Submit) -> Faults:
+    kubernetes = asked.kubernetes
+    if asked.image is not None and not _IMAGE.fullmatch(asked.image):
+        fits = "registry/name:tag or registry/name@sha256:… fits"
+        yield Fault("submit.image", "not the name of an image", show(asked.image), fits)
+    for field, pattern, longest in (
+        ("namespace", _LABEL, 63),
+        ("queue", _SUBDOMAIN, 63),  # it is a label's value, too
+        ("credentials_secret", _SUBDOMAIN, 253),
+        ("token_secret", _SUBDOMAIN, 253),
+    ):
+        value = getattr(kubernetes, field)
+        if value is not None and not (pattern.fullmatch(value) and len(value) <= longest):
+            inner = "and -" if pattern is _LABEL else "- and ."
+            fits = f"at most {longest} lower-case letters, digits {inner} fit, a letter or digit at both ends"
+            yield Fault(f"submit.kubernetes.{field}", "not a name in Kubernetes", show(value), fits)
+
+
+def numbers_are_in_range(recipe: Recipe, asked: Submit) -> Faults:
+    for field in ("retries", "deadline_s", "ttl_s"):
+        value = getattr(asked.kubernetes, field)
+        if value is not None and value > _INT32:
+            fits = f"a whole number of at most {_INT32} fits"
+            yield Fault(f"submit.kubernetes.{field}", "too large for Kubernetes", show(value), fits)
+
+
+# --- room in a pod
+
+
+def quantities_are_sound(recipe: Recipe, asked: Submit) -> Faults:
+    for field in ("cpu", "memory", "shm"):
+        value = getattr(asked.kubernetes, field)
+        number, where = amount(value), f"submit.kubernetes.{field}"
+        if number is None:
+            yield Fault(
+                where, "not a quantity", show(value), "units are m, k, M, G, T, P, E, Ki, Mi, Gi, Ti, Pi and Ei"
+            )
+        elif field == "cpu" and number > _MOST_CPUS:
+            yield Fault(where, "more than any machine has", show(value), "a number of CPUs such as 4 or 3500m fits")
+        elif field != "cpu" and number < _sound(_LEAST[field]):
+            yield Fault(where, "too small", show(value), f"at least {_LEAST[field]} fits; without a unit it is bytes")
+
+
+def _sound(quantity: str) -> Decimal:
+    return amount(quantity) or Decimal(0)
+
+
+def readers_find_a_cpu(recipe: Recipe, asked: Submit) -> Faults:
+    cpu, each = amount(asked.kubernetes.cpu), recipe.cluster.cpus_per_worker
+    if cpu is not None and int(cpu) <= each:
+        fits = f"at least {each + 1} fits: cluster.cpus_per_worker, and one to read the data"
+        yield Fault("submit.kubernetes.cpu", "too few for a worker", show(asked.kubernetes.cpu), fits)
+
+
+def shared_memory_fits_memory(recipe: Recipe, asked: Submit) -> Faults:
+    kubernetes = asked.kubernetes
+    memory, shm = amount(kubernetes.memory), amount(kubernetes.shm)
+    if memory is not None and shm is not None and shm >= memory:
+        fits = f"less than submit.kubernetes.memory ({kubernetes.memory}) fits, since it is a part of it"
+        yield Fault("submit.kubernetes.shm", "leaves no memory to the processes", show(kubernetes.shm), fits)
+
+
+def machines_have_the_gpus(recipe: Recipe, asked: Submit) -> Faults:
+    each = recipe.cluster.gpus_per_worker
+    for label, value in asked.kubernetes.node_selector.items():
+        have = _gpus_of(label, value)
+        if have is not None and have < each:
+            has = f"{have} GPU{'' if have == 1 else 's'}"
+            what = f"a machine with {has}, and a worker needs {each} (cluster.gpus_per_worker)"
+            yield Fault(f"submit.kubernetes.node_selector.{label}", what, show(value), f"one with {each} or more fits")
+
+
+def _gpus_of(label: str, value: str) -> int | None:
+    """How many GPUs a node with this label has; None where that is not known."""
+    if label in _COUNTS:
+        return int(value) if value.isdecimal() else None
+    if label not in _TYPES:
+        return None
+    counted = _COUNTED_TYPE.fullmatch(value)
+    return int(counted[1]) if counted else _GPUS.get(value)
+
+
+# --- which nodes
+
+
+def selector_is_valid(recipe: Recipe, asked: Submit) -> Faults:
+    for label, value in asked.kubernetes.node_selector.items():
+        where = f"submit.kubernetes.node_selector.{label}"
+        if not _qualified(label):
+            yield Fault(where, "not a label's key", show(label), _KEY_FITS)
+        if not _WORD.fullmatch(value):
+            yield Fault(where, "not a label's value", show(value), _WORD_FITS)
+
+
+_WORD_FITS = "at most 63 letters, digits and - _ . fit, a letter or digit at both ends"
+_KEY_FITS = f"a name, or a domain, a slash and a name fit; of a name {_WORD_FITS}"
+
+
+def _qualified(key: str) -> bool:
+    domain, slash, name = key.rpartition("/")
+    return bool(_WORD.fullmatch(name)) and (not slash or (len(domain) <= 253 and bool(_SUBDOMAIN.fullmatch(domain))))
+
+
+def tolerations_are_valid(recipe: Recipe, asked: Submit) -> Faults:
+    for number, given in enumerate(asked.kubernetes.tolerations):
+        for field, what, fits in _wrong_in(given):
+            where = f"submit.kubernetes.tolerations.{number}" + (f".{field}" if field in given else "")
+            yield Fault(where, what, show(given.get(field, given)), fits)
+
+
+def _wrong_in(toleration: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(field, what, what fits) of all that is wrong in a toleration."""
+    known = ("key", "operator", "value", "effect", "tolerationSeconds")
+    for field in toleration:
+        if field not in known:
+            yield field, "unknown key", f"known here: {', '.join(known)}"
+    key, operator = toleration.get("key", ""), toleration.get("operator", "Equal")
+    value, effect = toleration.get("value", ""), toleration.get("effect")
+    if operator not in _OPERATORS:
+        yield "operator", "not a known choice", "`Equal` or `Exists` fits"
+    if key != "" and not (isinstance(key, str) and _qualified(key)):
+        yield "key", "not a taint's key", _KEY_FITS
+    elif key == "" and operator != "Exists":
+        yield "key", "no taint is named", "a `key` fits, or `operator: Exists` for every taint"
+    if value != "" and operator == "Exists":
+        yield "value", "impossible with `operator: Exists`", "`operator: Equal` fits, or no value"
+    elif value != "" and not (isinstance(value, str) and _WORD.fullmatch(value)):
+        yield "value", "not a taint's value", f"text fits: {_WORD_FITS}"
+    if effect is not None and effect not in _EFFECTS:
+        yield "effect", "not a known choice", f"{', '.join(f'`{one}`' for one in _EFFECTS)} fit"
+    seconds = toleration.get("tolerationSeconds")
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int)):
+        yield "tolerationSeconds", "not a whole number", "a whole number of seconds fits"
+    elif seconds is not None and effect != "NoExecute":
+        yield "tolerationSeconds", "only of use with `effect: NoExecute`", "`effect: NoExecute` fits, or no seconds"
+
+
+# --- the queue
+
+
+def queue_admits_a_fixed_size(recipe: Recipe, asked: Submit) -> Faults:
+    least, most = recipe.cluster.min_workers, recipe.cluster.max_workers
+    if asked.kubernetes.queue is not None and least != most:
+        what = "impossible with `submit.kubernetes.queue`: Kueue admits a job as a whole, and none that autoscales"
+        yield Fault("cluster.workers", what, show({"min": least, "max": most}), f"one number such as {most} fits")
+
+
+RULES: tuple[Callable[[Recipe, Submit], Faults], ...] = (
+    paths_reach_pods,
+    recipe_fits_config_map,
+    names_are_valid,
+    numbers_are_in_range,
+    quantities_are_sound,
+    readers_find_a_cpu,
+    shared_memory_fits_memory,
+    machines_have_the_gpus,
+    selector_is_valid,
+    tolerations_are_valid,
+    queue_admits_a_fixed_size,
+)
