@@ -79,6 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "text",
         "answer",
         "display",
+        "gauges",
         "session",
         "record",
         "stopping",

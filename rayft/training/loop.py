@@ -300,7 +300,8 @@ def _record(job: Job, step: Step, timing: Timing) -> None:
     }
     if job.metrics is not None:
         job.metrics.write(row)
-    job.emit({"event": "step", "steps": job.total_steps, **row})
+    told = {"seconds": round(step.seconds, 4), "waited": round(step.waited, 4)}
+    job.emit({"event": "step", "steps": job.total_steps, **row, **told})
 
 
 def leading_metric(recipe: Recipe) -> str:

@@ -43,6 +43,7 @@ class Saver:
         self.run, self.attempt, self.keep, self.timeout_s = run, attempt, keep, timeout_s
         self.folder = storage.join(run, "checkpoints")
         self.metrics, self.committed = metrics, committed
+        self.begun = 0.0  # when the newest save began, by time.monotonic
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -54,6 +55,7 @@ class Saver:
         `state` is plain data with `step` and `best`; every rank gives it, rank 0 writes it.
         """
         self.finish()
+        self.begun = time.monotonic()
         path = storage.join(self.folder, checkpoint.folder_name(state["step"], self.attempt))
         index = checkpoint.snapshot(engine, self.rank, self.world, self._buffers)
         written = json.dumps({**state, "world": self.world, "shapes": checkpoint.shapes(engine)})

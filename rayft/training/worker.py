@@ -154,7 +154,7 @@ class Run:
             self.recipe.checkpoints.keep,
             self.recipe.failure.timeout_s,
             metrics,
-            lambda step: self.emit({"event": "saved", "step": step}),
+            self._saved,
         )
         self.shares = feed(self) if feed is not None else iter(())
         stayed = yield from self._trained(metrics)
@@ -194,6 +194,10 @@ class Run:
             dist.barrier()  # rank 0 has committed what all go on from
             self.start = checkpoint.newest(self.saver.folder)
             self.close()
+
+    def _saved(self, step: int) -> None:
+        seconds = round(time.monotonic() - self.saver.begun, 3)
+        self.emit({"event": "saved", "step": step, "seconds": seconds})
 
     def close(self) -> None:
         """Frees the engine, when no checkpoint of it is on its way any more."""
