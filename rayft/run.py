@@ -10,6 +10,7 @@ from typing import Any
 from rayft import placement, storage
 from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
 from rayft.failure import AGAIN, Left, decide
+from rayft.gauges import Gauges
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -29,6 +30,7 @@ def run(
     """
     begun = time.time()
     recipe = recipe.resolved()
+    show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)
     record.refuse_second_writer(take_over, show)
     finished = None if restart else _settle(recipe, record, show)
