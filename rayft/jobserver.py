@@ -7,6 +7,7 @@ With RAY_AUTH_MODE=token Ray's own file, ~/.ray/auth_token, serves too. A token 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -22,6 +23,11 @@ LOOK_S = 1.0
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _PORT = 8265
+_TALKATIVE = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 T = TypeVar("T")
 
@@ -54,6 +60,8 @@ class JobServer:
     def _connected(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with _given_address_counts():
             return JobSubmissionClient(self.address, headers=_headers())
 
@@ -160,7 +168,7 @@ def _headers() -> dict[str, str]:
     """The token that the environment gives, where Ray's client would not send it by itself."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         return {}
-    token = os.environ.get("RAY_AUTH_TOKEN")
+    token = os.environ.get("RAY_AUTH_TOKEN") or None
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if token is None and path:
         try:

@@ -132,7 +132,7 @@ def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
     plain: dict[str, Any], leads: dict[str, str], cluster: Nodes, bucket: str, tmp_path: Path
 ) -> None:
     """The last of the file: the cluster knows nothing of its earlier jobs afterwards."""
-    train = {**plain["train"], "epochs": 12, "save_every": "5 steps"}
+    train = {**plain["train"], "epochs": 6, "save_every": "5 steps"}
     made = {**plain, "model": {**plain["model"], "dropout": 0.0}, "train": train}
     path = small.write_recipe(tmp_path, {**made, "name": "head"})
     run = storage.join(bucket, "head")
