@@ -16,6 +16,7 @@ from rayft import storage
 from rayft.data.prepare import Prepared
 from rayft.recipe import Recipe
 from rayft.search import Space, Tune
+from rayft.sections import Freeze
 
 Show = Callable[[dict[str, Any]], None]
 HERE_S = 60.0  # as `prefix.Cost` counts seconds; really a tenth of it, about what other processes take to start
@@ -213,8 +214,8 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     model = network(task.warm)
     blocks = recipe.task.blocks(model)
     deepest = max(depth for found in task.targets.values() for depth in found)
-    frozen = recipe.model.model_copy(update={"freeze": {"layers": deepest}, "lora": None})
-    freeze.freeze(model, recipe.model.model_validate(frozen.model_dump()), blocks)
+    frozen = recipe.model.model_copy(update={"freeze": Freeze(layers=deepest), "lora": None})
+    freeze.freeze(model, frozen, blocks)
     narrow = recipe.model.dtype != "float32"
     if narrow:
         freeze.store_frozen_in(model, getattr(torch, recipe.model.dtype))
