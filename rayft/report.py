@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,18 +43,30 @@ class Leftover:
 def runs(where: str) -> list[Json]:
     """A summary of each run under the storage `where`, newest first; those with names of several parts too.
 
-    Each: {"name", "run", "status", "steps", "metric", "value", "seconds", "started"}; what is not known is None.
-    `metric` and `value` are the best checkpoint's or, without a result, the last evaluation's. `started` (seconds since
-    1970) and `seconds` are the last attempt's.
+    Each: {"name", "run", "status", "steps", "trials", "metric", "value", "seconds", "started"}; what is not known is
+    None. `metric` and `value` are the best checkpoint's or, without a result, the last evaluation's. `started` (seconds
+    since 1970) and `seconds` are the last attempt's. A sweep is one of them, with how many `trials` it has so far;
+    where `where` is the sweep's own folder its trials are listed too.
     """
+    walked = dict(_walk(_existing(where)))
+    trials = Counter(sweep for run in walked if (sweep := _sweep_of(run)) in walked)
+    base = where.rstrip("/")
+    shown = {run: state for run, state in walked.items() if _sweep_of(run) not in walked or _sweep_of(run) == base}
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda pair: _summary(where, *pair), list(_walk(_existing(where))))
+        found = pool.map(lambda pair: _summary(where, *pair) | {"trials": trials.get(pair[0])}, shown.items())
         return sorted(found, key=lambda run: (-(run["started"] or 0), run["name"]))
+
+
+def _sweep_of(run: str) -> str:
+    """The folder of the sweep that a run's folder is a trial of, by its place."""
+    folder, _, number = run.rpartition("/")
+    return folder.removesuffix("/trials") if folder.endswith("/trials") and number.isdigit() else ""
 
 
 def show(run: str) -> Json:
     """One run: its summary, and "error", "epochs", "best", "metrics", "evaluations", "export", "checkpoints", "timing".
 
+    Of a sweep that has ended, `trials` are its numbers by how they ended, and `best` has the best trial's fields.
     `evaluations` are the objects that evaluations wrote to metrics.jsonl, `checkpoints` names the committed ones.
     """
     state = _state(run)
@@ -63,6 +76,7 @@ def show(run: str) -> Json:
     return {
         **_summary(run.rstrip("/").rpartition("/")[0], run, state),
         "error": result.get("error"),
+        "trials": result.get("trials"),
         "epochs": result.get("epochs") or last.get("epoch"),
         "best": result.get("best"),
         "metrics": result.get("metrics") or {},

@@ -156,18 +156,22 @@ def list_lines(runs: list[Json]) -> list[str]:
     heads = ("run", "status", "steps", "metric", "value", "time", "started")
     rows = []
     for run in runs:
+        steps = counted(run["trials"], "trial") if run["trials"] else number(run["steps"])
         score = (run["metric"] or "-", number(run["value"]))
-        rows.append(
-            (run["name"], run["status"], number(run["steps"]), *score, duration(run["seconds"]), moment(run["started"]))
-        )
+        rows.append((run["name"], run["status"], steps, *score, duration(run["seconds"]), moment(run["started"])))
     return aligned([heads, *rows], right={2, 4, 5})
 
 
 def run_lines(run: Json) -> list[str]:
     """What report.show says of one run."""
+    steps = ("steps", f"{number(run['steps'])} ({number(run['epochs'])} epochs)")
+    if run.get("trials"):
+        best = run["best"] or {"trial": None, "fields": {}}
+        ended = ", ".join(f"{count} {how}" for how, count in run["trials"].items() if count)
+        steps = ("trials", f"{ended}; the best is {number(best['trial'])}: {fields_text(best['fields'])}")
     facts = [
         ("status", run["status"] + (f": {run['error']}" if run["error"] else "")),
-        ("steps", f"{number(run['steps'])} ({number(run['epochs'])} epochs)"),
+        steps,
         ("started", f"{moment(run['started'])}, {duration(run['seconds'])} in the last attempt"),
         ("checkpoints", ", ".join(run["checkpoints"]) or "-"),
         ("model", run["export"] or "-"),

@@ -104,6 +104,14 @@ def test_list_finds_runs_at_any_depth_newest_first(where: str) -> None:
     assert newest["seconds"] == pytest.approx(60)
 
 
+def test_a_sweep_is_one_row_and_its_own_folder_lists_its_trials(where: str) -> None:
+    sweep = write_run(where, "sweep")
+    for number in range(3):
+        write_run(where, f"sweep/trials/{number:05d}")
+    assert [(run["name"], run["trials"]) for run in report.runs(where)] == [("sweep", 3)]
+    assert sorted(run["name"] for run in report.runs(sweep)) == ["sweep", *(f"trials/{n:05d}" for n in range(3))]
+
+
 def test_running_run_shows_its_last_step_and_evaluation_not_an_earlier_attempts_result(where: str) -> None:
     run = write_run(where, "again", "failed")
     write_run(where, "again", "running")
