@@ -45,6 +45,7 @@ RETRY = Retry()
 
 _TRANSIENT_ERRNO = {
     errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETRESET,
+    errno.ENOTEMPTY,  # of a folder that is being deleted: somebody still writes there
 }  # fmt: skip
 _TRANSIENT_CLASSES = {
     "botocore.exceptions.HTTPClientError",

@@ -200,8 +200,7 @@ def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
         run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
         try:
             for _ in run.go(feed):
-                if shared.recipe["tune"]["scheduler"] == "pbt":
-                    run.saver.finish()  # another trial may go on from where this one stands now
+                run.saver.finish()  # a trial that waits writes nothing: it may be stopped, deleted, or copied from
                 if not run.done:
                     yield _evaluated(run)
             record.status = FINISHED

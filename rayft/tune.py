@@ -6,6 +6,7 @@ with those that had begun, and proposes the rest.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayft import depths, placement, storage, trials
-from rayft.errors import RayftError, RunRefused, Stopped, SweepStopped, TrainingError
+from rayft.errors import RayftError, RunRefused, StorageError, Stopped, SweepStopped, TrainingError
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -148,6 +149,7 @@ class Sweep:
     show: Show
     known: dict[int, Known] = field(default_factory=dict)
     _running: set[int] = field(default_factory=set)
+    _deleted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         from rayft.sampling import trials as count
@@ -180,6 +182,8 @@ class Sweep:
         self.known |= {trial.number: trial for trial in trials.known(self.folder) if trial.status is not None}
         if self.record.superseded is not None:
             raise self.record.superseded
+        self._deleted.clear()
+        self._delete_unwanted()
         asked = self.stop.asked()
         best = self.write()
         if asked is not None:
@@ -297,11 +301,18 @@ class Sweep:
         trials.end(trial, status, last, self.metric)
         self.sampler.tell(number, trial.fields, trial.value if status != "failed" else None)
         trials.hparams(trial, self.metric)
+        with contextlib.suppress(StorageError):  # all of it is tried again when no trial writes any more
+            self._delete_unwanted()
+        self.show({"event": "stage", "name": "trials", "done": len(self.ended), "total": self.total})
+
+    def _delete_unwanted(self) -> None:
+        """The checkpoints of trials that have ended and are not the best."""
         best = trials.best_of(self.ended, self.maximize)
         for other in self.ended:
-            if best is not None and other.number != best.number:
-                storage.delete(storage.join(other.folder, "checkpoints"))
-        self.show({"event": "stage", "name": "trials", "done": len(self.ended), "total": self.total})
+            folder = storage.join(other.folder, "checkpoints")
+            if best is not None and other.number != best.number and folder not in self._deleted:
+                storage.delete(folder)
+                self._deleted.add(folder)
 
     # -- the answer
 
