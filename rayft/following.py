@@ -6,10 +6,10 @@ import sys
 from typing import Any
 
 from rayft.answer import FAILED, INTERRUPTED, Answer
-from rayft.jobserver import JobServer
+from rayft.servers import Server
 
 
-def follow(server: JobServer, job: str, answer: Answer, *, ask: bool) -> dict[str, Any]:
+def follow(server: Server, job: str, answer: Answer, *, ask: bool) -> dict[str, Any]:
     """Shows what `job` prints until it ends: {"status", "exit_code", "message"}.
 
     At Ctrl-C a terminal is asked whether to stop the job, where `ask` says so; otherwise the job goes on alone.
@@ -26,14 +26,21 @@ def follow(server: JobServer, job: str, answer: Answer, *, ask: bool) -> dict[st
             break
         except KeyboardInterrupt:
             if not (ask and sys.stdin.isatty() and _stop()):
-                answer.say(f"the job goes on; `rayft jobs logs {job} --follow` shows it again")
+                answer.say(f"the job goes on; `rayft jobs logs {job} --follow{server.options}` shows it again")
                 return {"status": "running", "exit_code": INTERRUPTED, "message": "detached"}
             _stopped(server, job, answer)
-    status = ended.status.value
-    code = {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(status, ended.driver_exit_code or FAILED)
+    code = {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(ended.status, ended.exit_code or FAILED)
     if code:
-        answer.say(f"the job {job} has {'been stopped' if status == 'STOPPED' else 'failed'}: exit code {code}")
-    return {"status": status.lower(), "exit_code": code, "message": ended.message}
+        how = "been stopped" if code == INTERRUPTED else "failed"
+        why = f": {cause}" if (cause := _cause(ended.message)) and code != INTERRUPTED else ""
+        answer.say(f"the job {job} has {how}: exit code {code}{why}")
+    return {"status": ended.status.lower(), "exit_code": code, "message": ended.message}
+
+
+def _cause(message: str | None) -> str:
+    """The last line of what the server says: where that is the end of the job's output, its error."""
+    lines = [line.strip() for line in (message or "").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 def _stop() -> bool:
@@ -46,7 +53,7 @@ def _stop() -> bool:
         return False
 
 
-def _stopped(server: JobServer, job: str, answer: Answer) -> None:
+def _stopped(server: Server, job: str, answer: Answer) -> None:
     from rayft import jobs
     from rayft.errors import RunRefused
 

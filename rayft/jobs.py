@@ -8,53 +8,52 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from rayft import document, stopping, storage
 from rayft.errors import RunRefused, StorageError, TrainingError
-from rayft.jobserver import TERMINAL, JobServer
+from rayft.servers import TERMINAL, Job, Server
 
 Show = Callable[[dict[str, Any]], None]
-Job = dict[str, Any]
+Told = dict[str, Any]
 
-PREFIX = "rayft-"
 INTERRUPTED = 130  # the exit code of a run that was stopped
 LOOK_S = 0.5
 SLACK_S = 30.0  # beyond the grace period: for a request to be seen, a long step, a slow storage
-END_S = 60.0  # for Ray to end a job's processes
+END_S = 60.0  # for a job's processes to end
 READERS = 8
 
 
-def listed(server: JobServer) -> list[Job]:
+def listed(server: Server) -> list[Told]:
     """Every job of rayft that the cluster knows, the newest first, with what its run's folder says.
 
     Each: {"job", "status", "run", "recipe", "attempt", "step", "epoch", "loss", "metric", "value", "left_s",
     "started", "seconds", "message"}; what is not known is None.
     """
-    jobs = server.jobs(PREFIX)
+    jobs = server.jobs()
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(told, jobs))
 
 
-def find(server: JobServer, name: str) -> Any:
+def find(server: Server, name: str) -> Job:
     """The job with the id `name`, or the newest one of the run whose name or folder that is."""
-    jobs = server.jobs(PREFIX)
-    for job in jobs:
-        known = job.metadata or {}
-        if name in (job.submission_id, known.get("recipe")) or name.rstrip("/") == known.get("run"):
+    for job in server.jobs():
+        if name in (job.id, job.recipe) or name.rstrip("/") == job.run:
             return job
-    raise RunRefused(f"{server.address} knows no job `{name}`; `rayft jobs list` shows those that it knows")
+    raise RunRefused(
+        f"{server.address} knows no job `{name}`; `rayft jobs list{server.options}` shows those that it knows"
+    )
 
 
-def told(job: Any) -> Job:
-    """A job as Ray knows it, and its run as its folder tells it."""
-    known = job.metadata or {}
-    found: Job = {
-        "job": job.submission_id,
+def told(job: Job) -> Told:
+    """A job as its server knows it, and its run as its folder tells it."""
+    found: Told = {
+        "job": job.id,
         # Ray calls it a failure when a run that was asked to stop ends by itself, with the code that says so.
-        "status": "stopped" if job.driver_exit_code == INTERRUPTED else job.status.value.lower(),
-        "run": known.get("run"),
-        "recipe": known.get("recipe"),
+        "status": "stopped" if job.exit_code == INTERRUPTED else job.status.lower(),
+        "run": job.run,
+        "recipe": job.recipe,
         "attempt": None,
         "step": None,
         "epoch": None,
@@ -62,31 +61,25 @@ def told(job: Any) -> Job:
         "metric": None,
         "value": None,
         "left_s": None,
-        "started": (job.start_time or 0) / 1000 or None,
-        "seconds": _seconds(job),
+        "started": job.started,
+        "seconds": round((job.ended or time.time()) - job.started, 1) if job.started else None,
         "message": job.message,
     }
-    if found["run"]:
+    if job.run:
         try:
-            found |= _of_run(found["run"], job.status.value == "RUNNING")
+            found |= _of_run(job.run, job.status == "RUNNING")
         except (StorageError, OSError):  # a storage that is not to be seen from here; the job is
-            found["message"] = f"{found['run']} can't be read from here"
+            found["message"] = f"{job.run} can't be read from here"
     return found
 
 
-def _seconds(job: Any) -> float | None:
-    if not job.start_time:
-        return None
-    return round((job.end_time or time.time() * 1000) / 1000 - job.start_time / 1000, 1)
-
-
-def _of_run(folder: str, running: bool) -> Job:
+def _of_run(folder: str, running: bool) -> Told:
     """Attempt, step, loss, score and seconds left, from the run's folder."""
     state = storage.join(folder, "run.json")
     if not storage.exists(state):
         return {}
     known = storage.read_json(state)
-    found: Job = {"attempt": known.get("attempt")}
+    found: Told = {"attempt": known.get("attempt")}
     path = storage.join(folder, "metrics.jsonl")
     lines = storage.read_text(path).splitlines() if storage.exists(path) else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -115,16 +108,16 @@ def _left(folder: str, last: dict[str, Any], seconds: float) -> float | None:
     return round(seconds * (1 - done) / done, 1) if 0 < done <= 1 else None
 
 
-def stop(server: JobServer, name: str, show: Show) -> Job:
+def stop(server: Server, name: str, show: Show) -> Told:
     """Asks the run to write a checkpoint and stop, waits for that up to its grace period, then stops the job."""
     job = find(server, name)
-    if job.status.value in TERMINAL:
-        raise RunRefused(f"{job.submission_id} has ended already: {job.status.value.lower()}")
-    known = job.metadata or {}
-    run = known.get("run")
+    if job.status in TERMINAL:
+        raise RunRefused(f"{job.id} has ended already: {job.status.lower()}")
+    run = job.run
+    server.last_try(job.id)
     if run and _asked_to_stop(run):
         show({"event": "stage", "name": "waiting for the checkpoint"})
-        until = time.monotonic() + float(known.get("grace_s") or 0) + SLACK_S
+        until = time.monotonic() + job.grace_s + SLACK_S
         while time.monotonic() < until and not _ended(server, job) and _running(run):
             time.sleep(LOOK_S)
     # The command writes its result and goes by itself once the run has stopped.
@@ -133,13 +126,13 @@ def stop(server: JobServer, name: str, show: Show) -> Job:
         time.sleep(LOOK_S)
     if not _ended(server, job):
         show({"event": "stage", "name": "stopping the job"})
-        server.stop(job.submission_id)
+        server.stop(job.id)
         until = time.monotonic() + END_S
         while not _ended(server, job):
             if time.monotonic() > until:
-                raise TrainingError(f"{job.submission_id} was told to stop and has not ended within {END_S:g} s")
+                raise TrainingError(f"{job.id} was told to stop and has not ended within {END_S:g} s")
             time.sleep(LOOK_S)
-    return told(server.job(job.submission_id))
+    return told(server.job(job.id) or replace(job, status="STOPPED"))
 
 
 def _asked_to_stop(run: str) -> bool:
@@ -148,7 +141,7 @@ def _asked_to_stop(run: str) -> bool:
         if not _running(run):
             return False
         stopping.request(run, f"{getpass.getuser()}@{socket.gethostname()}")
-    except (StorageError, OSError):  # not to be reached from here: Ray alone stops it, with its three seconds
+    except (StorageError, OSError):  # not to be reached from here: it is stopped without
         return False
     return True
 
@@ -158,6 +151,6 @@ def _running(run: str) -> bool:
     return storage.exists(state) and storage.read_json(state).get("status") == "running"
 
 
-def _ended(server: JobServer, job: Any) -> bool:
-    now = server.job(job.submission_id)
-    return now is None or now.status.value in TERMINAL
+def _ended(server: Server, job: Job) -> bool:
+    now = server.job(job.id)
+    return now is None or now.status in TERMINAL

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rayft.errors import ClusterError, TrainingError
+from rayft.servers import PATIENCE_S, TERMINAL, Job, Unreachable
 
-PATIENCE_S = 120.0  # how long a server that had answered may be silent: a head that starts anew takes that long
 LOOK_S = 1.0
-TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+PREFIX = "rayft-"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _PORT = 8265
 _TALKATIVE = (
@@ -53,6 +53,8 @@ def address_of(given: str | None, recipe: str | None) -> str:
 class JobServer:
     """The job server at `address` (a URL); ClusterError where it does not answer or wants another token."""
 
+    options = ""  # the address is in the environment, or named each time
+
     def __init__(self, address: str) -> None:
         self.address = address
         self._client = self._asked(self._connected)
@@ -80,14 +82,14 @@ class JobServer:
                 f"{urlsplit(self.address).port or _PORT} reachable from here?"
             ) from None
 
-    def jobs(self, prefix: str = "") -> list[Any]:
+    def jobs(self, prefix: str = PREFIX) -> list[Job]:
         """Jobs that were submitted with an id that begins with `prefix`, the newest first."""
         found = [job for job in self._asked(self._client.list_jobs) if (job.submission_id or "").startswith(prefix)]
-        return sorted(found, key=lambda job: -(job.start_time or 0))
+        return [_plain(job) for job in sorted(found, key=lambda job: -(job.start_time or 0))]
 
-    def job(self, submission_id: str) -> Any | None:
+    def job(self, submission_id: str) -> Job | None:
         """What is known of a job, None where there is none."""
-        return next((job for job in self.jobs(submission_id) if job.submission_id == submission_id), None)
+        return next((job for job in self.jobs(submission_id) if job.id == submission_id), None)
 
     def submit(self, submission_id: str, **job: Any) -> bool:
         """Submits a job; False where one with that id is there, which is left as it is."""
@@ -99,6 +101,9 @@ class JobServer:
             raise ClusterError(f"{self.address} did not take the job: {_first_line(error)}") from None
         return True
 
+    def last_try(self, submission_id: str) -> None:
+        """Ray tries a job once."""
+
     def stop(self, submission_id: str) -> None:
         """Ends a job's processes; Ray gives them three seconds."""
         self._asked(lambda: self._client.stop_job(submission_id))
@@ -107,7 +112,7 @@ class JobServer:
         found: str = self._asked(lambda: self._client.get_job_logs(submission_id))
         return found
 
-    def follow(self, submission_id: str, write: Callable[[str], None]) -> Any:
+    def follow(self, submission_id: str, write: Callable[[str], None]) -> Job:
         """Passes on what the job prints until it has ended, also over dropped connections; the job as it ended."""
         shown, heard = 0, time.monotonic()
 
@@ -126,10 +131,10 @@ class JobServer:
                 if job is None:
                     raise TrainingError(f"the cluster at {self.address} no longer knows the job {submission_id}")
                 heard = time.monotonic()
-                if job.status.value in TERMINAL:
+                if job.status in TERMINAL:
                     take(self.logs(submission_id), 0)
                     return job
-                if job.status.value == "RUNNING":
+                if job.status == "RUNNING":
                     asyncio.run(self._tail(submission_id, take))
             except Unreachable as error:
                 if time.monotonic() - heard > PATIENCE_S:
@@ -150,8 +155,22 @@ class JobServer:
             return  # the connection is gone: whether the server is, shows when it is asked again
 
 
-class Unreachable(ClusterError):
-    """Nobody answers at the address."""
+def _plain(job: Any) -> Job:
+    """A job as Ray's client tells of it; its times are in milliseconds."""
+    known = job.metadata or {}
+    started, ended = ((at or 0) / 1000 or None for at in (job.start_time, job.end_time))
+    return Job(
+        id=job.submission_id,
+        status=job.status.value,
+        recipe=known.get("recipe"),
+        recipe_hash=known.get("recipe_hash"),
+        run=known.get("run"),
+        grace_s=float(known.get("grace_s") or 0),
+        started=started,
+        ended=ended,
+        exit_code=job.driver_exit_code,
+        message=job.message,
+    )
 
 
 @contextmanager

@@ -44,8 +44,24 @@ def job_name(recipe: Recipe, attempt: int = 1) -> str:
     At most 47 characters, a letter first (RFC 1035): `sms-spam-1f0c94ab`, and from the second attempt on
     `sms-spam-1f0c94ab-2`. It is the same on each machine, so that a recipe that is submitted twice meets its own job.
     """
-    tail = f"-{_digest(recipe)[:_HASH]}" + (f"-{attempt}" if attempt > 1 else "")
+    tail = f"-{digest(recipe)[:_HASH]}" + (f"-{attempt}" if attempt > 1 else "")
     return _label(recipe.name, _LONGEST_NAME - len(tail)) + tail
+
+
+def attempt_of(name: str, digest: str) -> int:
+    """Which attempt a job is, by its name and the hash of its recipe."""
+    found = re.search(rf"-{re.escape(digest[:_HASH])}-(\d+)$", name)
+    return int(found[1]) if found else 1
+
+
+def digest(recipe: Recipe) -> str:
+    """What identifies a recipe's content; a job's annotation has it too."""
+    return hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+
+
+def selector(recipe: Recipe) -> str:
+    """The label selector of every job whose recipe has this name; the annotation `rayft/run` has its run's folder."""
+    return f"rayft/job,rayft/name={_label(recipe.name, 63)}"
 
 
 def manifests(recipe: Recipe, attempt: int = 1, source: str = "recipe") -> list[Manifest]:
@@ -112,8 +128,10 @@ def _metadata(recipe: Recipe, attempt: int) -> Manifest:
         "namespace": (recipe.submit or Submit()).kubernetes.namespace,
         "labels": _labels(recipe, name),
         "annotations": {
+            "rayft/recipe": recipe.name,
             "rayft/run": recipe.folder,
-            "rayft/recipe-sha256": _digest(recipe),
+            "rayft/recipe-sha256": digest(recipe),
+            "rayft/grace-s": str(recipe.failure.grace_s),  # how long `rayft jobs stop` waits for a checkpoint
             "rayft/version": __version__,
         },
     }
@@ -267,10 +285,6 @@ def _smaller(one: str, other: str) -> str:
 
 def _labels(recipe: Recipe, job: str) -> dict[str, str]:
     return {"rayft/job": job, "rayft/name": _label(recipe.name, 63)}
-
-
-def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
 
 
 def _label(name: str, longest: int) -> str:

@@ -36,13 +36,18 @@ def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str
     Where its machines see this one's files (it is this machine, or storage is shared), relative paths become absolute.
     Otherwise inputs are uploaded where `upload` says so. RunRefused names every path that stays out of reach.
     """
+    if not (recipe.cluster.shared_storage or is_here(address)):
+        refuse_out_of_reach(recipe, local_paths(recipe), upload)
+        return uploaded(recipe, show)
     plain = recipe.dump()
-    local = local_paths(recipe)
-    if recipe.cluster.shared_storage or is_here(address):
-        for one in local:
-            _set(plain, one.where, os.path.abspath(_bare(one.path)))
-        return Recipe.parse(plain, recipe.name)
-    refuse_out_of_reach(recipe, local, upload)
+    for one in local_paths(recipe):
+        _set(plain, one.where, os.path.abspath(_bare(one.path)))
+    return Recipe.parse(plain, recipe.name)
+
+
+def uploaded(recipe: Recipe, show: Callable[[dict[str, Any]], None]) -> Recipe:
+    """The recipe with its local inputs beside its run, in a storage that is not local."""
+    plain, local = recipe.dump(), local_paths(recipe)
     if local:
         _refuse_large(local)
         for one in local:

@@ -1,7 +1,7 @@
-"""Carries a recipe to a cluster's job server. What runs there is `rayft run`, or `rayft tune` where it searches.
+"""Carries a recipe to a Ray cluster's job server or to Kubernetes. What runs there is `rayft run`, or `rayft tune`.
 
-A job's id follows from the run's folder and the attempt, so that submitting twice runs once: a second submission
-attaches to the job that is there, and one after a failure starts the next attempt.
+A job's id follows from the run's folder (of a RayJob: from the recipe) and the attempt, so that submitting twice runs
+once: a second submission attaches to the job that is there, and one after a failure starts the next attempt.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import rayft
-from rayft import preflight, reach, storage
+from rayft import kuberay, preflight, reach, storage
 from rayft.errors import RunRefused, StorageError
-from rayft.jobserver import TERMINAL, JobServer
+from rayft.jobserver import JobServer
+from rayft.kubernetes_api import Kubernetes
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.servers import TERMINAL, Job
 
 Show = Callable[[dict[str, Any]], None]
 FILE = "recipe.yaml"
@@ -55,18 +57,11 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
         reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
     run = storage.join(storage.absolute(recipe.storage), recipe.name)
     prefix, wanted = job_prefix(recipe.name, run), digest(recipe)
-    found = _newest(server, prefix)
+    jobs = server.jobs(prefix)
+    found = standing(jobs, wanted, run)
     if found is not None:
-        attempt, job = found
-        status, same = job.status.value, (job.metadata or {}).get("recipe_hash") == wanted
-        if status not in TERMINAL and not same:
-            raise RunRefused(
-                f"the job {job.submission_id} runs {run} with another recipe; stop it (`rayft jobs stop`), or give "
-                "this one another `name=`"
-            )
-        if status not in TERMINAL or (status == "SUCCEEDED" and same):
-            return Submitted(job.submission_id, run, server.address, attempt, True, status)
-    attempt = found[0] + 1 if found is not None else 1
+        return Submitted(found.id, run, server.address, _attempt(found), True, found.status)
+    attempt = max(map(_attempt, jobs), default=0) + 1
     preflight.refuse_from_here(recipe, show)
     sent = reach.carried(recipe, server.address, upload, show)
     with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
@@ -84,6 +79,53 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
             entrypoint_num_cpus=recipe.submit.entrypoint_cpus if recipe.submit else 0,
         )
     return Submitted(job_id, run, server.address, attempt, not new, "PENDING")
+
+
+def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, source: str) -> Submitted:
+    """The RayJob that runs `recipe` on Kubernetes, created now or found there; refused as `submit` refuses.
+
+    Paths stay as they are: a pod has none of this machine's, and what is said to be shared is in its image, so that it
+    can't be looked at from here.
+    """
+    if upload and not recipe.cluster.shared_storage:
+        reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
+        recipe = reach.uploaded(recipe, show)
+    kuberay.manifests(recipe, source=source)  # whatever can't run there is refused first
+    run, wanted = recipe.folder, kuberay.digest(recipe)
+    jobs = [job for job in server.jobs(kuberay.selector(recipe)) if job.run == run]
+    same = [kuberay.attempt_of(job.id, wanted) for job in jobs if job.recipe_hash == wanted]
+    found = standing(jobs, wanted, run, server.options)
+    if found is not None:
+        server.adopt(found.id)  # where a submission has ended between the two objects
+        attempt = kuberay.attempt_of(found.id, wanted)
+        return Submitted(found.id, run, server.address, attempt, True, found.status)
+    attempt = max(same, default=0) + 1
+    if not recipe.cluster.shared_storage:
+        preflight.refuse_from_here(recipe, show)
+    with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
+        Record(run).standing(recipe)
+    show({"event": "stage", "name": "submitting"})
+    config_map, ray_job = kuberay.manifests(recipe, attempt, source)
+    new = server.submit(config_map, ray_job)
+    return Submitted(ray_job["metadata"]["name"], run, server.address, attempt, not new, "PENDING")
+
+
+def standing(jobs: list[Job], wanted: str, run: str, options: str = "") -> Job | None:
+    """Which of the jobs of a run, the newest first, a submission of the recipe `wanted` attaches to; None: a new one.
+
+    RunRefused where one with another recipe has not ended.
+    """
+    for job in jobs:
+        if job.status in TERMINAL:
+            continue
+        if job.recipe_hash != wanted:
+            raise RunRefused(
+                f"the job {job.id} runs {run} with another recipe; stop it (`rayft jobs stop {job.id}{options}`), or "
+                "give this one another `name=`"
+            )
+        return job
+    newest = jobs[0] if jobs else None
+    return newest if newest and newest.status == "SUCCEEDED" and newest.recipe_hash == wanted else None
 
 
 def job_prefix(name: str, run: str) -> str:
@@ -117,7 +159,6 @@ def environment(recipe: Recipe, folder: str) -> dict[str, Any]:
     return found
 
 
-def _newest(server: JobServer, prefix: str) -> tuple[int, Any] | None:
-    """The newest attempt at a run, and its job."""
-    found = {int(number[1]): job for job in server.jobs(prefix) if (number := _ATTEMPT.search(job.submission_id))}
-    return max(found.items(), key=lambda pair: pair[0], default=None)
+def _attempt(job: Job) -> int:
+    number = _ATTEMPT.search(job.id)
+    return int(number[1]) if number else 0

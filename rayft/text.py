@@ -332,12 +332,12 @@ def _is_plain_source(value: Any) -> bool:
     return isinstance(value, dict) and "path" in value and not value.get("where") and value.get("weight", 1.0) == 1.0
 
 
-def submitted_lines(sent: Json) -> list[str]:
-    """What `rayft submit` did, and how to look after it."""
+def submitted_lines(sent: Json, options: str = "") -> list[str]:
+    """What `rayft submit` did, and how to look after it; `options` lead `rayft jobs` there."""
     did = f"attached to the job that is there ({sent['status'].lower()})" if sent["attached"] else "submitted"
     job = sent["job"]
-    rows = [("job", job), ("run", sent["run"]), ("follow", f"rayft jobs logs {job} --follow")]
-    return [f"{did}, attempt {sent['attempt']}", *aligned([*rows, ("stop", f"rayft jobs stop {job}")])]
+    rows = [("job", job), ("run", sent["run"]), ("follow", f"rayft jobs logs {job} --follow{options}")]
+    return [f"{did}, attempt {sent['attempt']}", *aligned([*rows, ("stop", f"rayft jobs stop {job}{options}")])]
 
 
 def jobs_lines(jobs: list[Json]) -> list[str]:

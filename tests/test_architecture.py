@@ -93,6 +93,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "pages",
         "dashboard",
         "first",
+        "servers",
         "jobserver",
         "jobs",
         "following",
@@ -111,9 +112,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tune",
         "preflight",
         "reach",
-        "submit",
         "kubernetes_rules",
         "kuberay",
+        "rayjobs",
+        "podlogs",
+        "kubernetes_api",
+        "submit",
         "output",
         "inference",
         "predict",
@@ -123,7 +127,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 # Libraries that take seconds to import. They wait inside functions wherever a recipe is read or help is shown.
-HEAVY = frozenset({"accelerate", "datasets", "deepspeed", "peft", "ray", "sklearn", "torch", "transformers"})
+HEAVY = frozenset(
+    {"accelerate", "datasets", "deepspeed", "kubernetes", "peft", "ray", "sklearn", "torch", "transformers"}
+)
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "rayft", "cluster", "jobs", "tests"}
 

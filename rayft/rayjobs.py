@@ -1,0 +1,72 @@
+"""What a RayJob's object says: its state in the words of any job, its age, and where its output is to be seen."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+from rayft.kuberay import Manifest, attempt_of
+from rayft.servers import TERMINAL, Job
+
+QUEUE = "kueue.x-k8s.io/queue-name"
+_EXIT_CODE = re.compile(r"failed with exit code (\d+)")  # Ray's words, in the RayJob's message
+
+
+def plain(job: Manifest) -> Job:
+    """A RayJob as what `rayft jobs` knows of any job."""
+    metadata, status = job["metadata"], job.get("status") or {}
+    known, inner = metadata.get("annotations") or {}, status.get("rayJobInfo") or {}
+    message = status.get("message") or status.get("reason") or None
+    code = _EXIT_CODE.search(message or "")
+    return Job(
+        id=metadata["name"],
+        status=status_of(job),
+        recipe=known.get("rayft/recipe"),
+        recipe_hash=known.get("rayft/recipe-sha256"),
+        run=known.get("rayft/run"),
+        grace_s=float(known.get("rayft/grace-s") or 0),
+        started=_seconds(inner.get("startTime") or status.get("startTime") or metadata.get("creationTimestamp")),
+        ended=_seconds(status.get("endTime")),
+        exit_code=int(code[1]) if code else None,
+        message=message,
+    )
+
+
+def status_of(job: Manifest) -> str:
+    """Ray's word for the state of a RayJob: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+
+    The operator decides whether it is over: `jobStatus` is that of one try, and others may follow. A RayJob that Kueue
+    holds back, and one that has been suspended by `stop`, are in the same state; only the first has a queue.
+    """
+    status = job.get("status") or {}
+    deployment, ray = status.get("jobDeploymentStatus") or "", status.get("jobStatus") or ""
+    if deployment == "Complete":
+        return "SUCCEEDED" if ray not in TERMINAL else ray
+    if deployment == "Failed":
+        return "STOPPED" if ray == "STOPPED" else "FAILED"
+    if deployment == "Suspended" and job["spec"].get("suspend") and QUEUE not in job["metadata"].get("labels", {}):
+        return "STOPPED"
+    return "RUNNING" if deployment == "Running" and ray in ("RUNNING", *TERMINAL) else "PENDING"
+
+
+def age(job: Manifest) -> tuple[str, int]:
+    """By what RayJobs are put in the order in which they were made; Kubernetes keeps whole seconds."""
+    metadata = job["metadata"]
+    digest = (metadata.get("annotations") or {}).get("rayft/recipe-sha256", "")
+    return metadata.get("creationTimestamp", ""), attempt_of(metadata["name"], digest)
+
+
+def _seconds(time_of_day: str | None) -> float | None:
+    return datetime.fromisoformat(time_of_day).timestamp() if time_of_day else None
+
+
+def elsewhere(job: Manifest, mode: str, namespace: str) -> str:
+    """How to see the output of a job whose driver is not submitted by a pod of its own."""
+    name, status = job["metadata"]["name"], job.get("status") or {}
+    head = f"kubectl -n {namespace} {{}} -l ray.io/originated-from-cr-name={name},ray.io/node-type=head"
+    if mode == "SidecarMode":
+        command = head.format("logs -f --tail=-1") + " -c ray-job-submitter"
+    else:
+        cluster, submission = status.get("rayClusterName") or "CLUSTER", status.get("jobId") or "JOB"
+        command = f"kubectl -n {namespace} exec svc/{cluster}-head-svc -- ray job logs {submission} --follow"
+    return f"in {mode} the output is in the cluster alone; this shows it: {command}\n"
