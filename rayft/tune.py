@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayft import depths, placement, storage, trials
-from rayft.errors import RayftError, RunRefused, StorageError, Stopped, SweepStopped, TrainingError
+from rayft.errors import RayftError, RunRefused, Stopped, StorageError, SweepStopped, TrainingError
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
