@@ -5,6 +5,7 @@ Rows seen are the unit in which trials are compared, so that those with other ba
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -228,5 +229,7 @@ def loggers(sweep: Any) -> list[Callback]:
         else:
             from ray.air.integrations.wandb import WandbLoggerCallback
 
-            made.append(WandbLoggerCallback(project=sweep.recipe.name))
+            # Ray's own choice is a folder that goes with the sweep's end, and runs that are kept offline with it.
+            folder = os.environ.get("WANDB_DIR") or os.getcwd()
+            made.append(WandbLoggerCallback(project=sweep.recipe.name, dir=folder))
     return made

@@ -243,7 +243,8 @@ def alone(cpus: int, gpu: bool, trains: bool = True) -> None:
     torch.set_num_threads(cpus)
     if dist.is_initialized():
         return
-    # DeepSpeed asks the environment.
+    # DeepSpeed asks the environment, also where it is only imported (by transformers, to save a model).
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     backend = "nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
