@@ -1,0 +1,79 @@
+"""What a worker tells the driver's board, and the order that comes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+
+from rayft.training import watch
+from rayft.training.watch import LEAVE, Watch
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Keeps what it is told, and answers with what it was given."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, Any]]] = []
+        self.order: str | None = None
+
+    def pulse(self, rank: int, place: dict[str, Any]) -> str | None:
+        self.told.append((rank, place))
+        return self.order
+
+    def give(self, order: str) -> None:
+        self.order = order
+
+    def heard(self) -> list[tuple[int, dict[str, Any]]]:
+        return self.told
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BEAT_S", 0.02)
+
+
+@pytest.mark.usefixtures("ray_local", "quick")
+def test_the_board_hears_where_a_rank_stands_and_its_order_comes_back() -> None:
+    board: Any = Board.remote()  # type: ignore[attr-defined]
+    with Watch(board, 3) as watched:
+        watched.at("waiting for rows", 7)
+        watched.at("in the forward and backward pass")
+        until(lambda: any(place["count"] == 2 for _, place in ray.get(board.heard.remote())))
+        rank, place = ray.get(board.heard.remote())[-1]
+        assert (rank, place["step"], place["doing"]) == (3, 7, "in the forward and backward pass")
+        assert {"node", "node_id", "pid"} <= set(place)
+        assert not watched.leave
+        ray.get(board.give.remote(LEAVE))
+        until(lambda: watched.leave)
+    watched._thread.join(timeout=60)
+    assert not watched._thread.is_alive()
+
+
+@pytest.mark.usefixtures("ray_local", "quick")
+def test_a_board_that_is_gone_ends_the_telling_and_nothing_else() -> None:
+    board: Any = Board.remote()  # type: ignore[attr-defined]
+    with Watch(board, 0) as watched:
+        until(lambda: bool(ray.get(board.heard.remote())))
+        ray.kill(board)
+        watched._thread.join(timeout=60)
+        assert not watched._thread.is_alive()
+        watched.at("evaluating", 1)
+        assert not watched.leave
+
+
+def test_where_nobody_watches_nothing_is_started() -> None:
+    with Watch(None, 0) as watched:
+        watched.at("evaluating")
+        assert not watched._thread.is_alive()
