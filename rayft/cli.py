@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rayft import __version__
-from rayft.answer import FAILED, REFUSED, Answer, answering, exit_code, sentence
+from rayft.answer import FAILED, REFUSED, answering, exit_code, sentence
+from rayft.cli_jobs import jobs, submit
+from rayft.options import Json, Overrides, RecipeFile
 
 app = typer.Typer(
     add_completion=False,
@@ -24,20 +26,11 @@ app = typer.Typer(
 )
 runs = typer.Typer(no_args_is_help=True, help="Look at runs: list, show, compare.")
 app.add_typer(runs, name="runs")
-jobs = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, status, logs, stop.")
 app.add_typer(jobs, name="jobs")
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file in YAML.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[FIELD=VALUE]...", help="Fields to set, such as train.learning_rate=1e-4.", show_default=False
-    ),
-]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder: <storage>/<name>.")]
 Storage = Annotated[str, typer.Argument(metavar="STORAGE", help="The folder or URL that recipes name as `storage`.")]
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or an exported model's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
 def main() -> None:
@@ -256,182 +249,7 @@ def export(
         answer.give({"export": target}, f"model: {target}")
 
 
-# --- on a cluster
-
-
-Address = Annotated[
-    str | None,
-    typer.Option("--address", metavar="URL", help="The cluster's job server, as http://HEAD:8265.", show_default=False),
-]
-OnKubernetes = Annotated[
-    bool, typer.Option("--kubernetes", help="The cluster that the kubeconfig names, with KubeRay.")
-]
-Namespace = Annotated[
-    str | None,
-    typer.Option("--namespace", metavar="NAME", help="With --kubernetes; else the kubeconfig's.", show_default=False),
-]
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or its run's name or folder.")]
-
-
-def _server(address: str | None, kubernetes: bool, namespace: str | None) -> Any:
-    """The `servers.Server` whose jobs are asked for."""
-    from rayft.errors import RunRefused
-
-    if kubernetes:
-        if address:
-            raise RunRefused("--address is of a Ray cluster; Kubernetes' comes from the kubeconfig")
-        from rayft.kubernetes_api import Kubernetes
-
-        return Kubernetes(namespace)
-    if namespace:
-        raise RunRefused("--namespace is of Kubernetes: it needs --kubernetes")
-    from rayft.jobserver import JobServer, address_of
-
-    return JobServer(address_of(address, None))
-
-
-@app.command()
-def submit(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    address: Address = None,
-    kubernetes: OnKubernetes = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --kubernetes: print what it would be given, and contact nobody.")
-    ] = False,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show its output until it ends.")] = False,
-    upload: Annotated[bool, typer.Option("--upload", help="Copy small local inputs to the run's storage.")] = False,
-    json: Json = False,
-) -> None:
-    """Run a recipe on a cluster, or attach to the job that runs it there."""
-    with answering(json) as answer:
-        from rayft.display import Display
-        from rayft.errors import RunRefused
-        from rayft.recipe import Recipe
-
-        if dry_run and not kubernetes:
-            raise RunRefused("--dry-run prints what Kubernetes would be given: it needs --kubernetes")
-        loaded = Recipe.load(recipe, overrides or ())
-        if dry_run:
-            _print_manifests(loaded, recipe, answer, refused=follow or upload)
-            return
-        from rayft.following import follow as see
-        from rayft.text import submitted_lines
-
-        server, send = _sender(loaded, recipe, address, kubernetes)
-        with Display(answer.console, json) as show:
-            sent = send(upload=upload, show=show)
-        lines = submitted_lines(sent.plain(), server.options)
-        if not follow:
-            answer.give(sent.plain(), *lines)
-            return
-        answer.say(*lines)
-        ended = see(server, sent.job, answer, ask=not json)
-        answer.give(sent.plain() | ended)
-    if ended["exit_code"]:
-        raise typer.Exit(ended["exit_code"])
-
-
-def _sender(loaded: Any, source: str, address: str | None, kubernetes: bool) -> tuple[Any, Any]:
-    """Where a recipe goes, and what takes it there."""
-    from functools import partial
-
-    from rayft import submit as carrier
-    from rayft.recipe import Submit
-
-    asked = loaded.submit or Submit()
-    if kubernetes:
-        cluster = _server(address, True, asked.kubernetes.namespace)
-        return cluster, partial(carrier.apply, loaded, cluster, source=source)
-    server = _server(address or asked.address, False, None)
-    return server, partial(carrier.submit, loaded, server)
-
-
-def _print_manifests(loaded: Any, source: str, answer: Answer, refused: bool) -> None:
-    """YAML alone on stdout, or with --json the objects."""
-    from rayft.errors import RunRefused
-    from rayft.kuberay import manifests, to_yaml
-
-    if refused:
-        raise RunRefused("--dry-run contacts neither cluster nor storage: it goes with neither --follow nor --upload")
-    documents = manifests(loaded, source=source)
-    answer.give(documents)
-    if not answer.stream:
-        sys.stdout.write(to_yaml(documents))
-
-
-@jobs.command("list")
-def jobs_list(
-    address: Address = None, kubernetes: OnKubernetes = False, namespace: Namespace = None, json: Json = False
-) -> None:
-    """List the cluster's jobs with the state of their runs, newest first."""
-    with answering(json) as answer:
-        from rayft import jobs as cluster
-        from rayft.text import jobs_lines
-
-        server = _server(address, kubernetes, namespace)
-        found = cluster.listed(server)
-        answer.give(found, *(jobs_lines(found) if found else [f"no jobs of rayft at {server.address}"]))
-
-
-@jobs.command("status")
-def jobs_status(
-    job: JobName,
-    address: Address = None,
-    kubernetes: OnKubernetes = False,
-    namespace: Namespace = None,
-    json: Json = False,
-) -> None:
-    """Show one job and its run."""
-    with answering(json) as answer:
-        from rayft import jobs as cluster
-        from rayft.text import job_lines
-
-        found = cluster.told(cluster.find(_server(address, kubernetes, namespace), job))
-        answer.give(found, *job_lines(found))
-
-
-@jobs.command("logs")
-def jobs_logs(
-    job: JobName,
-    address: Address = None,
-    kubernetes: OnKubernetes = False,
-    namespace: Namespace = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show more until the job ends.")] = False,
-) -> None:
-    """Print what a job has printed."""
-    with answering(False) as answer:
-        from rayft import jobs as cluster
-        from rayft.following import follow as see
-
-        server = _server(address, kubernetes, namespace)
-        found = cluster.find(server, job).id
-        if not follow:
-            answer.say(server.logs(found).rstrip("\n"))
-            return
-        code = see(server, found, answer, ask=True)["exit_code"]
-    if code:
-        raise typer.Exit(code)
-
-
-@jobs.command("stop")
-def jobs_stop(
-    job: JobName,
-    address: Address = None,
-    kubernetes: OnKubernetes = False,
-    namespace: Namespace = None,
-    json: Json = False,
-) -> None:
-    """Stop a job after its run has written a checkpoint."""
-    with answering(json) as answer:
-        from rayft import jobs as cluster
-        from rayft.display import Display
-        from rayft.text import job_lines
-
-        server = _server(address, kubernetes, namespace)
-        with Display(answer.console, json) as show:
-            found = cluster.stop(server, job, show)
-        answer.give(found, *job_lines(found))
+app.command()(submit)
 
 
 # --- what runs left behind

@@ -50,7 +50,9 @@ def absolute(path: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content; StorageMissing where there is none."""
+    """The whole content, in one request, so that it is of one moment; StorageMissing where there is none."""
+    if not is_local(path):
+        return on(path, "reading", lambda fs, inner: cast("bytes", fs.cat_file(inner)))
     with open_read(path) as file:
         return file.read()
 

@@ -121,6 +121,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "output",
         "inference",
         "predict",
+        "options",
+        "cli_jobs",
         "cli",
         "__main__",
     ),

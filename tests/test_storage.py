@@ -99,6 +99,28 @@ def test_an_object_replaced_while_it_is_read_is_an_error_and_never_a_mixture(s3:
             file.read()
 
 
+def test_a_small_object_that_is_written_all_the_time_is_read_whole(s3: str) -> None:
+    path = storage.join(s3, "beating")
+    storage.write_json(path, {"beat": 0})
+    over = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            storage.write_json(path, {"beat": number})
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        seen = [storage.read_json(path)["beat"] for _ in range(60)]
+    finally:
+        over.set()
+        thread.join()
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0]
+
+
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     path = str(tmp_path / "file")
     storage.write_bytes(path, b"a" * 4_000_000)
