@@ -19,7 +19,7 @@ from rayft.search import Space, Tune
 from rayft.sections import Freeze
 
 Show = Callable[[dict[str, Any]], None]
-HERE_S = 60.0  # as `prefix.Cost` counts seconds; really a tenth of it, about what other processes take to start
+HERE_S = 60.0  # as `prefix.Cost` counts seconds, which is many times what it takes
 FIELDS = ("model.freeze.layers", "model.freeze")
 
 

@@ -27,7 +27,7 @@ FORMATS = (*TABLES, "txt")
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"  # the column of a metadata file that names a file beside it
 PART_BYTES = 64 << 20  # uncompressed; a Parquet file is read in runs of row groups of about this size
-SMALL_BYTES = 4 << 20  # read and encoded in about the 5 to 7 s that other processes take to start
+SMALL_BYTES = 4 << 20  # other processes would take 5 to 7 s to start (two cores)
 _GZIP_RATIO = 4  # text packs to about a quarter; only sizes of work and shards hang on it
 _THREADS = 16
 
