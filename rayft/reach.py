@@ -34,9 +34,10 @@ def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str
     """The recipe as the cluster whose job server is at `address` can run it.
 
     Where its machines see this one's files (it is this machine, or storage is shared), relative paths become absolute.
-    Otherwise inputs are uploaded where `upload` says so. RunRefused names every path that stays out of reach.
+    Otherwise, and wherever `upload` says so (a forwarded port looks like this machine), inputs are uploaded. RunRefused
+    names every path that stays out of reach.
     """
-    if not (recipe.cluster.shared_storage or is_here(address)):
+    if upload or not (recipe.cluster.shared_storage or is_here(address)):
         refuse_out_of_reach(recipe, local_paths(recipe), upload)
         return uploaded(recipe, show)
     plain = recipe.dump()

@@ -53,7 +53,7 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     """
     recipe = recipe.resolved()
     here = reach.is_here(server.address)
-    if not here and not recipe.cluster.shared_storage:
+    if upload or not (here or recipe.cluster.shared_storage):
         reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
     run = storage.join(storage.absolute(recipe.storage), recipe.name)
     prefix, wanted = job_prefix(recipe.name, run), digest(recipe)

@@ -87,6 +87,7 @@ def test_uploads_lie_under_their_content_and_are_made_once(
     assert storage.read_text(storage.join(found.model.path, "config.json")) == "{}"
     monkeypatch.setattr(storage, "upload", None)
     assert reach.carried(recipe, AWAY, True, silent) == found
+    assert reach.carried(recipe, "http://localhost:8265", True, silent) == found  # a forwarded port
 
 
 def test_more_than_the_limit_is_refused_with_sizes(
