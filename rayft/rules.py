@@ -178,15 +178,6 @@ def sampler_fits_spaces(sampler: str | None, scheduler: str | None, search: dict
             yield Fault(where, "population based training can't change it while a trial runs", None, fits)
 
 
-def populations_have_one_worker(scheduler: str | None, workers: int | Workers) -> Faults:
-    most = workers.max if isinstance(workers, Workers) else workers
-    if scheduler == "pbt" and most > 1:
-        fits = "`cluster.workers: 1` fits, or the scheduler `asha`, `median` or `none`"
-        yield Fault(
-            "tune.scheduler", "population based training passes weights between trials of one worker", "pbt", fits
-        )
-
-
 # What a run may take over from its newest checkpoint with another value.
 CHANGEABLE = (
     "train.learning_rate",
@@ -223,5 +214,4 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("storage", "model.path", "data.train", "data.validation", "data.test"), no_secrets),
     (("tune.sampler", "tune.scheduler", "tune.search"), sampler_fits_spaces),
     (("tune.sampler", "tune.trials"), trials_are_counted),
-    (("tune.scheduler", "cluster.workers"), populations_have_one_worker),
 )

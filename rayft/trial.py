@@ -22,9 +22,11 @@ from rayft import storage
 from rayft.errors import RayftError, Stopped, Superseded
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.takeover import take_over
 from rayft.trials import trial_recipe
 
 FINISHED = "finished"
+ASK_S = 2.0  # between two requests to a run of several workers to stop
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ class Trial(ray.tune.Trainable):
         assert shared is not None
         self.shared = shared
         self.sweep = Recipe.parse(shared.recipe)
-        self._start(config, None)
+        self._start(config)
 
-    def _start(self, config: dict[str, Any], checkpoint: str | None) -> None:
+    def _start(self, config: dict[str, Any]) -> None:
         self.number, self.begun = number_of(config, self.trial_id), time.monotonic()
         self.recipe = trial_recipe(self.sweep, self.number, config["fields"])
         single = self.recipe.cluster.max_workers == 1
-        self.work: Work = _here(self.recipe, self.shared, checkpoint) if single else _nested(self.recipe)
+        self.work: Work = _here(self.recipe, self.shared) if single else _nested(self.recipe)
         self.last: dict[str, Any] = {"rows": 0}
 
     def step(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class Trial(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.work.close()
-        self._start(new_config, None)
+        self._start(new_config)
         return True
 
     def cleanup(self) -> None:
@@ -130,15 +132,9 @@ class Trial(ray.tune.Trainable):
         path = (checkpoint or {}).get("checkpoint")
         if path is not None:
             self.work.close()
-            own = path.startswith(self.recipe.folder.rstrip("/") + "/")  # it was only paused
-            self._start(self.config, None if own else _there(path))
-
-
-def _there(path: str) -> str | None:
-    """The checkpoint at `path` or, where its run has deleted it since, the run's newest."""
-    from rayft.training import checkpoint
-
-    return path if storage.committed(path) is not None else checkpoint.newest(path.rpartition("/")[0])
+            if not path.startswith(self.recipe.folder.rstrip("/") + "/"):  # else it was only paused
+                take_over(self.recipe, path)
+            self._start(self.config)
 
 
 # --- one worker: in this process
@@ -156,8 +152,8 @@ def _processor(recipe: Recipe, base: Any) -> Any:
     return _processors[key]
 
 
-def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
-    """Trains in this process; `taken_over` is the checkpoint of another trial to go on from."""
+def _here(recipe: Recipe, shared: Shared) -> Work:
+    """Trains in this process."""
     import torch
 
     from rayft.data.window import local_shares
@@ -185,13 +181,13 @@ def _here(recipe: Recipe, shared: Shared, taken_over: str | None) -> Work:
         size, task = recipe.train.micro_batch_size, recipe.task if recipe.task.varies else None
         return local_shares(data.folder, data.manifest.shards, run.order, run.position, run.total, size, task)
 
-    setting = Setting(load, own_trainable, _processor(recipe, base), exports=False, takes_over=taken_over is not None)
+    setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
     folder = storage.join(recipe.folder, "checkpoints")
     keys = {split: data.manifest.key for split, data in prepared.items()}
     with record.writing(recipe, identity, keys):
         record.status = "stopped"  # unless it comes to its end
         attempt = record.claim()
-        start = taken_over or checkpoint.newest(folder)
+        start = checkpoint.newest(folder)
         config = {
             "model": recipe.model.path, "start": start, "attempt": attempt,
             "begun": time.time(), "identity": identity,
@@ -269,7 +265,7 @@ def _nested(recipe: Recipe) -> Work:
 
     def drive() -> None:
         try:
-            events.put(run(recipe, show=shown, exports=False))
+            events.put(run(recipe, show=shown, exports=False, take_over=True))
         except Stopped:
             events.put(over)
         except Exception as error:  # noqa: BLE001 # raised again where the trial is asked for its next evaluation
@@ -298,7 +294,7 @@ def _nested(recipe: Recipe) -> Work:
             best = value if best is None else sign * max(sign * value, sign * best)
             yield Evaluated(event["step"], round(event["epoch"] * rows["rows"]), value, best, scores)
     finally:
-        if thread.is_alive():
+        while thread.is_alive():  # a run that only begins deletes a request that it finds
             with contextlib.suppress(RayftError):
                 stopping.request(recipe.folder, "the sweep")
-            thread.join()
+            thread.join(ASK_S)

@@ -301,8 +301,9 @@ class Sweep:
         trials.end(trial, status, last, self.metric)
         self.sampler.tell(number, trial.fields, trial.value if status != "failed" else None)
         trials.hparams(trial, self.metric)
-        with contextlib.suppress(StorageError):  # all of it is tried again when no trial writes any more
-            self._delete_unwanted()
+        if self.tune.scheduler != "pbt":  # there another trial may go on from any of them
+            with contextlib.suppress(StorageError):  # all of it is tried again when no trial writes any more
+                self._delete_unwanted()
         self.show({"event": "stage", "name": "trials", "done": len(self.ended), "total": self.total})
 
     def _delete_unwanted(self) -> None:

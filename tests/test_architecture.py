@@ -104,6 +104,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sampling",
         "trials",
         "warm",
+        "takeover",
         "trial",
         "depths",
         "forecast",

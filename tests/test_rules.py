@@ -60,13 +60,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {
             "tune": {"search": {"model.freeze.layers": {"choice": [1]}}, "trials": 2, "scheduler": "pbt"},
-            "cluster.workers": 1,
         },
         "tune.search.model.freeze.layers",
-    ),
-    (
-        {"tune": {"search": {"train.learning_rate": {"choice": [1.0]}}, "trials": 2, "scheduler": "pbt"}},
-        "tune.scheduler",
     ),
 ]
 
@@ -97,6 +92,7 @@ PASSED: list[dict[str, Any]] = [
     {"data.train": "s3://bucket/a@b.csv"},
     {"tune": {"search": {"train.seed": {"choice": [1]}}, "sampler": "grid"}},
     {"tune": {"search": {"train.seed": {"choice": [1]}}, "trials": 3}},
+    {"tune": {"search": {"train.learning_rate": {"choice": [1.0]}}, "trials": 2, "scheduler": "pbt"}},
 ]
 
 

@@ -179,13 +179,37 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
     plain = sweep(home, "pbt", search, sampler="grid", scheduler="pbt", metric="eval_loss")
     plain["train"] |= {"epochs": 6}
     result = tune(Recipe.parse(plain), show=lambda event: None)
-    assert result["trials"] == {"finished": 4, "stopped": 0, "failed": 0}
     rows = table(result["run"])
+    assert [row["error"] for row in rows] == [None] * 4
+    assert result["trials"] == {"finished": 4, "stopped": 0, "failed": 0}
     assert result["best"]["value"] == min(row["score"] for row in rows)
     first = trials.evaluations(trials.folder_of(result["run"], 0))[0]["eval_loss"]
     assert rows[0]["score"] < 0.9 * first  # which its own rate could not have moved
     ends = [Recipe.load(f"{trials.folder_of(result['run'], row['trial'])}/recipe.yaml") for row in rows]
     assert [row[RATE] for row in rows] == [recipe.train.learning_rate for recipe in ends]
+
+
+@pytest.mark.slow
+def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[str, Any], home: Path) -> None:
+    import ray.tune
+
+    from rayft.training import checkpoint
+    from rayft.trial import Shared, Trial
+
+    best = whole["best"]
+    giver = trials.folder_of(whole["run"], best["trial"])
+    donor = checkpoint.committed(f"{giver}/checkpoints")[0]
+    fields = {**best["fields"], RATE: 1e-12}  # which moves nothing
+    plain = sweep(home, "heir", {RATE: {"choice": [1e-12]}}, trials=1, scheduler="pbt")
+    plain["cluster"]["workers"] = 2
+    shared = Shared(Recipe.parse(plain).resolved().dump(), {}, "", None)
+    trial = ray.tune.with_parameters(Trial, shared=shared)({"number": 0, "fields": fields})
+    trial.load_checkpoint({"checkpoint": donor})
+    told = trial.step()
+    assert (told["step"], told["rows"]) == (2 * checkpoint.step_of(donor), 2 * 203)
+    assert told["scores"]["eval_loss"] == pytest.approx(trials.evaluations(giver)[0]["eval_loss"], rel=1e-5)
+    assert trial.step()["finished"]
+    trial.cleanup()
 
 
 @pytest.mark.slow

@@ -97,14 +97,12 @@ class Setting:
     own         makes tensors that learn writable, where `load` maps them
     processor   the task's, where it was made before
     exports     whether the best model is tested and exported in the end
-    takes_over  the checkpoint that it starts from is another run's, whose best model is not its own
     """
 
     load: Load | None = None
     own: Callable[[Any], None] = lambda network: None
     processor: Any = None
     exports: bool = True
-    takes_over: bool = False
 
 
 class Run:
@@ -221,9 +219,6 @@ class Run:
             state = saved.state
         names = ("step", "best", "waited", "pending", "scores", "cohorts", "finished")
         self.progress = Progress(**{name: state[name] for name in names})
-        if self.setting.takes_over:
-            self.progress.best, self.progress.waited, self.progress.finished = None, 0, False
-            self.progress.pending = self.progress.step >= self.total
         # A run that ended goes on when its recipe now asks for more.
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
             self.progress.finished = False

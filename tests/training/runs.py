@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from dataclasses import replace
 from pathlib import Path
@@ -155,13 +156,21 @@ def unfrozen_gradually(folder: str, target: str, cases: list[dict[str, Any]]) ->
     return results
 
 
+class Mallinfo(ctypes.Structure):
+    """What `mallinfo2` of glibc answers, in bytes."""
+
+    NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES]
+
+
 def memory_of(folder: str, given: dict[str, Any], engines: int) -> list[float]:
-    """On a worker: resident MB after each of so many engines, built, stepped and destroyed one after another."""
-    import ctypes
+    """On a worker: allocated MB after each of so many engines, built, stepped and destroyed one after another.
 
-    import psutil
-
-    resident = []
+    Not what is resident: by how much of what was freed the allocator keeps, that differs from engine to engine.
+    """
+    library = ctypes.CDLL("libc.so.6")
+    library.mallinfo2.restype = Mallinfo
+    allocated = []
     for _ in range(engines):
         run = run_of(folder, given, None)
         run._build()
@@ -169,9 +178,9 @@ def memory_of(folder: str, given: dict[str, Any], engines: int) -> list[float]:
         released(run)
         del run
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        resident.append(psutil.Process().memory_info().rss / 1e6)
-    return resident
+        now = library.mallinfo2()
+        allocated.append((now.uordblks + now.hblkhd) / 1e6)
+    return allocated
 
 
 def compiled(folder: str, stages: list[int]) -> list[tuple[list[float], list[float], int]]:

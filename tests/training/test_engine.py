@@ -157,12 +157,9 @@ def test_gradients_are_reduced_in_float32(learned: dict[str, list[dict[str, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "most"), [(0, 2), (2, 2), (3, 15)])
+@pytest.mark.parametrize(("stage", "most"), [(0, 1), (2, 1), (3, 5)])
 def test_memory_is_flat_over_engines(tmp_path: Path, stage: int, most: float) -> None:
-    """A model of 21.8 MB. Measured: 0.2 MB more per engine at stages 0 and 2, 3 to 8 at stage 3.
-
-    The allocator takes a step of the model's size more, at this engine or that; a leak would show at each.
-    """
+    """A model of 21.8 MB. Measured: 0.1 to 0.6 MB more per engine at stages 0 and 2, 1.3 to 2.7 at stage 3."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -176,10 +173,8 @@ def test_memory_is_flat_over_engines(tmp_path: Path, stage: int, most: float) ->
         num_labels=3,
     )
     BertForSequenceClassification(config).save_pretrained(str(tmp_path))
-    resident = run_group(memory_of, 2, str(tmp_path), plain(deepspeed__zero_stage=stage), 7)[0]
-    grown = sorted(later - earlier for earlier, later in pairwise(resident[1:]))
-    assert grown[-1] < 25, resident
-    assert grown[len(grown) // 2] < most, resident
+    allocated = run_group(memory_of, 2, str(tmp_path), plain(deepspeed__zero_stage=stage), 5)[0]
+    assert max(later - earlier for earlier, later in pairwise(allocated)) < most, allocated
 
 
 @pytest.mark.slow
