@@ -6,6 +6,7 @@ and steps.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def prepare_process(cpus: int, local_world: int) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
+    _import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
     logger.setLevel("ERROR")
     if os.environ["DS_ACCELERATOR"] == "cpu":
         # Its shared-memory reduction would be compiled at first use, which takes a compiler and a minute.
@@ -117,6 +119,19 @@ def prepare_process(cpus: int, local_world: int) -> None:
 
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _import_uncompiled(module: str) -> None:
+    """Imports a module without the compiler that its decorators load.
+
+    DeepSpeed's engine needs this one for an optimizer that no run here has; the compiler would take a second.
+    """
+    compiler = torch.compile
+    torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    try:
+        importlib.import_module(module)
+    finally:
+        torch.compile = compiler
 
 
 def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
