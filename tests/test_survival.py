@@ -105,6 +105,17 @@ def started(cluster: small.Cluster) -> Iterator[Callable[..., subprocess.Popen[s
 Start = Callable[..., subprocess.Popen[str]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unanswered(untouched: Untouched, s3: str) -> Iterator[subprocess.Popen[str]]:
+    """A run whose storage does not answer. It tries for a minute, while the other tests run."""
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.harm = lambda method, path: "gone"
+        path = untouched.write("gone", storage.join(s3, "gone"))
+        with small.start("run", path, AWS_ENDPOINT_URL=proxy.url) as process:
+            yield process
+            process.kill()
+
+
 def reached(run: Path, step: int) -> Callable[[], bool]:
     return lambda: max((row["step"] for row in small.metrics(run)), default=0) >= step
 
@@ -158,81 +169,59 @@ def test_s3_that_fails_for_twenty_seconds_while_a_checkpoint_goes_up(
     untouched.assert_equal(storage.join(base, "outage"))
 
 
-def test_s3_that_is_gone_at_the_start_is_one_clear_error(untouched: Untouched, s3: str, started: Start) -> None:
-    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        proxy.harm = lambda method, path: "gone"
-        path = untouched.write("gone", storage.join(s3, "gone"))
-        told = small.finish(started("run", path, s3=proxy.url), code=1)
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "s3://rayft-tests/gone/gone" in line
-    assert "run it again when the storage answers" in line
-    assert "Traceback" not in told
+def damage(file: Path) -> None:
+    """Turns one bit in the middle of the file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
 
 
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
-    untouched: Untouched, cluster: small.Cluster, started: Start
+def test_damage_is_noticed_in_a_checkpoint_and_in_a_prepared_shard(
+    untouched: Untouched, cluster: small.Cluster, tmp_path: Path, started: Start
 ) -> None:
-    run = untouched.runs / "harmed"
-    path = untouched.write("harmed")
+    """The checkpoint before is used, and the shard is prepared anew."""
+    run = tmp_path / "runs" / "harmed"
+    path = untouched.write("harmed", str(tmp_path / "runs"))
     process = started("run", path)
     small.wait_for(lambda: len(checkpoint.committed(str(run / "checkpoints"))) >= 2, process)
     cluster.kill(process)
     *_, before, newest = checkpoint.committed(str(run / "checkpoints"))
     file = Path(newest) / "rank-00001.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content))
+    key = storage.read_json(str(run / "run.json"))["prepared"]["train"]
+    (shard,) = (tmp_path / "runs" / "prepared" / key).rglob("*.parquet")
+    damage(file)
+    damage(shard)
     told = small.finish(started("run", path))
     assert f"{file}: is not as it was written (its SHA-256 differs)" in told
     assert f"going on from step {checkpoint.step_of(before)}" in told
-    untouched.assert_equal(str(run))
-
-
-def test_a_damaged_shard_is_noticed_and_prepared_anew(
-    untouched: Untouched, cluster: small.Cluster, tmp_path: Path, started: Start
-) -> None:
-    run = tmp_path / "runs" / "shard"
-    path = untouched.write("shard", str(tmp_path / "runs"))
-    process = started("run", path)
-    small.wait_for(reached(run, 8), process)
-    cluster.kill(process)
-    key = storage.read_json(str(run / "run.json"))["prepared"]["train"]
-    (shard,) = (tmp_path / "runs" / "prepared" / key).rglob("*.parquet")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 1
-    shard.write_bytes(bytes(content))
-    told = small.finish(started("run", path))
     assert f"{shard}: is not as it was prepared" in told
     untouched.assert_equal(str(run))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
-    untouched: Untouched, started: Start, number: signal.Signals
+def test_signals_and_a_request_write_a_checkpoint_and_the_same_command_goes_on(
+    untouched: Untouched, started: Start
 ) -> None:
-    run = untouched.runs / number.name.lower()
-    path = untouched.write(number.name.lower(), train__save_every="1 epoch")
-    process = started("run", path)
-    small.wait_for(reached(run, 4), process)
-    process.send_signal(number)
-    told = small.finish(process, code=130)
-    assert "saving a checkpoint" in told
-    result = storage.read_json(str(run / "result.json"))
-    assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
-    newest = checkpoint.newest(str(run / "checkpoints"))
-    assert newest is not None
-    assert result["error"].endswith(f"the same command goes on from step {checkpoint.step_of(newest)}")
-    assert f"going on from step {checkpoint.step_of(newest)}" in small.finish(started("run", path))
-    untouched.assert_equal(str(run))
-
-
-def test_a_request_in_the_folder_stops_the_run(untouched: Untouched, started: Start) -> None:
-    run = untouched.runs / "asked"
-    path = untouched.write("asked")
-    process = started("run", path)
-    small.wait_for(reached(run, 4), process)
-    stopping.request(str(run), "ann")
-    assert "stopped by a request from ann; the same command goes on from step" in small.finish(process, code=130)
+    run = untouched.runs / "stopped"
+    path = untouched.write("stopped", train__save_every="1 epoch")
+    stops: list[tuple[int, str, Callable[[subprocess.Popen[str]], None]]] = [
+        (4, "SIGTERM", lambda process: process.send_signal(signal.SIGTERM)),
+        (10, "Ctrl-C", lambda process: process.send_signal(signal.SIGINT)),
+        (16, "a request from ann", lambda process: stopping.request(str(run), "ann")),
+    ]
+    newest = None
+    for step, by, stop in stops:
+        process = started("run", path)
+        small.wait_for(reached(run, step), process)
+        stop(process)
+        told = small.finish(process, code=130)
+        assert newest is None or f"going on from step {checkpoint.step_of(newest)}" in told
+        assert "saving a checkpoint" in told
+        newest = checkpoint.newest(str(run / "checkpoints"))
+        assert newest is not None
+        assert f"stopped by {by}; the same command goes on from step {checkpoint.step_of(newest)}" in told
+        result = storage.read_json(str(run / "result.json"))
+        assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
+        assert result["error"].endswith(f"the same command goes on from step {checkpoint.step_of(newest)}")
     small.finish(started("run", path))
     untouched.assert_equal(str(run))
 
@@ -295,39 +284,32 @@ def test_of_two_attempts_the_newer_wins_and_the_older_says_so(
     assert storage.read_json(str(run / "run.json"))["status"] == "finished"
 
 
-@pytest.mark.parametrize("frozen", [1, 2])
-def test_ranks_that_stand_still_are_found_and_named(
-    untouched: Untouched, cluster: small.Cluster, started: Start, frozen: int
+def test_ranks_and_readers_that_stand_still_are_found_and_named(
+    untouched: Untouched, cluster: small.Cluster, started: Start
 ) -> None:
-    """One rank alone that is frozen, for which the other waits in a collective; and both."""
-    run = untouched.runs / f"still-{frozen}"
-    process = started("run", untouched.write(run.name, failure={"timeout_s": 15}))
-    small.wait_for(reached(run, 4), process)
-    stopped = cluster.workers()[:frozen]
-    for worker in stopped:
-        worker.suspend()
-    told = small.finish(process)
-    lines = [line for line in told.splitlines() if " has not been heard of for " in line]
-    named = [line for line in lines if any(f"(process {worker.pid}) has" in line for worker in stopped)]
-    assert named, told
-    assert "it was last seen " in named[0]
-    assert "of 3 (failure.max_retries)" in named[0]
-    assert not any(psutil.pid_exists(worker.pid) for worker in stopped)
-    untouched.assert_equal(str(run))
-
-
-def test_readers_that_stand_still_are_found(untouched: Untouched, cluster: small.Cluster, started: Start) -> None:
-    """All ranks wait for rows, and the process that deals them is frozen."""
-    run = untouched.runs / "stalled"
-    process = started("run", untouched.write("stalled", failure={"timeout_s": 15}))
+    """All ranks wait for rows, from a process that is frozen; one rank for another, in a collective; no rank moves."""
+    run = untouched.runs / "still"
+    process = started("run", untouched.write("still", failure={"timeout_s": 15}))
     small.wait_for(lambda: bool(cluster.processes("SplitCoordinator")), process)
     for dealer in cluster.processes("SplitCoordinator"):
         dealer.suspend()
+    stopped = []
+    for attempt, step, frozen in ((2, 4, 1), (3, 12, 2)):
+        small.wait_for(lambda n=attempt: storage.exists(str(run / "attempts" / f"{n:06d}.json")), process)
+        small.wait_for(reached(run, step), process)
+        stopped.append(cluster.workers()[:frozen])
+        for worker in stopped[-1]:
+            worker.suspend()
     told = small.finish(process)
-    lines = [line for line in told.splitlines() if "stand still before their first step, waiting for rows" in line]
-    assert lines, told
-    assert "all ranks stand" in lines[0]
-    assert "(failure.timeout_s is 15)" in lines[0]
+    (waiting,) = [line for line in told.splitlines() if "stand still before their first step, waiting for rows" in line]
+    assert "all ranks stand" in waiting
+    assert "(failure.timeout_s is 15)" in waiting
+    lines = [line for line in told.splitlines() if " has not been heard of for " in line]
+    for line, workers in zip(lines, stopped, strict=True):
+        assert any(f"(process {worker.pid}) has" in line for worker in workers), told
+        assert "it was last seen " in line
+        assert "of 3 (failure.max_retries)" in line
+        assert not any(psutil.pid_exists(worker.pid) for worker in workers)
     untouched.assert_equal(str(run))
 
 
@@ -337,3 +319,11 @@ def test_verify_says_that_a_run_resumes_exactly(untouched: Untouched, started: S
     assert "resumes exactly, 12 losses and " in told
     assert "killed after step 6 and gone on to step 12" in told
     assert not list(untouched.runs.glob("verified*"))
+
+
+def test_s3_that_is_gone_at_the_start_is_one_clear_error(unanswered: subprocess.Popen[str]) -> None:
+    told = small.finish(unanswered, code=1)
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "s3://rayft-tests/gone/gone" in line
+    assert "run it again when the storage answers" in line
+    assert "Traceback" not in told

@@ -235,11 +235,11 @@ def test_a_trial_whose_process_dies_fails_alone_and_says_why(home: Path, ray_loc
 def test_trials_of_several_workers_leave_nothing_reserved(home: Path, ray_local: None) -> None:
     import ray
 
-    plain = sweep(home, "nested", {RATE: {"log_uniform": [1e-6, 1e-2]}}, sampler="random", scheduler="asha", trials=4)
+    plain = sweep(home, "nested", {RATE: {"log_uniform": [1e-6, 1e-2]}}, sampler="random", scheduler="asha", trials=3)
     plain["cluster"]["workers"] = 2
     free = ray.available_resources()["CPU"]
     result = tune(Recipe.parse(plain), show=lambda event: None)
-    assert sum(result["trials"].values()) == 4
+    assert sum(result["trials"].values()) == 3
     assert result["trials"]["failed"] == 0
     assert "test_accuracy" in result["metrics"]
     wait(lambda: ray.available_resources()["CPU"] == free)
