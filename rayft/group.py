@@ -161,6 +161,7 @@ class _Group:
         self._deadline = float("inf")
         self._asked = self._looked = time.monotonic()
         self._larger = 0
+        self._growth = placement.Growth(recipe)
 
     def run(self) -> Left | None:
         fitting = threading.Thread(target=self._fit, daemon=True)
@@ -169,6 +170,7 @@ class _Group:
             fitting.join(TURN_S)
             self._turn()
         self._turn()
+        self._growth.end()
         if self.ended is not None:
             raise self.ended
         if self.failure is None and not self.left:
@@ -232,6 +234,7 @@ class _Group:
         if cluster.max_workers >= self.most or time.monotonic() - self._looked < ROOM_S:
             return None
         self._looked = time.monotonic()
+        self._growth.wish(self.most - cluster.max_workers)
         moving = any(place.step is not None and place.step > self.step + 1 for place in self.places)
         # Twice, so that a machine that comes and goes moves nobody.
         self._larger = self._larger + 1 if moving and placement.room(cluster) > 0 else 0

@@ -21,6 +21,8 @@ ANSWER_S = 60.0  # for a node to say how much memory it has
 KNOCK_S = 2.0  # for a node to take a connection
 LOOK_S = 0.5
 SETTLE_S = 5.0  # in which the place of a group that has ended is given free
+WISH_S = 10.0  # between two wishes for more machines
+WISHED_S = 40.0  # for how long one holds
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _DEVICES = "import torch.cuda as c; print(*(c.get_device_properties(i).total_memory for i in range(c.device_count())))"
 
@@ -94,12 +96,54 @@ def room(cluster: Cluster) -> int:
     return sum(spots(cluster, {"Resources": free.get(node["NodeID"], {})}) for node in living_nodes())
 
 
+class Growth:
+    """The wish for workers that a run has no room for yet, as the cluster's autoscaler hears it; others hear nothing.
+
+    It passes through the actor in which Ray Train's and Ray Data's own wishes are added up. For one thread.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.cluster, self._who = recipe.cluster, f"rayft {recipe.folder}"
+        self._wished = float("-inf")
+        self._coordinator: Any = None
+
+    def wish(self, workers: int) -> None:
+        """Asks for machines that hold so many more workers; asked again, the wish is renewed before it expires."""
+        if time.monotonic() - self._wished < WISH_S:
+            return
+        from ray.data._internal.cluster_autoscaler import base_autoscaling_coordinator as base
+        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as default
+
+        self._wished = time.monotonic()
+        self._coordinator = self._coordinator or default.DefaultAutoscalingCoordinator(self._who)
+        self._coordinator.request_resources(
+            [_needs(self.cluster)] * workers, WISHED_S, priority=base.ResourceRequestPriority.LOW
+        )
+
+    def end(self) -> None:
+        """Takes the wish back."""
+        if self._coordinator is not None:
+            self._coordinator.cancel_request()
+            self._coordinator = None
+        self._wished = float("-inf")
+
+
 def settled(recipe: Recipe, show: Callable[[dict[str, Any]], None], asked: Callable[[], object]) -> int:
     """Waits until the cluster has room, and answers for how many workers, between the recipe's least and most.
 
     For less than the most it waits only some seconds, in which what has just ended gives its place free. ClusterError
     where there is not room for the least within `failure.timeout_s`. `asked` ends the waiting early: 0 then.
     """
+    growth = Growth(recipe)
+    try:
+        return _settled(recipe, growth, show, asked)
+    finally:
+        growth.end()
+
+
+def _settled(
+    recipe: Recipe, growth: Growth, show: Callable[[dict[str, Any]], None], asked: Callable[[], object]
+) -> int:
     cluster, begun, told = recipe.cluster, time.monotonic(), False
     while True:
         free, waited = room(cluster), time.monotonic() - begun
@@ -107,6 +151,7 @@ def settled(recipe: Recipe, show: Callable[[dict[str, Any]], None], asked: Calla
             return min(free, cluster.max_workers)
         if asked():
             return 0
+        growth.wish(cluster.max_workers)
         text = f"{counted(cluster.min_workers, 'worker')} needed, and the cluster has room for {free} now"
         if waited > recipe.failure.timeout_s:
             raise ClusterError(f"cluster: {text}; waited {recipe.failure.timeout_s} s (failure.timeout_s) for more")

@@ -112,7 +112,8 @@ def kill_with_children(process: subprocess.Popen[str]) -> None:
 class Cluster:
     """A Ray of its own, that outlives the drivers which join it by the variables `leads`. Use as a context manager."""
 
-    def __init__(self, folder: Path, cpus: int = 6) -> None:
+    def __init__(self, folder: Path, cpus: int = 6, nodes: int = 0) -> None:
+        """With `nodes` there is Ray's own autoscaler, which starts up to so many of one CPU when they are needed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -123,10 +124,16 @@ class Cluster:
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._log = folder / "ray.log"
         self._command = [*ray, *more, f"--temp-dir={self._temporary.name}"]
+        self._more: dict[str, str] = {}
+        if nodes:
+            file = folder / "autoscaler.json"
+            file.write_text(json.dumps(_autoscaling(port, cpus, nodes)))
+            self._command.append(f"--autoscaling-config={file}")
+            self._more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
 
     def __enter__(self) -> Cluster:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment |= {"RAY_AUTH_MODE": "disabled"}
+        environment |= {"RAY_AUTH_MODE": "disabled", **self._more}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, text=True, env=environment)
         wait_for(lambda: "Ray runtime started." in self._log.read_text(), self._process)
@@ -152,6 +159,30 @@ class Cluster:
             worker.kill()
         driver.communicate()
         psutil.wait_procs(workers)
+
+
+def _autoscaling(port: int, cpus: int, nodes: int) -> dict[str, Any]:
+    """Ray's cluster file for nodes that are processes of this machine."""
+    types = {
+        "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
+        "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": nodes},
+    }
+    lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")
+    starts = ("setup_commands", "start_ray_commands")
+    return {
+        "cluster_name": "grows",
+        "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"},
+        "available_node_types": types,
+        "head_node_type": "ray.head.default",
+        "max_workers": nodes,
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 1.0,
+        "auth": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in lists},
+        **{f"{kind}_{name}": [] for kind in ("head", "worker") for name in starts},
+    }
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
