@@ -115,7 +115,11 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
             backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=recipe.failure.timeout_s + SLACK_S
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.max_workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=cluster.max_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            # GPUs of one machine are joined by more than the network; processors share its memory's bandwidth.
+            placement_strategy="PACK" if cluster.gpus_per_worker else "SPREAD",
         ),
         run_config=ray.train.RunConfig(
             name=f"attempt-{start.attempt}-{int(time.time() * 1000)}",

@@ -23,6 +23,7 @@ LOOK_S = 0.5
 SETTLE_S = 5.0  # in which the place of a group that has ended is given free
 WISH_S = 10.0  # between two wishes for more machines
 WISHED_S = 40.0  # for how long one holds
+JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks the working directory of a job
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _DEVICES = "import torch.cuda as c; print(*(c.get_device_properties(i).total_memory for i in range(c.device_count())))"
 
@@ -182,6 +183,16 @@ def unshared(recipe: Recipe) -> list[str]:
     if os.path.isdir(recipe.model.path):
         found["model.path"] = [recipe.model.path]
     return [f"{name} ({paths[0]})" for name, paths in found.items() if any(storage.is_local(path) for path in paths)]
+
+
+def passing(recipe: Recipe) -> str | None:
+    """What to say where the run would lie in a job's copy of its working directory, which Ray deletes; else None."""
+    if not storage.is_local(recipe.storage) or JOB_FOLDER not in storage.absolute(recipe.storage):
+        return None
+    return (
+        f"storage ({recipe.storage}) lies in this job's copy of its working directory, which Ray deletes in the end; "
+        "give storage=/a/folder that stays, or an URL such as s3://bucket/prefix"
+    )
 
 
 def worker_memory(cluster: Cluster) -> int | None:

@@ -37,6 +37,8 @@ def run(
     if finished is not None:
         return finished
     storage.check_writable(recipe.storage)
+    if text := placement.passing(recipe):
+        show({"event": "warning", "text": text})
     model_path = fetch_model(recipe.model.path)
     identity = model_identity(model_path, recipe.model.revision)
     if not restart:

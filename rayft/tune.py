@@ -53,6 +53,8 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     if done is not None:
         return done
     storage.check_writable(recipe.storage)
+    if text := placement.passing(recipe):
+        show({"event": "warning", "text": text})
     model_path = fetch_model(recipe.model.path)
     identity = model_identity(model_path, recipe.model.revision)
     if not restart:

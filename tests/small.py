@@ -112,14 +112,21 @@ def kill_with_children(process: subprocess.Popen[str]) -> None:
 class Cluster:
     """A Ray of its own, that outlives the drivers which join it by the variables `leads`. Use as a context manager."""
 
-    def __init__(self, folder: Path, cpus: int = 6, nodes: int = 0) -> None:
-        """With `nodes` there is Ray's own autoscaler, which starts up to so many of one CPU when they are needed."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(self, folder: Path, cpus: int = 6, nodes: int = 0, jobs: bool = False) -> None:
+        """With `nodes` there is Ray's own autoscaler, which starts up to so many of one CPU when they are needed.
+
+        With `jobs` a job server answers at `server`.
+        """
+        port, dashboard, agent = (_free_port() for _ in range(3))
+        self.server = f"http://127.0.0.1:{dashboard}"
         self.leads = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled"}  # for drivers
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-        more = [f"--port={port}", f"--num-cpus={cpus}", "--include-dashboard=False", "--disable-usage-stats"]
+        more = [f"--port={port}", f"--num-cpus={cpus}", "--disable-usage-stats"]
+        more += [
+            f"--include-dashboard={jobs}",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}",
+        ]
         # Sockets lie below it, whose paths end at 107 bytes.
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._log = folder / "ray.log"
@@ -159,6 +166,12 @@ class Cluster:
             worker.kill()
         driver.communicate()
         psutil.wait_procs(workers)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _autoscaling(port: int, cpus: int, nodes: int) -> dict[str, Any]:
