@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 
 BEAT_S = 1.0
-PULSES_PER_S = 500  # of all workers together; a board answers 3,000 at most (tests/benchmarks/growth.py, two cores)
+PULSES_PER_S = 500  # of all workers together; a board answers 1,200 to 3,500 (tests/benchmarks/growth.py, two cores)
 ANSWER_S = 30.0
 
 LEAVE = "leave"  # the order to save a checkpoint after this step, and to return
