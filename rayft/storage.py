@@ -8,7 +8,6 @@ from any thread or process. What lists and identifies is written in `entries.py`
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -179,8 +178,7 @@ def fetch(path: str, file: str) -> None:
 def commit(folder: str, payload: dict[str, Any]) -> None:
     """Makes a folder count, by writing its marker after everything else; `payload` is what `committed` answers."""
     if is_local(folder):  # or a power cut could leave the marker and take the files
-        for entry in listing(folder):
-            retry.call(entry.path, "writing", functools.partial(_flush, entry.path))
+        _parallel(lambda path: retry.call(path, "writing", lambda: _flush(path)), [e.path for e in listing(folder)])
     write_json(join(folder, MARKER), payload)
 
 

@@ -1,6 +1,6 @@
 """How prepared rows reach the steps: one stream, in the order that `order.py` says, on any number of workers.
 
-    one reading task per window  ->  one one-row block per rank  ->  streaming_split(n)  ->  the worker slices
+    one reading task per few windows  ->  one one-row block per rank  ->  streaming_split(n)  ->  the worker slices
 
 A Ray Data execution spans all epochs still to come. With `preserve_order` and blocks of one row each, the split deals
 blocks like cards, whatever the speed of readers and consumers: each worker gets exactly its own, and checks that.
@@ -22,11 +22,11 @@ from ray.train import DataConfig
 
 from rayft.data.order import Order, Position
 from rayft.data.read import Shards
-from rayft.data.window import Cutter, Share, read_window, readings
+from rayft.data.window import Cutter, Share, read_windows, readings
 from rayft.tasks.task import Task
 
-READERS = 2  # windows read at once
-AHEAD_BYTES = 64 * 2**20  # what may wait in the object store for slower workers, besides one window per reader
+READERS = 2  # tasks that read at once
+AHEAD_BYTES = 64 * 2**20  # what may wait in the object store for slower workers, besides what readers hold
 
 
 # On the driver
@@ -95,7 +95,7 @@ def train_dataset(
 
 
 class Windows(Datasource):
-    """One reading task for each window that is still to come."""
+    """The reading tasks for all windows that are still to come."""
 
     def __init__(
         self,
@@ -109,12 +109,13 @@ class Windows(Datasource):
     ):
         super().__init__()
         bytes_per_row = sum(shard["bytes"] for shard in shards) / order.rows
-        self.bytes_ahead = AHEAD_BYTES + int(READERS * order.window_rows * bytes_per_row)
-        self.tasks = []
+        self.tasks, most = [], 0
         for reading in readings(folder, shards, order, start, total_steps, world, task):
-            size = int(reading.part.window.rows * bytes_per_row)
+            size = int(reading.rows * bytes_per_row)
+            most = max(most, size)
             metadata = BlockMetadata(world, size, input_files=None, exec_stats=None)
-            self.tasks.append(ReadTask(partial(read_window, reading), metadata))
+            self.tasks.append(ReadTask(partial(read_windows, reading), metadata))
+        self.bytes_ahead = AHEAD_BYTES + READERS * most
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None

@@ -82,23 +82,25 @@ class Order:
     """The order of one split's rows. Plain data: it may be sent to any process and says the same there.
 
     A window has about `window_rows` rows, more where an epoch would have too many windows, fewer where rows are large:
-    `bytes_per_row` caps it at 64 MiB. It holds at least one global batch.
+    `bytes_per_row` caps it at 64 MiB. It holds at least one global batch. `chunks` are kept as an array of shape
+    (chunks, 3), since a billion rows have two million: every worker holds them, and those of an epoch still to come.
     """
 
     def __init__(
         self,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[Chunk] | np.ndarray,
         global_batch_size: int,
         seed: int,
         shuffle: bool = True,
         window_rows: int = WINDOW_ROWS,
         bytes_per_row: float = 0.0,
     ):
-        self.chunks = tuple(Chunk(*chunk) for chunk in chunks if chunk[2])
+        given = np.asarray(chunks, np.int32).reshape(-1, 3)
+        self.chunks = given[given[:, 2] > 0]
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.rows = sum(chunk.rows for chunk in self.chunks)
+        self.rows = int(self.chunks[:, 2].sum(dtype=np.int64))
         if not self.rows:
             raise DataError("the training split has no rows left after preparation")
         window_rows = max(window_rows, math.ceil(self.rows / WINDOWS))
@@ -132,7 +134,7 @@ class Order:
     def parts(self, start: Position, total_steps: int) -> Iterator[Part]:
         """What is still to be read of a run of `total_steps` optimizer steps that stands at `start`."""
         step = self.step(start)
-        epoch, layout = -1, _Layout((), self.window_rows)
+        epoch, layout = -1, _Layout(self.chunks[:0], self.window_rows)
         while step < total_steps:
             position = self.position(step)
             if position.epoch != epoch:
@@ -147,7 +149,7 @@ class Order:
     def _layout(self, epoch: int) -> _Layout:
         chunks = self.chunks
         if self.shuffle:
-            chunks = tuple(chunks[i] for i in _permutation(len(chunks), self.seed, _CHUNKS, epoch))
+            chunks = chunks[_permutation(len(chunks), self.seed, _CHUNKS, epoch)]
         return _Layout(chunks, self.window_rows)
 
     def batches(self, window: Window, lengths: np.ndarray) -> list[np.ndarray]:
@@ -175,17 +177,17 @@ def batches(window: Window, lengths: np.ndarray, size: int, seed: int, shuffle: 
 class _Layout:
     """The chunks of an epoch in their order, cut into windows."""
 
-    def __init__(self, chunks: tuple[Chunk, ...], window_rows: int):
+    def __init__(self, chunks: np.ndarray, window_rows: int):
         self._chunks = chunks
         self._window_rows = window_rows
-        self._ends = np.cumsum([chunk.rows for chunk in chunks], dtype=np.int64)
+        self._ends = np.cumsum(chunks[:, 2], dtype=np.int64)
 
     def pieces(self, index: int) -> tuple[Piece, ...]:
         """The parts of chunks that window `index` covers."""
         begin, end = index * self._window_rows, (index + 1) * self._window_rows
         pieces = []
         for i in range(int(np.searchsorted(self._ends, begin, side="right")), len(self._chunks)):
-            chunk = self._chunks[i]
+            chunk = Chunk(*self._chunks[i].tolist())
             first = int(self._ends[i]) - chunk.rows
             if first >= end:
                 break

@@ -21,13 +21,13 @@ Shards = Sequence[Mapping[str, Any]]  # of a manifest: {path, rows, row_groups, 
 BUFFERED = 32  # batches of an evaluation among which rows are sorted by length
 
 
-def firsts(shards: Shards) -> dict[tuple[int, int], int]:
-    """(shard, row group) -> the number in the split of its first row."""
-    found, row = {}, 0
-    for number, shard in enumerate(shards):
-        for group, rows in enumerate(shard["row_groups"]):
-            found[number, group] = row
-            row += rows
+def firsts(shards: Shards) -> list[np.ndarray]:
+    """Of each shard, for each of its row groups, the number in the split of its first row."""
+    found, row = [], 0
+    for shard in shards:
+        ends = row + np.cumsum(shard["row_groups"], dtype=np.int64)
+        found.append(np.concatenate([[row], ends[:-1]]))
+        row += sum(shard["row_groups"])
     return found
 
 

@@ -1,10 +1,11 @@
-"""One window of the order: read from its shards, dealt to the ranks, and cut into the shares of their steps. No Ray.
+"""Windows of the order: read from their shards, dealt to the ranks, and cut into the shares of their steps. No Ray.
 
 `feed.py` has windows read by tasks elsewhere, for many workers; `local_shares` reads them where they are used.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from rayft import storage
-from rayft.data.order import Chunk, Order, Part, Position, batches, micro_batches, row_generator, share
+from rayft.data.order import WINDOW_BYTES, Order, Part, Position, batches, micro_batches, row_generator, share
 from rayft.data.read import Shards, firsts, read_pieces
 from rayft.errors import TrainingError
 from rayft.tasks.task import Task
+
+RANKS = 8  # for so many ranks a task reads one window, for twice as many two: each rank costs it a block
 
 
 @dataclass(frozen=True)
@@ -41,29 +44,45 @@ class Share:
 
 def order_of(shards: Shards, global_batch_size: int, seed: int, shuffle: bool) -> Order:
     """The order of a prepared split, from its manifest's shards."""
-    chunks = [Chunk(i, group, rows) for i, s in enumerate(shards) for group, rows in enumerate(s["row_groups"])]
-    rows = sum(chunk.rows for chunk in chunks)
-    bytes_per_row = sum(shard["bytes"] for shard in shards) / max(1, rows)
+    counts = [len(shard["row_groups"]) for shard in shards]
+    rows = np.fromiter(itertools.chain.from_iterable(shard["row_groups"] for shard in shards), np.int32, sum(counts))
+    groups = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chunks = np.stack([np.repeat(np.arange(len(counts)), counts), groups, rows], axis=1)
+    bytes_per_row = sum(shard["bytes"] for shard in shards) / max(1, int(rows.sum(dtype=np.int64)))
     return Order(chunks, global_batch_size, seed, shuffle, bytes_per_row=bytes_per_row)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """All that it takes to read one window, as plain data; `task` is given where rows vary by epoch.
+    """All that it takes to read windows of one epoch, as plain data; `task` is given where rows vary by epoch.
 
-    paths    of the window's shards, by their number
-    firsts   (shard, row group) -> the number in the split of its first row
+    parts    of the windows, one after the other
+    paths    of their shards, by their number
+    firsts   of each piece, in their order, the number in the split of its first row
     size     the global batch size
     """
 
-    part: Part
+    parts: tuple[Part, ...]
     paths: dict[int, str]
-    firsts: dict[tuple[int, int], int]
+    firsts: tuple[int, ...]
     world: int
     size: int
     seed: int
     shuffle: bool
     task: Task | None
+
+    @property
+    def rows(self) -> int:
+        return sum(part.window.rows for part in self.parts)
+
+
+def windows_at_once(world: int, window_bytes: float) -> int:
+    """How many windows one task reads for `world` ranks.
+
+    What a split passes on in a second is a number of blocks, whatever they hold: with one window for any number of
+    ranks, each would get the less often the more they are. Together they take no more memory than one window may.
+    """
+    return max(1, min(world // RANKS, int(WINDOW_BYTES // max(1.0, window_bytes))))
 
 
 def readings(
@@ -72,35 +91,37 @@ def readings(
     """What is still to be read, from `start` to the end of a run of `total_steps` optimizer steps."""
     paths = [storage.join(folder, shard["path"]) for shard in shards]
     numbers = firsts(shards)
-    for part in order.parts(start, total_steps):
-        pieces = part.window.pieces
-        own = {piece.shard: paths[piece.shard] for piece in pieces}
-        begin = {(piece.shard, piece.group): numbers[piece.shard, piece.group] for piece in pieces}
-        yield Reading(part, own, begin, world, order.global_batch_size, order.seed, order.shuffle, task)
+    bytes_per_row = sum(shard["bytes"] for shard in shards) / order.rows
+    together = windows_at_once(world, order.window_rows * bytes_per_row)
+    for _, epoch in itertools.groupby(order.parts(start, total_steps), lambda part: part.window.epoch):
+        while parts := tuple(itertools.islice(epoch, together)):
+            pieces = [piece for part in parts for piece in part.window.pieces]
+            own = {piece.shard: paths[piece.shard] for piece in pieces}
+            begin = tuple(int(numbers[piece.shard][piece.group]) + piece.start for piece in pieces)
+            yield Reading(parts, own, begin, world, order.global_batch_size, order.seed, order.shuffle, task)
 
 
-def read_window(reading: Reading) -> Iterator[pa.Table]:
+def read_windows(reading: Reading) -> Iterator[pa.Table]:
     """Yields one block of one row for each rank: its rows of all steps, in their order, and how to cut them.
 
     Their column `position` is a row's number in the split.
     """
-    part, world, task = reading.part, reading.world, reading.task
-    window = part.window
-    rows = read_pieces(reading.paths, window.pieces)
-    begin = [(reading.firsts[piece.shard, piece.group], piece) for piece in window.pieces]
-    numbers = np.concatenate([np.arange(first + piece.start, first + piece.stop) for first, piece in begin])
+    parts, world, task = reading.parts, reading.world, reading.task
+    epoch, pieces = parts[0].window.epoch, [piece for part in parts for piece in part.window.pieces]
+    rows = read_pieces(reading.paths, pieces)
+    begin = zip(reading.firsts, pieces, strict=True)
+    numbers = np.concatenate([np.arange(first, first + piece.stop - piece.start) for first, piece in begin])
     rows = rows.append_column("position", pa.array(numbers, pa.int64()))
-    lengths = rows["length"].to_numpy()
-    todo = batches(window, lengths, reading.size, reading.seed, reading.shuffle)[part.start : part.stop]
+    todo = _batches(reading, rows["length"].to_numpy())
     for rank in range(world):
         shares = [batch[share(len(batch), world, rank)] for batch in todo]
         own, spare = rows.take(np.concatenate(shares)), rows.slice(0, 1)
         if task is not None and task.varies:
-            own, spare = (varied(table, task, reading.seed, window.epoch) for table in (own, spare))
+            own, spare = (varied(table, task, reading.seed, epoch) for table in (own, spare))
         yield pa.table(
             {
-                "epoch": [window.epoch],
-                "step": [window.first_step + part.start],
+                "epoch": [epoch],
+                "step": [parts[0].window.first_step + parts[0].start],
                 "rank": [rank],
                 "own": [[len(numbers) for numbers in shares]],
                 "total": [[len(numbers) for numbers in todo]],
@@ -108,6 +129,17 @@ def read_window(reading: Reading) -> Iterator[pa.Table]:
                 "spare": _value(spare),
             }
         )
+
+
+def _batches(reading: Reading, lengths: np.ndarray) -> list[np.ndarray]:
+    """The global batches that are to be made of the reading's rows, whose lengths these are: indices of rows."""
+    found, first = [], 0
+    for part in reading.parts:
+        own = lengths[first : first + part.window.rows]
+        all_of_it = batches(part.window, own, reading.size, reading.seed, reading.shuffle)
+        found += [first + batch for batch in all_of_it[part.start : part.stop]]
+        first += len(own)
+    return found
 
 
 def varied(rows: pa.Table, task: Task, seed: int, epoch: int) -> pa.Table:
@@ -187,4 +219,4 @@ def local_shares(
 
 
 def _only(reading: Reading) -> pa.Table:
-    return next(read_window(reading))
+    return next(read_windows(reading))

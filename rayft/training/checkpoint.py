@@ -1,7 +1,8 @@
 """Checkpoints as fragments: each rank writes the pieces it holds, a reader takes the ranges it needs.
 
 `checkpoints/step-000200-a2/` holds, per rank, a safetensors file and an index that addresses every piece by
-(parameter, start, length); beside them `state.json`, and `COMMITTED`, written last. Only what is trained is stored, in
+(parameter, start, length); beside them `state.json`, `index.json`, in which rank 0 gathers the ranks' indexes, so that
+n readers make n requests and not n for each rank, and `COMMITTED`, written last. Only what is trained is stored, in
 float32, so that no format depends on the number of workers or the ZeRO stage. Frozen tensors come from the base model.
 `saver.py` writes them beside training.
 """
@@ -9,10 +10,13 @@ float32, so that no format depends on the number of workers or the ZeRO stage. F
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,8 @@ from rayft.training.engine import Piece, inner_optimizer, pieces, shape_of
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NAME = re.compile(r"step-(\d+)-a(\d+)$")
+INDEX = "index.json"  # of all ranks
+_READERS = 8
 
 
 def folder_name(step: int, attempt: int) -> str:
@@ -68,8 +74,7 @@ def step_of(path: str) -> int:
 
 
 def _folders(folder: str) -> list[str]:
-    names = {entry.path[len(folder) :].strip("/").split("/")[0] for entry in storage.listing(folder)}
-    return [storage.join(folder, name) for name in names if NAME.search(name)]
+    return [path for path in storage.folders(folder) if NAME.search(path)]
 
 
 def _name(path: str) -> str:
@@ -159,6 +164,43 @@ def rank_files(rank: int) -> tuple[str, str]:
     return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
 
 
+def gather(path: str, world: int) -> None:
+    """Writes the ranks' indexes, which have to be there, as one file."""
+    storage.write_text(storage.join(path, INDEX), json.dumps(_gathered(path, world), separators=(",", ":")))
+
+
+def _gathered(path: str, world: int) -> dict[str, Any]:
+    """The ranks' indexes in one: each name once, an entry as [its name's place, start, length, key, step]."""
+    names: dict[str, int] = {}
+    ranks = []
+    for index in _indexes(path, world):
+        rows = [
+            [names.setdefault(entry["name"], len(names)), *(entry[key] for key in ("start", "length", "key", "step"))]
+            for entry in index["pieces"]
+        ]
+        ranks.append({"sha256": index["sha256"], "pieces": rows})
+    return {"names": list(names), "ranks": ranks}
+
+
+def _indexes(path: str, world: int) -> list[dict[str, Any]]:
+    """What every rank has written of its tensors, some read at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda rank: _json(path, rank_files(rank)[1]), range(world)))
+
+
+def _json(path: str, name: str) -> Any:
+    """A file of the checkpoint `path`; Damaged where it is missing or torn."""
+    file = storage.join(path, name)
+    try:
+        return storage.read_json(file)
+    except StorageMissing:
+        raise Damaged(path, file, "is missing") from None
+    except (StorageDown, StorageDenied):
+        raise
+    except StorageError:
+        raise Damaged(path, file, "is not as it was written") from None
+
+
 def _unwritten(file: Path, why: str) -> str:
     full = "os error 28" in why or "os error 122" in why  # ENOSPC, EDQUOT
     reason = f"the disk of {file.parent} is full; free some space" if full else why.strip().splitlines()[0]
@@ -191,24 +233,16 @@ def _sha256(file: Path) -> str:
 class Checkpoint:
     """A committed checkpoint, read by ranges. Use as a context manager: what is needed of a remote one is copied first.
 
-    A file of it that is missing or not as it was written is Damaged: an index at once, the tensors when they are first
-    read (what a rank doesn't need it neither copies nor checks).
+    A file of it that is missing or not as it was written is Damaged: the state at once, index and tensors when they are
+    first needed (what a rank doesn't need it neither copies nor checks).
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._temporary = None if storage.is_local(path) else tempfile.TemporaryDirectory(prefix="rayft-checkpoint-")
         self.local = self._temporary.name if self._temporary else path
-        self.state: dict[str, Any] = self._json("state.json")
-        self._pieces: dict[str, list[tuple[int, int, str, int, int]]] = {}
+        self.state: dict[str, Any] = _json(path, "state.json")
         self._checksums: dict[str, str] = {}
-        for rank in range(self.state["world"]):
-            tensors, name = rank_files(rank)
-            index = self._json(name)
-            self._checksums[tensors] = index["sha256"]
-            for entry in index["pieces"]:
-                place = (entry["start"], entry["length"], tensors, entry["key"], entry["step"])
-                self._pieces.setdefault(entry["name"], []).append(place)
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> Checkpoint:
@@ -219,15 +253,21 @@ class Checkpoint:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _json(self, name: str) -> Any:
-        try:
-            return storage.read_json(storage.join(self.path, name))
-        except StorageMissing:
-            raise self._damaged(name, "is missing") from None
-        except (StorageDown, StorageDenied):
-            raise
-        except StorageError:
-            raise self._damaged(name, "is not as it was written") from None
+    @cached_property
+    def _pieces(self) -> dict[str, list[tuple[int, int, str, int, int]]]:
+        """Of each parameter (start, length, file, key there, optimizer steps); reads the checksums along."""
+        if storage.exists(storage.join(self.path, INDEX)):
+            index = _json(self.path, INDEX)
+        else:  # written before there was one
+            index = _gathered(self.path, self.state["world"])
+        found: dict[str, list[tuple[int, int, str, int, int]]] = {name: [] for name in index["names"]}
+        names = index["names"]
+        for rank, own in enumerate(index["ranks"]):
+            tensors = rank_files(rank)[0]
+            self._checksums[tensors] = own["sha256"]
+            for name, start, length, key, step in own["pieces"]:
+                found[names[name]].append((start, length, tensors, key, step))
+        return found
 
     def _tensors(self, name: str) -> Any:
         """The open safetensors file; its content is compared with the checksum once, before anything is taken."""

@@ -1,7 +1,7 @@
 """Checkpoints that are written while training goes on: what a rank holds is copied, and a thread writes the copy.
 
     every rank   copies its pieces to host memory, and returns to training; a thread writes tensors, then their index
-    rank 0       its thread waits until every rank's index is there, and then writes the commit marker
+    rank 0       its thread waits until every rank's index is there, gathers them, and then writes the commit marker
 
 No rank talks to another: what they agree on is what lies in storage. At most one checkpoint is on its way at a time.
 """
@@ -98,6 +98,7 @@ class Saver:
 
     def _commit(self, path: str, marker: dict[str, Any]) -> None:
         self._wait(path)
+        checkpoint.gather(path, self.world)
         attempts.hold(self.run, self.attempt)
         if self.metrics is not None:
             self.metrics.sync()

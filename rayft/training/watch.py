@@ -1,7 +1,8 @@
 """What a worker tells the driver while it works, and what it is told: a thread apart from training.
 
 The training thread only says where it stands (`at`), which costs nothing. The watch carries that to the driver's board
-each second, so that the driver knows who stands still, and brings back its order, if there is one.
+each second, or less often where workers are many, so that the driver knows who stands still, and brings back its order,
+if there is one.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ import ray
 import ray.exceptions
 
 BEAT_S = 1.0
+PULSES_PER_S = 500  # of all workers together; a board answers 1,200 to 3,500 (tests/benchmarks/growth.py, two cores)
 ANSWER_S = 30.0
 
 LEAVE = "leave"  # the order to save a checkpoint after this step, and to return
 
 
-class Watch:
-    """One worker's. `board` is the driver's actor, or None where nobody watches."""
+def beat_s(world: int) -> float:
+    """Seconds between two pulses of one of `world` workers."""
+    return max(BEAT_S, world / PULSES_PER_S)
 
-    def __init__(self, board: Any, rank: int) -> None:
+
+class Watch:
+    """One worker's, of `world`. `board` is the driver's actor, or None where nobody watches."""
+
+    def __init__(self, board: Any, rank: int, world: int = 1) -> None:
         self.board, self.rank = board, rank
         self.leave = False
+        self._beat_s = beat_s(world)
         self._place: dict[str, Any] = {"count": 0, "step": None, "doing": "starting"}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -49,7 +57,7 @@ class Watch:
     def _beat(self) -> None:
         context = ray.get_runtime_context()
         own = {"node": ray.util.get_node_ip_address(), "node_id": context.get_node_id(), "pid": os.getpid()}
-        while not self._over.wait(BEAT_S):
+        while not self._over.wait(self._beat_s):
             try:
                 order = ray.get(self.board.pulse.remote(self.rank, {**self._place, **own}), timeout=ANSWER_S)
             except ray.exceptions.GetTimeoutError:  # cut off, or a busy machine

@@ -75,7 +75,7 @@ def work(config: dict[str, Any]) -> None:
         if chief and board is not None:
             board.push.remote(event)
 
-    with Watch(board, dist.get_rank()) as watch:
+    with Watch(board, dist.get_rank(), dist.get_world_size()) as watch:
         prepared = {split: Prepared.open(folder) for split, folder in config["prepared"].items()}
         iterator = ray.train.get_dataset_shard("train") if config["feeds"] else None
 

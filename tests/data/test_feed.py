@@ -24,7 +24,7 @@ from rayft.data import feed, read
 from rayft.data.feed import Feed, Shares, Windows, train_dataset
 from rayft.data.order import Chunk, Order, Position
 from rayft.data.read import first_row, strided
-from rayft.data.window import Share, order_of
+from rayft.data.window import Share, order_of, windows_at_once
 from rayft.errors import Damaged, TrainingError
 from rayft.tasks.task import Columns, Task
 
@@ -249,6 +249,29 @@ def test_evaluation_wastes_little_padding(tmp_path: Path) -> None:
     tables = list(strided(str(tmp_path), shards, 0, 1, 8))
     padded = sum(table.num_rows * max(table["length"].to_pylist()) for table in tables)
     assert sum(sum(table["length"].to_pylist()) for table in tables) / padded > 0.96
+
+
+@pytest.mark.parametrize(
+    ("world", "window_bytes", "windows"),
+    [(1, 2**20, 1), (15, 2**20, 1), (16, 2**20, 2), (64, 2**20, 8), (4096, 2**20, 64), (4096, 2**26, 1), (64, 0, 8)],
+)
+def test_many_ranks_get_several_windows_at_once_where_these_are_small(
+    world: int, window_bytes: float, windows: int
+) -> None:
+    assert windows_at_once(world, window_bytes) == windows
+
+
+@pytest.mark.parametrize("start", [Position(), Position(0, 5), Position(1, 9)])
+def test_several_windows_at_once_are_the_same_batches(tmp_path: Path, start: Position) -> None:
+    shards = prepare(tmp_path, 1037)
+    own = order(shards, 48, window_rows=96)
+    total = 2 * own.steps_per_epoch
+    alone = global_batches(by_hand(tmp_path, shards, own, total, 1, start=start))
+    together = by_hand(tmp_path, shards, own, total, 24, start=start)
+    assert global_batches(together) == alone
+    assert [share.step for share in together[23]] == list(range(own.step(start), total))
+    few, many = (Windows(str(tmp_path), shards, own, start, total, world, None).tasks for world in (24, 1))
+    assert len(few) < 0.5 * len(many)
 
 
 def test_an_order_is_made_from_a_manifest(tmp_path: Path) -> None:

@@ -27,9 +27,7 @@ def make(
 
 def row_numbers(order: Order, window: Window) -> np.ndarray:
     """For each row of a window its number in the source."""
-    firsts = dict(
-        zip(((c.shard, c.group) for c in order.chunks), np.cumsum([0, *(c.rows for c in order.chunks)]), strict=False)
-    )
+    firsts = dict(zip(((s, g) for s, g, _ in order.chunks.tolist()), np.cumsum([0, *order.chunks[:, 2]]), strict=False))
     return np.concatenate([firsts[p.shard, p.group] + np.arange(p.start, p.stop) for p in window.pieces])
 
 

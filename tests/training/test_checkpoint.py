@@ -261,6 +261,40 @@ def test_a_harmed_file_is_named(tmp_path: Path, name: str, harm: Callable[[Path]
     assert found.value.folder == str(path)
 
 
+def test_gathered_indexes_are_read_in_place_of_the_ranks_own(tmp_path: Path) -> None:
+    network = Small()
+    path = write(tmp_path, network, ranks=5)
+    with checkpoint.Checkpoint(str(path)) as saved:
+        before = {name: saved.read(name, "exp_avg", 0, 1) for name in saved.names}
+    checkpoint.gather(str(path), 5)
+    for rank in range(5):
+        (path / f"rank-{rank:05d}.json").unlink()
+    with checkpoint.Checkpoint(str(path)) as saved:
+        assert {name: saved.read(name, "exp_avg", 0, 1) for name in saved.names} == before
+        assert {saved.step_of(name) for name in saved.names} == {1}
+        other = Small()
+        torch.nn.init.zeros_(other.first.weight)
+        saved.load_weights(other)
+        assert torch.equal(other.first.weight, network.first.weight)
+    flip(path / "rank-00003.safetensors")
+    with (
+        checkpoint.Checkpoint(str(path)) as saved,
+        pytest.raises(Damaged, match=r"rank-00003\.safetensors: is not as it was written"),
+    ):
+        saved.load_weights(Small())
+    cut(path / "index.json")
+    with checkpoint.Checkpoint(str(path)) as saved, pytest.raises(Damaged, match=r"index\.json: is not as"):
+        saved.load_weights(Small())
+
+
+def test_the_state_is_read_without_the_ranks_files(tmp_path: Path) -> None:
+    path = write(tmp_path, Small(), ranks=3)
+    for file in path.glob("rank-*"):
+        file.unlink()
+    with checkpoint.Checkpoint(str(path)) as saved:
+        assert saved.state["step"] == 7
+
+
 def test_a_piece_that_no_rank_wrote_is_missed(tmp_path: Path) -> None:
     path = write(tmp_path, Small())
     index = json.loads((path / "rank-00001.json").read_text())

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from group import run_group
 from rayft import attempts, storage
 from rayft.data.prepare import Prepared, prepare
-from rayft.data.window import Cutter, read_window, readings
+from rayft.data.window import Cutter, read_windows, readings
 from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
@@ -67,7 +67,7 @@ def trained(plain: dict[str, Any]) -> dict[str, Any]:
         cut, step = Cutter(run.order, world, rank, recipe.train.micro_batch_size), 0
         shards, folder = prepared["train"].manifest.shards, prepared["train"].folder
         for reading in readings(folder, shards, run.order, run.position, run.total, world, None):
-            for share in cut(list(read_window(reading))[rank], step):
+            for share in cut(list(read_windows(reading))[rank], step):
                 yield share
                 step += 1
 

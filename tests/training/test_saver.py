@@ -41,6 +41,7 @@ def alone(folder: str) -> dict[str, Any]:
     saver.wait()
     found: dict[str, Any] = {"committed": list(committed), "newest": newest_step(folder)}
     found["there"] = sorted(os.listdir(storage.join(folder, "checkpoints")))
+    found["files"] = sorted(os.listdir(storage.join(folder, "checkpoints", found["there"][-1])))
     attempts.claim(folder, ["step-000003-a1"], 1)
     saver.save(built, {"step": 4, "best": None})
     saver.wait()  # keeps what it has met
@@ -66,6 +67,7 @@ def test_one_at_a_time_is_committed_and_what_fails_is_told_once(tmp_path: Path) 
     assert found["committed"] == [1, 2, 3]
     assert found["newest"] == 3
     assert found["there"] == ["step-000003-a1"]
+    assert found["files"] == ["COMMITTED", "index.json", "rank-00000.json", "rank-00000.safetensors", "state.json"]
     assert found["overtaken"]
     assert found["after"] == 3
     assert "file" in found["blocked"]

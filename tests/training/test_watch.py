@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from rayft.training import watch
-from rayft.training.watch import LEAVE, Watch
+from rayft.training.watch import LEAVE, Watch, beat_s
 
 
 @ray.remote(num_cpus=0)
@@ -71,6 +71,10 @@ def test_a_board_that_is_gone_ends_the_telling_and_nothing_else() -> None:
         assert not watched._thread.is_alive()
         watched.at("evaluating", 1)
         assert not watched.leave
+
+
+def test_many_workers_send_less_often() -> None:
+    assert [beat_s(world) for world in (1, 8, 500, 1000, 4000)] == [1, 1, 1, 2, 8]
 
 
 def test_where_nobody_watches_nothing_is_started() -> None:
