@@ -213,11 +213,11 @@ def processes_of(process: subprocess.Popen[str], name: str) -> list[psutil.Proce
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until `condition` holds; fails where the process ends first."""
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], every_s: float = 0.05) -> None:
+    """Until `condition` holds; fails where the process ends first. `every_s`: looking at S3 costs the server's time."""
     while not condition():
         try:
-            process.wait(timeout=0.05)
+            process.wait(timeout=every_s)
         except subprocess.TimeoutExpired:
             continue
         raise AssertionError(f"the process ended before its time:\n{process.communicate()[0]}")

@@ -313,6 +313,17 @@ def test_ranks_and_readers_that_stand_still_are_found_and_named(
     untouched.assert_equal(str(run))
 
 
+def test_a_machine_that_runs_out_of_memory_is_one_error_with_advice(untouched: Untouched) -> None:
+    """Ray kills a process where the machine has too little left; here it has 1.5 GB for a run, which takes over 2."""
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + 1.5e9) / memory.total
+    leads = {"RAY_memory_usage_threshold": str(limit), "RAY_memory_monitor_refresh_ms": "100"}
+    told = small.finish(small.start("run", untouched.write("memory", train__micro_batch_size=4), **leads), code=1)
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: a worker ran out of memory; try train.micro_batch_size=2 (same model), or ")
+    assert "retry" not in told
+
+
 def test_verify_says_that_a_run_resumes_exactly(untouched: Untouched, started: Start) -> None:
     path = untouched.write("verified")
     told = small.finish(started("verify", "--steps", "6", path))

@@ -20,6 +20,8 @@ from rayft.training import checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
+LOOK_S = 0.5
+
 TOKEN = secrets.token_hex(24)
 
 
@@ -142,7 +144,7 @@ def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
         return found is not None and checkpoint.step_of(found) > step
 
     following = small.start("submit", path, "--upload", "--follow", **leads)
-    small.wait_for(lambda: further(0), following)
+    small.wait_for(lambda: further(0), following, every_s=LOOK_S)
     for index in range(3):
         cluster.kill(index)
     following.kill()
@@ -151,7 +153,7 @@ def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
         cluster.start(index)
     following = small.start("submit", path, "--upload", "--follow", **leads)
     begun = checkpoint.step_of(checkpoint.newest(storage.join(run, "checkpoints")) or "")
-    small.wait_for(lambda: further(begun), following)
+    small.wait_for(lambda: further(begun), following, every_s=LOOK_S)
     found = answered(leads, "jobs", "stop", "head")
     assert found["status"] == "stopped"
     assert "going on from step" in small.finish(following, 130)

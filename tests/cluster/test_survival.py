@@ -27,10 +27,12 @@ from rayft.training import checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-STEPS = 208  # 16 epochs of ceil(203 / 16)
+LOOK_S = 0.5
+
+STEPS = 169  # 13 epochs of ceil(203 / 16)
 CUT_S = 30
 FIELDS = {
-    "train__epochs": 16,
+    "train__epochs": 13,
     "train__micro_batch_size": 1,
     "train__save_every": "5 steps",
     "train__evaluate_every": f"{STEPS} steps",
@@ -141,15 +143,15 @@ def test_machines_leave_come_and_die_and_a_new_head_goes_on(
     path = small.write_recipe(tmp_path, {**plain, "name": "elastic", "cluster": elastic})
     run = storage.join(bucket, "elastic")
     process = begun(three, path)
-    small.wait_for(committed(run, 5), process)
+    small.wait_for(committed(run, 5), process, every_s=LOOK_S)
     three.drain(2, deadline_s=60)  # a preemption notice: a checkpoint, and a group of two
-    small.wait_for(claimed(run, 2), process)
+    small.wait_for(claimed(run, 2), process, every_s=LOOK_S)
     three.kill(2)
-    small.wait_for(saved_by(run, 2), process)
+    small.wait_for(saved_by(run, 2), process, every_s=LOOK_S)
     three.start(2)  # room again: a checkpoint, and a group of three
-    small.wait_for(saved_by(run, 3), process)
+    small.wait_for(saved_by(run, 3), process, every_s=LOOK_S)
     three.kill(1)  # a machine that dies
-    small.wait_for(saved_by(run, 4), process)
+    small.wait_for(saved_by(run, 4), process, every_s=LOOK_S)
     for index in range(3):
         three.kill(index)
     told, _ = process.communicate()
@@ -171,13 +173,13 @@ def test_a_node_that_was_cut_off_for_half_a_minute_adds_nothing_and_comes_back(
     given = {**plain, "name": "cut", "cluster": {"workers": 3}, "failure": {"timeout_s": 120}}
     process = begun(three, small.write_recipe(tmp_path, given))
     run = storage.join(bucket, "cut")
-    small.wait_for(committed(run, 10), process)
+    small.wait_for(committed(run, 10), process, every_s=LOOK_S)
     three.cut(1)
     back = time.monotonic() + CUT_S
     three.wait(alive=2)
-    small.wait_for(lambda: time.monotonic() > back, process)
+    small.wait_for(lambda: time.monotonic() > back, process, every_s=LOOK_S)
     three.heal(1)
-    small.wait_for(lambda: not three.nodes[1].alive, process)  # Ray had given it up, and tells it so
+    small.wait_for(lambda: not three.nodes[1].alive, process, every_s=LOOK_S)  # Ray had given it up, and tells it so
     three.start(1)  # as a supervisor does
     assert " was lost " in small.finish(process)
     assert_equal(run, alone)
