@@ -72,9 +72,12 @@ def stretch(run: Run, folder: str, until: int) -> list[float]:
 
 
 def save(run: Run, folder: str) -> str:
-    """Saves where the run stands below `folder`; the checkpoint's path."""
-    if dist.get_rank() == 0 and not attempts.newest(folder):
-        attempts.claim(folder, [], 0)
+    """Saves where the run stands below `folder`; the checkpoint's path. Another's of the same step and attempt goes."""
+    if dist.get_rank() == 0:
+        storage.delete(storage.join(folder, "checkpoints", checkpoint.folder_name(run.progress.step, run.attempt)))
+        if not attempts.newest(folder):
+            attempts.claim(folder, [], 0)
+    dist.barrier()
     job = job_of(run, folder)
     _save(job, run.progress, run.timing)
     job.saver.finish()
