@@ -198,30 +198,33 @@ def test_damage_is_noticed_in_a_checkpoint_and_in_a_prepared_shard(
     untouched.assert_equal(str(run))
 
 
-def test_signals_and_a_request_write_a_checkpoint_and_the_same_command_goes_on(
-    untouched: Untouched, started: Start
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
+    untouched: Untouched, started: Start, number: signal.Signals
 ) -> None:
-    run = untouched.runs / "stopped"
-    path = untouched.write("stopped", train__save_every="1 epoch")
-    stops: list[tuple[int, str, Callable[[subprocess.Popen[str]], None]]] = [
-        (4, "SIGTERM", lambda process: process.send_signal(signal.SIGTERM)),
-        (10, "Ctrl-C", lambda process: process.send_signal(signal.SIGINT)),
-        (16, "a request from ann", lambda process: stopping.request(str(run), "ann")),
-    ]
-    newest = None
-    for step, by, stop in stops:
-        process = started("run", path)
-        small.wait_for(reached(run, step), process)
-        stop(process)
-        told = small.finish(process, code=130)
-        assert newest is None or f"going on from step {checkpoint.step_of(newest)}" in told
-        assert "saving a checkpoint" in told
-        newest = checkpoint.newest(str(run / "checkpoints"))
-        assert newest is not None
-        assert f"stopped by {by}; the same command goes on from step {checkpoint.step_of(newest)}" in told
-        result = storage.read_json(str(run / "result.json"))
-        assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
-        assert result["error"].endswith(f"the same command goes on from step {checkpoint.step_of(newest)}")
+    run = untouched.runs / number.name.lower()
+    path = untouched.write(number.name.lower(), train__save_every="1 epoch")
+    process = started("run", path)
+    small.wait_for(reached(run, 4), process)
+    process.send_signal(number)
+    told = small.finish(process, code=130)
+    assert "saving a checkpoint" in told
+    result = storage.read_json(str(run / "result.json"))
+    assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
+    newest = checkpoint.newest(str(run / "checkpoints"))
+    assert newest is not None
+    assert result["error"].endswith(f"the same command goes on from step {checkpoint.step_of(newest)}")
+    assert f"going on from step {checkpoint.step_of(newest)}" in small.finish(started("run", path))
+    untouched.assert_equal(str(run))
+
+
+def test_a_request_in_the_folder_stops_the_run(untouched: Untouched, started: Start) -> None:
+    run = untouched.runs / "asked"
+    path = untouched.write("asked")
+    process = started("run", path)
+    small.wait_for(reached(run, 4), process)
+    stopping.request(str(run), "ann")
+    assert "stopped by a request from ann; the same command goes on from step" in small.finish(process, code=130)
     small.finish(started("run", path))
     untouched.assert_equal(str(run))
 
