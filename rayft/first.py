@@ -21,13 +21,22 @@ _NAMES = {
     "question": ("question",),
     "context": ("context", "passage", "paragraph"),
     "answers": ("answers",),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "ner", "pos"),
     "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
     "prompt": ("prompt", "instruction", "question", "query", "source"),
     "completion": ("completion", "output", "response", "answer", "reply", "target"),
 }
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text", "text_pair"))
 # What columns are together for, the most telling first.
-_FORMS = (("question", "context", "answers"), ("messages",), ("prompt", "completion"), ("text", "label"), ("text",))
+_FORMS = (
+    ("question", "context", "answers"),
+    ("tokens", "tags"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("text", "label"),
+    ("text",),
+)
 
 _ENCODER = "distilbert/distilbert-base-cased"
 _DECODER = "HuggingFaceTB/SmolLM2-135M"

@@ -29,6 +29,7 @@ def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, p
             {"type": "text-classification", "text": "premise", "text_pair": "hypothesis"},
         ),
         (["id", "title", "context", "question", "answers"], {"type": "question-answering", "answers": "answers"}),
+        (["id", "tokens", "ner_tags"], {"type": "token-classification", "tokens": "tokens", "tags": "ner_tags"}),
         (["messages"], {"type": "causal-lm", "messages": "messages"}),
         (["prompt", "completion"], {"type": "causal-lm", "prompt": "prompt", "completion": "completion"}),
         (["instruction", "output"], {"type": "causal-lm", "prompt": "instruction", "completion": "output"}),

@@ -59,8 +59,10 @@ def load_config(model: Pretrained, **fields: Any) -> Any:
         )
 
 
-def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None = None) -> Any:
+def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None = None, *, words: bool = False) -> Any:
     """The tokenizer, with a padding token; `offsets_for` is what needs to know which characters a token covers.
+
+    With `words` it will be given words: one for which a blank belongs to the word behind it puts it there.
 
     ModelError where the model has fewer positions than `max_length`, or where the tokenizer tells no such offsets.
     """
@@ -74,6 +76,13 @@ def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None =
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+        if words and getattr(tokenizer, "add_prefix_space", None) is False:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.path,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                add_prefix_space=True,
+            )
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there are no files
             raise ValueError(SIGNS[-1][0])
     if offsets_for is not None and not tokenizer.is_fast:

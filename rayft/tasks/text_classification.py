@@ -11,9 +11,6 @@ of names or one string that separates them by `|`, and an empty one means that n
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -24,11 +21,9 @@ from pydantic import Field, field_validator, model_validator
 from transformers import AutoModelForSequenceClassification
 
 from rayft.errors import DataError
-from rayft.tasks.loading import draw_parameters, from_pretrained, gathered, load_config, load_tokenizer, padded
+from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
-
-NUMBER = re.compile(r"-?\d+(\.\d+)?")
-SHOWN = 8  # labels that a message lists before it only counts them
 
 
 class TextClassification(Task):
@@ -90,8 +85,7 @@ class TextClassification(Task):
             raise DataError(
                 f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
             )
-        numeric = all(NUMBER.fullmatch(name) for name in found)
-        return {"labels": sorted(found, key=lambda name: (float(name) if numeric else 0.0, name))}
+        return {"labels": in_order(found)}
 
     def balance_columns(self) -> tuple[str, ...]:
         return ("label",)
@@ -256,29 +250,8 @@ class TextClassification(Task):
         parsed = self._parse(value)
         if parsed is None:
             raise ValueError(f"`{self.label}` has no label; it needs one of {shown(index)}")
-        for name in parsed:
-            if name not in index:
-                near = difflib.get_close_matches(name, index, n=1)
-                raise ValueError(
-                    f"label {name!r} is not one of {shown(index)}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-        return sorted({index[name] for name in parsed}) if self.multi_label else index[parsed[0]]
-
-
-def label_name(value: Any) -> str | None:
-    """A label as its name: true is "true", 3 and 3.0 are "3", text loses the blanks around it; None: there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool | np.bool_):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip() or None
-
-
-def shown(names: Iterable[str]) -> str:
-    known = list(names)
-    return ", ".join(known[:SHOWN]) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
+        found = [index_of(name, index, "label") for name in parsed]
+        return sorted(set(found)) if self.multi_label else found[0]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
@@ -299,26 +272,3 @@ def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tup
             for place, value in zip(cut, short[name], strict=True):
                 values[place] = value
     return tokens, cut
-
-
-def fit_head(network: Any, known: Sequence[str], names: Sequence[str], seed: int) -> None:
-    """Makes the last linear layer answer for `names` in their order, given that it was loaded for `known`.
-
-    Its rows are rearranged where both are the same names, else drawn from (seed, module's name): weights that were
-    trained for other labels only happen to have a shape that fits.
-    """
-    if list(known) == list(names):
-        return
-    name, head = [
-        (name, module)
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.out_features == len(names)
-    ][-1]
-    if sorted(known) != sorted(names):
-        drawn = draw_parameters(network, [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], seed)
-        network.rayft_drawn = tuple(sorted({*getattr(network, "rayft_drawn", ()), *drawn}))
-        return
-    order = [list(known).index(entry) for entry in names]
-    with gathered(list(head.parameters())), torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(parameter[order].clone())

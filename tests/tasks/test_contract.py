@@ -54,6 +54,10 @@ QUESTIONS = {
     "answers": [{"text": ["308"], "answer_start": [25]}, {"text": ["Kawann Short"], "answer_start": [0]}],
 }
 OPEN_QUESTIONS = {**QUESTIONS, "answers": [QUESTIONS["answers"][0], {"text": [], "answer_start": []}]}
+TAGGED = {
+    "tokens": [["Empire", "State", "Building", "is", "a", "skyscraper"], ["Rain", "in", "Gardena", ", ", "Compton"]],
+    "tags": [["B-location", "I-location", "I-location", "O", "O", "O"], ["O", "O", "B-location", "O", "B-location"]],
+}
 STORIES = {"text": ["Once there was a small boat that could not swim.", "The end."]}
 PROMPTS = {
     "question": ["What is flu ?", "What causes it ?"],
@@ -80,6 +84,8 @@ CASES = (
     Case("text-classification", {"multi_label": True}, TOPICS),
     Case("question-answering", {"max_length": 32, "stride": 8}, QUESTIONS),
     Case("question-answering", {"unanswerable": True, "max_length": 32, "stride": 8}, OPEN_QUESTIONS),
+    Case("token-classification", {}, TAGGED),
+    Case("token-classification", {"max_length": 8}, TAGGED),
     Case("causal-lm", {"max_length": 32, "pack": False}, STORIES, DECODER),
     Case(
         "causal-lm", {"prompt": "question", "completion": "answer", "max_length": 32, "pack": False}, PROMPTS, DECODER

@@ -1,0 +1,73 @@
+"""What tasks with named labels share: how a cell names one, their order, and a head that answers for them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayft.tasks.loading import draw_parameters, gathered
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+SHOWN = 8  # labels that a message lists before it only counts them
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Numbers in numerical order, other names alphabetically."""
+    found = set(names)
+    numeric = all(NUMBER.fullmatch(name) for name in found)
+    return sorted(found, key=lambda name: (float(name) if numeric else 0.0, name))
+
+
+def index_of(name: str, index: Mapping[str, int], what: str) -> int:
+    """The index of a label, which the task calls `what`; ValueError says what is wrong with it and what would fit."""
+    if name not in index:
+        near = difflib.get_close_matches(name, index, n=1)
+        raise ValueError(
+            f"{what} {name!r} is not one of {shown(index)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return index[name]
+
+
+def label_name(value: Any) -> str | None:
+    """A label as its name: true is "true", 3 and 3.0 are "3", text loses the blanks around it; None: there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip() or None
+
+
+def shown(names: Iterable[str]) -> str:
+    known = list(names)
+    return ", ".join(known[:SHOWN]) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
+
+
+def fit_head(network: Any, known: Sequence[str], names: Sequence[str], seed: int) -> None:
+    """Makes the last linear layer answer for `names` in their order, given that it was loaded for `known`.
+
+    Its rows are rearranged where both are the same names, else drawn from (seed, module's name): weights that were
+    trained for other labels only happen to have a shape that fits.
+    """
+    if list(known) == list(names):
+        return
+    name, head = [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == len(names)
+    ][-1]
+    if sorted(known) != sorted(names):
+        drawn = draw_parameters(network, [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], seed)
+        network.rayft_drawn = tuple(sorted({*getattr(network, "rayft_drawn", ()), *drawn}))
+        return
+    order = [list(known).index(entry) for entry in names]
+    with gathered(list(head.parameters())), torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter[order].clone())

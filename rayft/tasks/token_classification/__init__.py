@@ -1,0 +1,235 @@
+"""Token classification: a tag for every word, such as where the names of people and places begin and end.
+
+One row of WNUT 2017:
+
+    {"tokens": ["Empire", "State", "Building", "=", "ESB", "."],
+     "ner_tags": ["B-location", "I-location", "I-location", "O", "B-location", "O"]}
+
+Tags that begin with B- and I- (or as IOB1, IOE and IOBES have it) mark entities, which are scored whole; any other tag,
+say a part of speech, marks a run of words. A word's tag is learned and read at its first piece. Where `tokens` is text,
+its words are what blanks separate. A row that is longer than `max_length` is cut at a word into several features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field, field_validator
+from transformers import AutoModelForTokenClassification
+
+from rayft.errors import DataError
+from rayft.tasks.labels import fit_head, in_order, index_of, label_name
+from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad, padded
+from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
+from rayft.tasks.token_classification.entities import entities, scores
+from rayft.tasks.token_classification.windows import Window, cut
+
+IGNORED = -100  # the label of pieces from which nothing is learned
+
+
+class TokenClassification(Task):
+    """`labels` fixes the tags and their order; without it they are those of the training rows, O first."""
+
+    first_metric: ClassVar[str] = "f1"
+
+    type: Literal["token-classification"] = "token-classification"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    labels: tuple[str, ...] | None = None
+    max_length: int = Field(default=128, ge=8)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return [label_name(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    @field_validator("labels")
+    @classmethod
+    def _enough(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and (len(value) < 2 or len(set(value)) < len(value)):
+            raise ValueError("labels needs two different names at least, and none twice")
+        return value
+
+    def columns(self, labelled: bool = True) -> tuple[str, ...]:
+        return (self.tokens, self.tags) if labelled else (self.tokens,)
+
+    def fact_columns(self) -> tuple[str, ...]:
+        return () if self.labels is not None else (self.tags,)
+
+    def processor(self, model: Pretrained) -> Any:
+        """The tokenizer; one that takes a word for another where a blank stands before it reads all with a blank."""
+        tokenizer = load_tokenizer(model, self.max_length, offsets_for="token classification", words=True)
+        tokenizer.model_max_length = self.max_length
+        return tokenizer
+
+    def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
+        """{"labels": the tags in the order of their indices: O, then by what they mark, B- before I-}."""
+        if self.labels is not None:
+            return {"labels": list(self.labels)}
+        found: set[str] = set()
+        for batch in rows:
+            for value in batch[self.tags]:
+                found.update(name for name in map(label_name, _listed(value)) if name)
+        if len(found) < 2:
+            only = f"only the tag {found.pop()!r}" if found else "no tags"
+            raise DataError(f"column `{self.tags}` of the training rows holds {only}; there is nothing to tell apart")
+        if all("-" in name or name == "O" for name in found):
+            return {"labels": sorted(found, key=lambda name: (name != "O", name.partition("-")[::-1]))}
+        return {"labels": in_order(found)}
+
+    def balance_columns(self) -> tuple[str, ...]:
+        return ("label",)
+
+    def balance(self, features: Columns, facts: dict[str, Any]) -> dict[str, int]:
+        """Words by tag."""
+        given = np.asarray([label for row in features["label"] for label in row], np.int64)
+        counts = np.bincount(given[given != IGNORED], minlength=len(facts["labels"])).tolist()
+        return {name: count for name, count in zip(facts["labels"], counts, strict=True) if count}
+
+    def arrow_schema(self, evaluation: bool) -> pa.Schema:
+        """`label` has an index for each piece, IGNORED for all but the first of a word, and is null without truth;
+        `places` is where each word's first piece stands, -1 for a word of which the tokenizer reads nothing."""
+        fields = [pa.field("input_ids", pa.list_(pa.int32())), pa.field("label", pa.list_(pa.int32()))]
+        return pa.schema([*fields, pa.field("places", pa.list_(pa.int32()))] if evaluation else fields)
+
+    def encode(
+        self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
+    ) -> Encoded:
+        """One feature per row, or several where it is too long. References are a row's tags, a name for each word.
+
+        Truncated are rows with a word whose pieces alone are too many.
+        """
+        names: list[str] = facts["labels"]
+        index = {name: number for number, name in enumerate(names)}
+        columns: Columns = {name: [] for name in self.arrow_schema(evaluation).names}
+        encoded = Encoded(columns, [], [], [] if evaluation and labelled else None)
+        texts: dict[int, list[str]] = {}
+        truths: dict[int, list[int] | None] = {}
+        for row, value in enumerate(rows[self.tokens]):
+            try:
+                words = self._words(value)
+                truths[row] = self._truth(rows[self.tags][row], words, index) if labelled else None
+                texts[row] = words
+            except ValueError as fault:
+                encoded.bad[row] = str(fault)
+        for row, windows in zip(texts, cut(list(texts.values()), processor, self.max_length), strict=True):
+            if not any(place >= 0 for window in windows for place in window.places):
+                encoded.bad[row] = f"`{self.tokens}` holds nothing that the tokenizer reads; it needs words"
+                continue
+            truth = truths[row]
+            for window in windows:
+                feature = {"input_ids": window.ids, "label": _labels(window, truth), "places": window.places}
+                for name, values in encoded.features.items():
+                    values.append(feature[name])
+                encoded.rows.append(row)
+                encoded.lengths.append(len(window.ids))
+                if encoded.references is not None and truth is not None:
+                    encoded.references.append([names[label] for label in truth])
+            if any(window.short for window in windows):
+                encoded.truncated.append(row)
+        return encoded
+
+    def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
+        """A head that was trained on the same tags is kept, in the facts' order; any other is drawn anew."""
+        names: list[str] = facts["labels"]
+        network = from_pretrained(
+            AutoModelForTokenClassification,
+            model,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            problem_type=None,
+            pad_token_id=processor.pad_token_id,
+        )
+        fit_head(network, tuple(load_config(model).id2label.values()), names, model.seed)
+        return network
+
+    def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:
+        """Padded on the right to the longest of n features, l tokens.
+
+        input_ids, attention_mask   (n, l) int64
+        labels                      (n, l) int64, IGNORED where nothing is learned; absent where there is no truth
+        """
+        batch = padded(features, processor)
+        if all(label is not None for label in features["label"]):
+            batch["labels"] = pad(features["label"], IGNORED)
+        return batch
+
+    def items(self, batch: Batch) -> int:
+        """Words."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
+        return model(**{name: value for name, value in batch.items() if name != "labels"})
+
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Cross entropy summed over words."""
+        return torch.nn.functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1),
+            batch["labels"].flatten(),
+            reduction="sum",
+            ignore_index=IGNORED,
+            label_smoothing=label_smoothing,
+        )
+
+    def predict(
+        self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
+    ) -> list[Prediction]:
+        """{"tags", "scores"}: of each word the most probable tag and its share; O, or the first, for a word unread."""
+        names: list[str] = facts["labels"]
+        unread = "O" if "O" in names else names[0]
+        shares, indices = outputs.logits.detach().float().softmax(dim=-1).max(dim=-1)
+        predictions = []
+        for row, places in enumerate(features["places"]):
+            own = [(names[int(indices[row, p])], float(shares[row, p])) if p >= 0 else (unread, 0.0) for p in places]
+            predictions.append({"tags": [name for name, _ in own], "scores": [share for _, share in own]})
+        return predictions
+
+    def combine(self, parts: list[Prediction]) -> Prediction:
+        """{"tags", "scores", "entities"} of the row; an entity is [what it is, first word, word after the last]."""
+        tags = [tag for part in parts for tag in part["tags"]]
+        found = [list(entity) for entity in entities(tags)]
+        return {"tags": tags, "scores": [share for part in parts for share in part["scores"]], "entities": found}
+
+    def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
+        """f1, precision and recall of whole entities (over all of them), and accuracy of words; shares of 1."""
+        return scores([prediction["tags"] for prediction in predictions], references)
+
+    def pipeline(self) -> str | None:
+        return "token-classification"
+
+    def _words(self, value: Any) -> list[str]:
+        """ValueError says what is wrong."""
+        words = value.split() if isinstance(value, str) else list(_listed(value))
+        if not words:
+            raise ValueError(f"`{self.tokens}` is {value!r}; it needs a list of words, or text")
+        for place, word in enumerate(words):
+            if not isinstance(word, str):
+                raise ValueError(f"`{self.tokens}`: word {place} is {word!r}; it needs text")
+        return words
+
+    def _truth(self, value: Any, words: list[str], index: dict[str, int]) -> list[int]:
+        """The index of each word's tag; ValueError says what is wrong."""
+        tags = value.split() if isinstance(value, str) else list(_listed(value))
+        if len(tags) != len(words):
+            raise ValueError(f"`{self.tags}` has {len(tags)} tags for {len(words)} words; it needs one for each")
+        return [index_of(label_name(tag) or "", index, "tag") for tag in tags]
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    """What a cell holds where that is a list; else nothing."""
+    return value if isinstance(value, list | tuple | np.ndarray) else ()
+
+
+def _labels(window: Window, truth: list[int] | None) -> list[int] | None:
+    """The label of each piece of the window."""
+    if truth is None:
+        return None
+    labels = [IGNORED] * len(window.ids)
+    for word, place in enumerate(window.places, start=window.first):
+        if place >= 0:
+            labels[place] = truth[word]
+    return labels
