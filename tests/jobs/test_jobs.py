@@ -71,4 +71,5 @@ def test_a_small_version_of_the_job_runs(path: Path, tmp_path: Path, ray_local: 
     assert (result["status"], result["steps"]) == ("finished", 3)
     assert (tmp_path / result["run"].rsplit("/", 1)[1] / "export" / "model.safetensors").exists()
     if result["pipeline"]:
-        assert pipeline(result["pipeline"], model=result["export"], device="cpu")("May I ask a question?")
+        words = "May I ask a [MASK]?" if result["pipeline"] == "fill-mask" else "May I ask a question?"
+        assert pipeline(result["pipeline"], model=result["export"], device="cpu")(words)

@@ -86,6 +86,8 @@ CASES = (
     Case("question-answering", {"unanswerable": True, "max_length": 32, "stride": 8}, OPEN_QUESTIONS),
     Case("token-classification", {}, TAGGED),
     Case("token-classification", {"max_length": 8}, TAGGED),
+    Case("masked-lm", {}, STORIES),
+    Case("masked-lm", {"max_length": 8, "whole_words": False}, STORIES),
     Case("causal-lm", {"max_length": 32, "pack": False}, STORIES, DECODER),
     Case(
         "causal-lm", {"prompt": "question", "completion": "answer", "max_length": 32, "pack": False}, PROMPTS, DECODER
@@ -349,4 +351,5 @@ def test_exported_folder_is_loaded_as_it_was(loaded: Loaded, tmp_path: Any) -> N
     losses = [loaded.task.loss(loaded.task.forward(network, batch), batch) for network in (loaded.network, again)]
     assert torch.equal(*losses)
     if loaded.task.pipeline() is not None:
-        assert make_pipeline(loaded.task.pipeline(), model=str(tmp_path), device="cpu")("Some words")
+        words = f"Some {loaded.processor.mask_token}" if loaded.task.pipeline() == "fill-mask" else "Some words"
+        assert make_pipeline(loaded.task.pipeline(), model=str(tmp_path), device="cpu")(words)

@@ -1,0 +1,199 @@
+"""Masked language modelling: an encoder reads texts of a field, and learns to fill in words that it does not see.
+
+One row of MedQuAD, for `text: answer`:
+
+    {"answer": "Signs and symptoms of adult ALL include fever, feeling tired, and easy bruising or bleeding. …"}
+
+Whole words are chosen, 15 of 100; of their tokens 80 in 100 are shown as the mask, 10 as a random token and 10 as they
+are (Devlin et al. 2019). Which ones follows from the row alone in evaluation, and from (seed, epoch, row) in training.
+A text that is longer than `max_length` gives several features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from transformers import AutoModelForMaskedLM
+
+from rayft.errors import ModelError
+from rayft.tasks.loading import from_pretrained, load_tokenizer, padded
+from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
+
+IGNORED = -100  # the label of tokens that are not asked for
+SHOWN_AS_MASK, SHOWN_AS_ANOTHER = 0.8, 0.9  # a draw below the first shows the mask, below the second a random token
+SEEN = 1.0  # the draw of a token that is shown as it is
+
+
+class MaskedLM(Task):
+    """`mask_share` of the words are asked for, one at least; with `whole_words` false, of the tokens."""
+
+    lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"pseudo_perplexity"}
+    first_metric: ClassVar[str] = "pseudo_perplexity"
+    varies: ClassVar[bool] = True
+
+    type: Literal["masked-lm"] = "masked-lm"
+    text: str = "text"
+    max_length: int = Field(default=128, ge=8)
+    mask_share: float = Field(default=0.15, gt=0, lt=1)
+    whole_words: bool = True
+
+    def columns(self, labelled: bool = True) -> tuple[str, ...]:
+        return (self.text,)
+
+    def processor(self, model: Pretrained) -> Any:
+        """The tokenizer; ModelError where it has no mask token."""
+        tokenizer = load_tokenizer(model, self.max_length, offsets_for="masking whole words")
+        if tokenizer.mask_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {model.path} has no mask token; masked-lm needs an encoder such as BERT"
+            )
+        tokenizer.model_max_length = self.max_length
+        return tokenizer
+
+    def arrow_schema(self, evaluation: bool) -> pa.Schema:
+        """`words` is each token's word, -1 for special tokens; `masked` the tokens that are asked for, ascending, and
+        `draws` in [0, 1] what each of them is shown as."""
+        integers = ("input_ids", "words", "masked")
+        return pa.schema([*((name, pa.list_(pa.int32())) for name in integers), ("draws", pa.list_(pa.float32()))])
+
+    def encode(
+        self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
+    ) -> Encoded:
+        """References are None, since the tokens are the truth. labelled=False asks for the mask tokens of a text."""
+        encoded = Encoded(
+            {name: [] for name in self.arrow_schema(evaluation).names}, [], [], [] if evaluation else None
+        )
+        texts: dict[int, str] = {}
+        for row, text in enumerate(rows[self.text]):
+            try:
+                check_text(self.text, text)
+                texts[row] = text
+            except ValueError as fault:
+                encoded.bad[row] = str(fault)
+        if not texts:
+            return encoded
+        options = {
+            "truncation": True,
+            "max_length": self.max_length,
+            "return_overflowing_tokens": True,
+            "verbose": False,
+        }
+        made = processor(list(texts.values()), return_attention_mask=False, return_token_type_ids=False, **options)
+        given = list(texts)
+        for window, place in enumerate(made["overflow_to_sample_mapping"]):
+            row, ids = given[place], list(made["input_ids"][window])
+            words = [-1 if word is None else word for word in made.word_ids(window)]
+            if not self.whole_words:
+                words = [-1 if word < 0 else token for token, word in enumerate(words)]
+            if max(words) < 0:
+                continue
+            asked = [token for token, number in enumerate(ids) if number == processor.mask_token_id]
+            if labelled or not asked:
+                masked, draws = drawn(words, self.mask_share, _generator(ids))
+            else:
+                masked, draws = asked, [SEEN] * len(asked)
+            feature = {"input_ids": ids, "words": words, "masked": masked, "draws": draws}
+            for name, values in encoded.features.items():
+                values.append(feature[name])
+            encoded.rows.append(row)
+            encoded.lengths.append(len(ids))
+            if encoded.references is not None:
+                encoded.references.append(None)
+        for row in set(given) - set(encoded.rows):
+            encoded.bad[row] = f"`{self.text}` holds nothing that the tokenizer reads; it needs text"
+        return encoded
+
+    def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
+        return from_pretrained(AutoModelForMaskedLM, model, pad_token_id=processor.pad_token_id)
+
+    def vary(self, features: Columns, rng: np.random.Generator) -> Columns:
+        """Other words are asked for."""
+        masked, draws = drawn(features["words"][0], self.mask_share, rng)
+        return {**features, "masked": [masked], "draws": [draws]}
+
+    def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:
+        """Padded on the right to the longest of n features, l tokens.
+
+        input_ids, attention_mask   (n, l) int64, the tokens as they are shown
+        labels                      (n, l) int64, those that are asked for; else IGNORED
+        """
+        batch = padded({"input_ids": features["input_ids"]}, processor)
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for row, (places, draws) in enumerate(zip(features["masked"], features["draws"], strict=True)):
+            asked = torch.as_tensor(np.asarray(places, np.int64))
+            draw = torch.as_tensor(np.asarray(draws, np.float32))
+            true = batch["input_ids"][row, asked]
+            share = (draw - SHOWN_AS_MASK) / (SHOWN_AS_ANOTHER - SHOWN_AS_MASK)
+            other = (share.clamp(0, 1) * len(processor)).long().clamp(max=len(processor) - 1)
+            shown = torch.where(draw < SHOWN_AS_ANOTHER, other, true)
+            labels[row, asked] = true
+            batch["input_ids"][row, asked] = shown.masked_fill(draw < SHOWN_AS_MASK, processor.mask_token_id)
+        return {**batch, "labels": labels}
+
+    def items(self, batch: Batch) -> int:
+        """Tokens that are asked for."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
+        return model(**{name: value for name, value in batch.items() if name != "labels"})
+
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Cross entropy summed over the tokens that are asked for."""
+        asked = batch["labels"] != IGNORED
+        logits, labels = outputs.logits[asked].float(), batch["labels"][asked]
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+
+    def predict(
+        self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
+    ) -> list[Prediction]:
+        """{"tokens", "nll", "right"}: the best at each place that is asked for; over all the negative log-likelihood
+        of the true ones, and how many of the best are true."""
+        predictions = []
+        for row, labels in enumerate(batch["labels"]):
+            asked = labels != IGNORED
+            logits = outputs.logits[row][asked].detach().float()
+            best = logits.argmax(dim=-1)
+            nll = torch.nn.functional.cross_entropy(logits, labels[asked], reduction="sum")
+            tokens = processor.convert_ids_to_tokens(best.tolist())
+            predictions.append({"tokens": tokens, "nll": float(nll), "right": int((best == labels[asked]).sum())})
+        return predictions
+
+    def combine(self, parts: list[Prediction]) -> Prediction:
+        """The same of all windows."""
+        tokens = [token for part in parts for token in part["tokens"]]
+        return {"tokens": tokens, **{name: sum(part[name] for part in parts) for name in ("nll", "right")}}
+
+    def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
+        """pseudo_perplexity and accuracy, over all tokens that were asked for.
+
+        The first is exp of their mean negative log-likelihood (Salazar et al. 2020, who ask for one at a time), the
+        second the share that was guessed.
+        """
+        count = sum(len(prediction["tokens"]) for prediction in predictions)
+        nll = sum(prediction["nll"] for prediction in predictions)
+        right = sum(prediction["right"] for prediction in predictions)
+        return {"pseudo_perplexity": math.exp(min(nll / count, 700.0)), "accuracy": right / count}
+
+    def pipeline(self) -> str | None:
+        return "fill-mask"
+
+
+def drawn(words: list[int], share: float, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+    """The tokens of a share of the words, ascending, and for each a number in [0, 1) that says what it is shown as."""
+    numbers = np.asarray(words)
+    there = np.unique(numbers[numbers >= 0])
+    chosen = rng.choice(there, max(1, round(share * len(there))), replace=False)
+    places = np.flatnonzero(np.isin(numbers, chosen))
+    return places.tolist(), rng.random(len(places), np.float32).tolist()
+
+
+def _generator(ids: list[int]) -> np.random.Generator:
+    """Random numbers that follow from these tokens."""
+    digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))

