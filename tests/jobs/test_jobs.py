@@ -73,4 +73,4 @@ def test_a_small_version_of_the_job_runs(path: Path, tmp_path: Path, ray_local: 
     if result["pipeline"]:
         words = "May I ask a [MASK]?" if result["pipeline"] == "fill-mask" else "May I ask a question?"
         answer = pipeline(result["pipeline"], model=result["export"], device="cpu")(words)
-        assert isinstance(answer, list)  # which is empty where no word has a name
+        assert answer or result["pipeline"] == "token-classification"  # three steps may find no name
