@@ -13,7 +13,7 @@ from typing import Any
 
 from rayft import placement, storage
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
-from rayft.models import fetch_model, model_identity
+from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.text import check_lines, size
@@ -140,9 +140,11 @@ class _Check:
         recipe = self.recipe
         path = fetch_model(recipe.model.path)
         if self.record is not None and self.report["run"]["state"] is not None:
-            self.record.refuse_other_model(model_identity(path, recipe.model.revision))
+            self.record.refuse_other_model(model_identity(path, recipe.model.revision, recipe.train.seed))
         self.processor = recipe.task.processor(pretrained(recipe, path))
         self.model_path = path
+        if without_weights(path):
+            self.report["warnings"].append(UNTRAINED.format(recipe.model.path))
 
     def _on_cluster(self) -> None:
         from rayft.session import cluster

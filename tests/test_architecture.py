@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.task",
         "tasks.loading",
         "tasks.labels",
+        "tasks.files",
         "tasks.*",
         "tasks",
         "task_section",
@@ -49,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.places",
         "data.spread",
         "data.formats",
+        "data.classes",
         "data.hub",
         "data.source",
         "data.scan",
@@ -63,6 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training",
         "training.metrics",
         "training.watch",
+        "training.pictures",
         "training.schedule",
         "training.freeze",
         "training.engine",
@@ -146,7 +149,7 @@ def module_name(path: Path) -> str:
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.items()}
-PARTS = ("tasks.task", "tasks.loading", "tasks.labels")  # what tasks are built from
+PARTS = ("tasks.task", "tasks.loading", "tasks.labels", "tasks.files")  # what tasks are built from
 TASKS = sorted(name for name in FILES if name.startswith("tasks.") and name not in PARTS)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import load_state_dict
 
 from rayft.errors import ModelError
+from rayft.models import without_weights
 from rayft.tasks.task import Batch, Columns, Pretrained
 
 FOLDER = "a folder as `save_pretrained` writes it fits"
@@ -98,8 +99,8 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     """Loads `model` through the transformers auto class `auto`, with `config_fields` set on its config.
 
     Parameters that the checkpoint lacks are drawn anew from (seed, module's name), so that they depend neither on
-    ranks, nor on the order of loading, nor on the ZeRO stage; `rayft_drawn` of the model names them. ModelError where
-    it can't be loaded.
+    ranks, nor on the order of loading, nor on the ZeRO stage; `rayft_drawn` of the model names them. Of a folder with a
+    config alone all are drawn, and `rayft_drawn` names the head's. ModelError where it can't be loaded.
     """
     config = load_config(model, **config_fields)
     set_dropout(config, model.dropout)
@@ -110,8 +111,13 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
         if model.meta:
             with torch.device("meta"):
                 outline = auto.from_config(config, **options)
-            outline.rayft_drawn = _lacking(outline, model.path)
+            outline.rayft_drawn = _head(outline) if without_weights(model.path) else _lacking(outline, model.path)
             return outline
+        if without_weights(model.path):
+            network = auto.from_config(config, **options)
+            draw_parameters(network, [name for name, _ in network.named_parameters()], model.seed)
+            network.rayft_drawn = _head(network)
+            return network
         network, info = auto.from_pretrained(
             model.path,
             revision=model.revision,
@@ -135,6 +141,12 @@ def _told(model: Pretrained, part: str) -> Iterator[None]:
         plain = (f"{type(fault).__name__}: {first}", f"{'' if os.path.isdir(model.path) else 'a Hub id or '}{FOLDER}")
         reason, fits = next(((reason, fits) for sign, reason, fits in SIGNS if sign in str(fault)), plain)
         raise ModelError(f"model.path: the {part} of `{model.path}` can't be loaded, {reason}; {fits}") from fault
+
+
+def _head(network: Any) -> tuple[str, ...]:
+    """Names of the parameters that lie outside the base model: what a task's own class adds to it."""
+    base = f"{network.base_model_prefix}."
+    return tuple(name for name, _ in network.named_parameters() if not name.startswith(base))
 
 
 def _lacking(network: Any, path: str) -> tuple[str, ...]:

@@ -85,10 +85,12 @@ class Task(BaseModel):
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
     # The metric that drives early stopping and sweeps unless the recipe names another: the first that `score` returns.
     first_metric: ClassVar[str] = "accuracy"
-    # True if `vary` does something: the prefix below the frozen depth may then not be cached.
-    varies: ClassVar[bool] = False
-
     type: str
+
+    @property
+    def varies(self) -> bool:
+        """Whether `vary` does something: what lies below the freezing depth may then not be cached."""
+        return False
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         """Columns that every row needs; with labelled=False those needed for prediction only."""
@@ -192,6 +194,10 @@ class Task(BaseModel):
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """Metrics over the whole set, one prediction and one reference per source row; the first metric leads."""
         raise NotImplementedError
+
+    def pictures(self, predictions: list[Prediction], references: list[Any]) -> dict[str, bytes]:
+        """What `score` is given, as pictures for the run's folder: name -> PNG; by default none."""
+        return {}
 
     def pipeline(self) -> str | None:
         """The name of the `transformers.pipeline` that serves the exported folder, or None where there is none."""

@@ -17,7 +17,7 @@ from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
-from rayft.training import checkpoint
+from rayft.training import checkpoint, pictures
 from rayft.training.engine import grad_norm
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
@@ -322,6 +322,7 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
         2 * job.recipe.train.micro_batch_size,
         job.watch,
         lambda rows: job.serve("validation", list(rows)),
+        pictures.keep(job.run, progress.step, "eval"),
     )
     timing.evaluating += time.monotonic() - begun
     if scores is None:
