@@ -38,6 +38,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.loading",
         "tasks.labels",
         "tasks.files",
+        "tasks.charts",
+        "tasks.images",
         "tasks.*",
         "tasks",
         "task_section",
@@ -149,7 +151,14 @@ def module_name(path: Path) -> str:
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.items()}
-PARTS = ("tasks.task", "tasks.loading", "tasks.labels", "tasks.files")  # what tasks are built from
+PARTS = (
+    "tasks.task",
+    "tasks.loading",
+    "tasks.labels",
+    "tasks.files",
+    "tasks.images",
+    "tasks.charts",
+)  # what tasks are built from
 TASKS = sorted(name for name in FILES if name.startswith("tasks.") and name not in PARTS)
 
 

@@ -54,7 +54,7 @@ OFFSET_POSITIONS = frozenset(
 
 def load_config(model: Pretrained, **fields: Any) -> Any:
     """The model's config with `fields` set; ModelError where there is none that transformers knows."""
-    with _told(model, "config"):
+    with told(model, "config"):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **fields
         )
@@ -73,7 +73,7 @@ def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None =
         positions -= (config.pad_token_id or 0) + 1
     if 0 < positions < max_length:  # XLNet says -1, and means no limit
         raise ModelError(f"task.max_length is {max_length}, but {model.path} has only {positions} positions")
-    with _told(model, "tokenizer"):
+    with told(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -107,7 +107,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "trust_remote_code": model.trust_remote_code}
     if model.attention:
         options["attn_implementation"] = model.attention
-    with _told(model, "weights"):
+    with told(model, "weights"):
         if model.meta:
             with torch.device("meta"):
                 outline = auto.from_config(config, **options)
@@ -132,7 +132,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
 
 
 @contextlib.contextmanager
-def _told(model: Pretrained, part: str) -> Iterator[None]:
+def told(model: Pretrained, part: str) -> Iterator[None]:
     """Makes what the libraries raise while `part` of the model is loaded a ModelError of one sentence."""
     try:
         yield
