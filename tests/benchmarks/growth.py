@@ -8,8 +8,8 @@
     split  Ray Data's split among 8 to 512 consumers, threads of this process: the rows are tiny, the blocks real
     driver whole runs with 1 to 8 workers and a tiny model: memory of the driver and of what stands beside it once a run
 
-But for the last there is no worker group and no model: the functions are rayft's own, what calls them is made up. Prints a Markdown table
-for each and one JSON line for all.
+But for the last there is no worker group and no model: the functions are rayft's own, what calls them is made up. Prints
+a Markdown table for each and one JSON line for all.
 """
 
 from __future__ import annotations
