@@ -6,7 +6,7 @@
     ranks  a checkpoint of 50 parameters that 8 to 4,096 ranks wrote: its commit, and opening and reading it
     board  the driver's board with 8 to 4,096 ranks: processor time of a pulse and of the driver's look
     split  Ray Data's split among 8 to 512 consumers, threads of this process: the rows are tiny, the blocks real
-    driver whole runs with 1 to 8 workers and a tiny model: memory of the driver and of the actors of which a run has one
+    driver whole runs with 1 to 8 workers and a tiny model: memory of the driver and of the actors that a run has once
 
 But for the last there is no worker group and no model: the functions are rayft's own, and what calls them is made up.
 Prints a Markdown table for each and one JSON line for all.
