@@ -176,7 +176,7 @@ class Task(BaseModel):
         raise NotImplementedError
 
     def padded(self, batch: Batch) -> int:
-        """How many tokens (or frames, ...) a forward pass computes, padding too: of the first tensor of two dimensions."""
+        """How many tokens (or frames, ...) are computed, padding too: the size of the first two-dimensional tensor."""
         return next((value.numel() for value in batch.values() if getattr(value, "ndim", 0) == 2), 0)
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:

@@ -5,8 +5,8 @@ One row of MedQuAD, for `anchor: question` and `positive: answer`:
     {"question": "What causes Noonan syndrome ?", "answer": "Mutations in multiple genes can cause Noonan syndrome. …"}
 
 The vector is the mean of the last layer's tokens, of length 1. Each anchor has to find its positive among all texts of
-its group: the positives of `group_size` rows, and where `negative` names a column the hard negatives (in-batch negatives:
-Henderson et al. 2017; MultipleNegativesRankingLoss of sentence-transformers, by cosine times `scale`).
+its group: the positives of `group_size` rows, and where `negative` names a column the hard negatives (in-batch
+negatives: Henderson et al. 2017; MultipleNegativesRankingLoss of sentence-transformers, by cosine times `scale`).
 """
 
 from __future__ import annotations
