@@ -32,7 +32,7 @@ def tokenizer() -> Any:
 def test_equal_texts_are_not_negatives_of_each_other() -> None:
     anchors, positives = torch.tensor([1, 2, 1, 4]), torch.tensor([11, 12, 13, 11])
     candidates = torch.cat([positives, torch.tensor([13, 2, 20, 12])])  # the second half: hard negatives
-    found = others(anchors, positives, candidates)
+    found = others(anchors, positives, candidates, torch.ones(4, 4, dtype=torch.bool))
     listed = [[place for place, one in enumerate(row) if one] for row in found.tolist()]
     assert listed == [
         [2, 3, 4],  # the positive of an equal anchor, twice, and another that is equal to its own
@@ -40,6 +40,8 @@ def test_equal_texts_are_not_negatives_of_each_other() -> None:
         [0, 3, 4],
         [0],
     ]
+    alone = others(anchors, positives, candidates, torch.eye(4, dtype=torch.bool))[0].tolist()
+    assert [place for place, one in enumerate(alone) if one] == [3]  # what other groups hold is not known
 
 
 def test_loss_is_over_the_own_group_alone() -> None:

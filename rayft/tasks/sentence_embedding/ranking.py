@@ -17,8 +17,9 @@ def ranking_loss(
     keys    (n, number of texts) int64: which texts are equal, of the anchors, positives and negatives
     groups  (n,) int64: the group of each row
     """
-    allowed = ~others(keys[:, 0], keys[:, 1], keys[:, 1:].T.flatten())
-    allowed &= groups[:, None] == groups.repeat(keys.shape[1] - 1)[None, :]
+    together = groups[:, None] == groups[None, :]
+    allowed = together.repeat(1, keys.shape[1] - 1)
+    allowed &= ~others(keys[:, 0], keys[:, 1], keys[:, 1:].T.flatten(), together)
     logs = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
     own = -logs.diagonal()
     if not label_smoothing:
@@ -27,12 +28,15 @@ def ranking_loss(
     return ((1 - label_smoothing) * own + label_smoothing * even).sum()
 
 
-def others(anchors: torch.Tensor, positives: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+def others(
+    anchors: torch.Tensor, positives: torch.Tensor, candidates: torch.Tensor, together: torch.Tensor
+) -> torch.Tensor:
     """(n, c) bool: which candidates are no negatives of a row, yet not its own positive, which is candidate i of row i.
 
-    They are equal to its anchor, to its positive, or to the positive of an equal anchor.
+    They are equal to its anchor, to its positive, or to the positive of an equal anchor of its group; `together` (n, n)
+    says which rows are in one.
     """
-    same = (anchors[:, None] == anchors[None, :]).float()
+    same = ((anchors[:, None] == anchors[None, :]) & together).float()
     found = same @ (positives[:, None] == candidates[None, :]).float() > 0
     found |= anchors[:, None] == candidates[None, :]
     return found.fill_diagonal_(False)
