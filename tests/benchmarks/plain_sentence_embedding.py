@@ -3,8 +3,8 @@
     python tests/benchmarks/plain_sentence_embedding.py jobs/sentence_embedding.yaml [epochs=N] [seed=S]
 
 One process, shuffled batches of groups with in-batch negatives (all other positives of the group, equal texts too),
-AdamW and a linear schedule with the recipe's warm-up. Prints one JSON line: scores of search over the test rows after the
-last epoch; with epochs=0 those of the model as it was published.
+AdamW and a linear schedule with the recipe's warm-up. Prints one JSON line: scores of search over the test rows after
+the last epoch; with epochs=0 those of the model as it was published.
 """
 
 from __future__ import annotations
