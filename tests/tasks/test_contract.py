@@ -78,6 +78,20 @@ PROMPTS = {
     "question": ["What is flu ?", "What causes it ?"],
     "answer": ["An infection of the nose.", "Influenza viruses."],
 }
+SUMS = {
+    "text": ["Weng earns $12 an hour. What does she earn in 50 minutes?", "What is 1 + 1?"],
+    "score": [2, " 1.5 "],
+}
+ALIKE = {
+    "sentence1": ["A man plays a guitar.", "Two dogs run over a meadow in the rain."],
+    "sentence2": ["Somebody makes music in the street.", "The dogs sleep."],
+    "score": [3.2, 0],
+}
+SEARCHES = {
+    "anchor": ["What is flu ?", "What causes it ?", "What is flu ?", "Who is at risk of it ?"],
+    "positive": ["An infection of the nose.", "Influenza viruses.", "A disease.", "Old people are."],
+    "negative": ["A bird.", "Influenza viruses.", "An infection of the nose.", "Plums and apples are round."],
+}
 
 CELLS = {
     "file_name": [str(sorted((CELL_PICTURES / kind).glob("*.jpg"))[0]) for kind in ("RBC", "WBC", "Platelets")],
@@ -109,6 +123,10 @@ CASES = (
     Case("token-classification", {"max_length": 8}, TAGGED),
     Case("masked-lm", {}, STORIES, asked="Some [MASK]"),
     Case("masked-lm", {"max_length": 8, "whole_words": False}, STORIES, asked="Some [MASK]"),
+    Case("sequence-regression", {}, SUMS),
+    Case("sequence-regression", {"text": "sentence1", "text_pair": "sentence2"}, ALIKE),
+    Case("sentence-embedding", {"group_size": 2}, SEARCHES),
+    Case("sentence-embedding", {"group_size": 2, "negative": "negative"}, SEARCHES),
     Case("causal-lm", {"max_length": 32, "pack": False}, STORIES, DECODER),
     Case(
         "causal-lm", {"prompt": "question", "completion": "answer", "max_length": 32, "pack": False}, PROMPTS, DECODER
@@ -180,9 +198,9 @@ def loaded(request: pytest.FixtureRequest, folders: dict[str, str]) -> Loaded:
     return Loaded(case, task, source, processor, facts, task.load(source, facts, processor).eval())
 
 
-def one_by_one(columns: dict[str, list[Any]]) -> Iterator[dict[str, list[Any]]]:
-    for index in range(len(next(iter(columns.values())))):
-        yield {name: [values[index]] for name, values in columns.items()}
+def one_by_one(columns: dict[str, list[Any]], together: int = 1) -> Iterator[dict[str, list[Any]]]:
+    for first in range(0, len(next(iter(columns.values()))), together):
+        yield {name: values[first : first + together] for name, values in columns.items()}
 
 
 @pytest.mark.parametrize("name", names())
@@ -276,7 +294,7 @@ def test_loss_is_a_sum_that_padding_and_company_do_not_change(loaded: Loaded, sm
         return loaded.task.loss(outputs, batch, smoothing), loaded.task.items(batch)
 
     loss, items = measure(features)
-    parts = [measure(feature) for feature in one_by_one(features)]
+    parts = [measure(group) for group in one_by_one(features, loaded.task.coupled())]
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert items == sum(count for _, count in parts) > 0
@@ -329,7 +347,7 @@ def test_scores_are_numbers_and_the_first_is_the_one_that_leads(loaded: Loaded) 
     references = [made.references[made.rows.index(row)] for row in sorted(set(made.rows))]
     scores = loaded.task.score(predictions(loaded, made), references)
     assert next(iter(scores)) == loaded.task.first_metric
-    assert "loss" not in scores
+    assert ("loss" in scores) == (loaded.task.coupled() > 1)  # rows that know of each other have no loss of their own
     assert all(isinstance(value, float) and math.isfinite(value) for value in scores.values())
 
 
