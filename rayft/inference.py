@@ -262,6 +262,8 @@ class Answering:
         for first in range(0, len(by_length), self.model.batch_size):
             chosen = by_length[first : first + self.model.batch_size]
             predictions.update(zip(chosen, self._forward(encoded, chosen, found), strict=True))
+        if self.labelled:
+            self._write(encoded, predictions)
         references = encoded.references or [None] * len(encoded.rows)
         entries = [(row, predictions[index], references[index]) for index, row in enumerate(encoded.rows)]
         for row, (prediction, reference) in by_row(self.task, entries).items():
@@ -284,6 +286,24 @@ class Answering:
         found.loss += measured.loss
         found.items += measured.items
         return measured.predictions
+
+    def _write(self, encoded: Encoded, predictions: dict[int, Prediction]) -> None:
+        """Joins to the predictions what the model writes for the features that the task has asked for."""
+        import torch
+
+        from rayft.training.evaluate import Network, generated
+
+        network = Network(self.network, self.task, self.processor, self.model.facts, torch.device(self.device))
+        places, asked = self.task.asked(encoded.features)
+        by_length = sorted(range(len(places)), key=lambda number: encoded.lengths[places[number]])
+        for first in range(0, len(by_length), self.model.batch_size):
+            some = by_length[first : first + self.model.batch_size]
+            with torch.inference_mode():
+                written = generated(
+                    network, {name: [values[number] for number in some] for name, values in asked.items()}
+                )
+            for number, found in zip(some, written, strict=True):
+                predictions[places[number]] |= found
 
 
 def _first_line(error: Exception) -> str:

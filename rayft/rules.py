@@ -94,6 +94,38 @@ def unfreezing_needs_frozen_blocks(unfreeze_every: int | None, freeze: Freeze | 
         yield Fault("model.unfreeze_every", "no block is frozen", show(unfreeze_every), fits)
 
 
+def four_bits_are_for_adapters_on_gpus(
+    quantize: str | None, lora: Lora | None, gpus: int, stage: int | str, offload: str
+) -> Faults:
+    if quantize is None:
+        return
+    shown = show(quantize)
+    if lora is None:
+        yield Fault("model.quantize", "weights in 4 bits don't learn", shown, "null fits, or adapters in `model.lora`")
+    if gpus == 0:
+        fits = "null fits without GPUs (cluster.gpus_per_worker is 0)"
+        yield Fault("model.quantize", "weights in 4 bits need GPUs", shown, fits)
+    if stage == 3 or offload == "parameters":
+        where = "deepspeed.zero_stage" if stage == 3 else "deepspeed.offload"
+        what = "impossible with `model.quantize`: weights in 4 bits are whole on every worker"
+        fits = "0, 1, 2 or `auto` fits" if stage == 3 else "`none` or `optimizer` fits"
+        yield Fault(where, what, show(stage if stage == 3 else offload), fits)
+
+
+def quantized_models_are_loaded_alone(quantize: str | None, tune: Tune | None) -> Faults:
+    if quantize is not None and tune is not None:
+        fits = "null fits in a sweep, whose trials share weights of full width"
+        yield Fault("model.quantize", "impossible with `tune`", show(quantize), fits)
+
+
+def weights_mix_what_is_trained_on(*splits: tuple[Source, ...] | None) -> Faults:
+    for name, sources in zip(("validation", "test"), splits, strict=True):
+        for source in sources or ():
+            if source.weight != 1.0:
+                fits = "each row is scored once, so only data.train has weights; 1 fits"
+                yield Fault(f"data.{name}", f"a weight for `{source.path}`", show(source.weight), fits)
+
+
 def cache_needs_fixed_depth(
     cache: str, unfreeze_every: int | None, freeze: Freeze | None, compiled: bool, tune: Tune | None
 ) -> Faults:
@@ -217,6 +249,12 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("task", "train.micro_batch_size", "train.global_batch_size", "cluster.workers"), batches_hold_groups),
     (("cluster.workers",), workers_in_order),
     (("model.lora", "model.freeze", "model.unfreeze_every"), adapters_freeze_the_rest),
+    (
+        ("model.quantize", "model.lora", "cluster.gpus_per_worker", "deepspeed.zero_stage", "deepspeed.offload"),
+        four_bits_are_for_adapters_on_gpus,
+    ),
+    (("model.quantize", "tune"), quantized_models_are_loaded_alone),
+    (("data.validation", "data.test"), weights_mix_what_is_trained_on),
     (("model.unfreeze_every", "model.freeze", "model.lora"), unfreezing_needs_frozen_blocks),
     (
         ("model.cache_frozen", "model.unfreeze_every", "model.freeze", "model.compile", "tune"),

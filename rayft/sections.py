@@ -113,6 +113,8 @@ class Model(Section):
     cache_frozen: Literal["auto", "on", "off"] = "auto"
     """Whether the output of the frozen blocks is computed once per row and stored."""
     lora: Lora | None = None
+    quantize: Literal["4bit"] | None = None
+    """4bit: the weights below the adapters of `lora` are kept in 4 bits (QLoRA); on GPUs."""
     dropout: Share | None = None
     """Overrides every dropout probability of the model's config."""
     attention: Text | None = None

@@ -29,6 +29,7 @@ def recipe_with(fields: dict[str, Any]) -> dict[str, Any]:
 
 COUPLED = {"type": "sentence-embedding"}  # groups of 16 rows
 
+QUANTIZED = {"model.quantize": "4bit", "model.lora": {}, "cluster.gpus_per_worker": 1}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train.epochs": None}, "train.epochs"),
     ({"train.micro_batch_size": 64}, "train.micro_batch_size"),
@@ -48,6 +49,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.unfreeze_every": 1, "model.freeze": 2, "model.cache_frozen": "on"}, "model.cache_frozen"),
     ({"model.cache_frozen": "on"}, "model.cache_frozen"),
     ({"model.cache_frozen": "on", "model.freeze": 2, "model.compile": True}, "model.cache_frozen"),
+    ({"model.quantize": "4bit", "cluster.gpus_per_worker": 1}, "model.quantize"),
+    ({"model.quantize": "4bit", "model.lora": {}}, "model.quantize"),
+    ({**QUANTIZED, "deepspeed.zero_stage": 3}, "deepspeed.zero_stage"),
+    ({**QUANTIZED, "deepspeed.offload": "parameters"}, "deepspeed.offload"),
+    ({**QUANTIZED, "tune": {"search": {"train.seed": {"choice": [1]}}, "trials": 1}}, "model.quantize"),
+    ({"data.validation": ["v.csv", {"path": "w.csv", "weight": 2}]}, "data.validation"),
     ({"deepspeed.offload": "parameters", "deepspeed.zero_stage": 2}, "deepspeed.zero_stage"),
     ({"deepspeed.offload": "optimizer", "deepspeed.zero_stage": 0}, "deepspeed.zero_stage"),
     ({"model.compile": True, "deepspeed.zero_stage": 3}, "deepspeed.zero_stage"),
@@ -74,6 +81,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 PASSED: list[dict[str, Any]] = [
+    {**QUANTIZED, "deepspeed.zero_stage": 2, "deepspeed.offload": "optimizer"},
+    {"data.train": [{"path": "a.csv", "weight": 2}, {"path": "b.csv", "weight": 0.5}]},
     {},
     {"train.epochs": None, "train.max_steps": 10},
     {"train.epochs": 1, "train.max_steps": 10},

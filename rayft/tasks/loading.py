@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,6 +108,8 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "trust_remote_code": model.trust_remote_code}
     if model.attention:
         options["attn_implementation"] = model.attention
+    if model.quantize and not model.meta:  # an outline counts the weights, however wide they are
+        options |= _in_four_bits(model)
     with told(model, "weights"):
         if model.meta:
             with torch.device("meta"):
@@ -126,9 +129,49 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
             ignore_mismatched_sizes=True,
             **options,
         )
+    if model.quantize == "4bit, and back":
+        network = network.dequantize(dtype=options["dtype"])
+    _refuse_quantized(model, network, _drawn(info))
     # What was drawn is the head: adapters must train it whole.
     network.rayft_drawn = draw_parameters(network, _drawn(info), model.seed)
     return network
+
+
+def _in_four_bits(model: Pretrained) -> dict[str, Any]:
+    """How `from_pretrained` keeps linear layers in 4 bits: NormalFloat with quantized constants, as in QLoRA (Dettmers
+    et al. 2023), computing in the weights' dtype. ModelError where bitsandbytes is missing."""
+    require_bitsandbytes()
+    if without_weights(model.path):
+        raise ModelError(f"model.quantize: {model.path} is a config without weights to put in 4 bits; null fits")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    )
+    options: dict[str, Any] = {"quantization_config": config}
+    if model.quantize != "4bit":  # at their whole width they may be too many for the GPU
+        options["device_map"] = {"": "cpu"}
+    return options
+
+
+def require_bitsandbytes() -> None:
+    """ModelError where a package that keeps weights in 4 bits is missing."""
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"model.quantize needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed;"
+            " `pip install 'rayft[quantize]'` fits, or null"
+        )
+
+
+def _refuse_quantized(model: Pretrained, network: Any, drawn: set[str]) -> None:
+    """ModelError where parameters that are to be drawn anew, and to learn, were put into 4 bits."""
+    narrow = [name for name, value in network.named_parameters() if name in drawn and not value.is_floating_point()]
+    if narrow:
+        raise ModelError(
+            f"model.quantize: {model.path} lacks {', '.join(narrow[:3])}, which can't learn in 4 bits; null fits"
+        )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,12 +29,16 @@ class Pretrained:
     `path` is a local folder or a Hub id; `dropout` None keeps the config's.
     `dtype` is the dtype of the weights in memory ("float32", "bfloat16", "float16"). With `meta` the model is built
     without its weights, to count its parameters. `seed` draws parameters that the checkpoint lacks.
+
+    `quantize` "4bit" keeps the weights of linear layers in 4 bits; "4bit, and back" gives them their width again, with
+    the values that they had in 4 bits.
     """
 
     path: str
     revision: str | None = None
     dtype: str = "float32"
     attention: str | None = None
+    quantize: Literal["4bit", "4bit, and back"] | None = None
     dropout: float | None = None
     trust_remote_code: bool = False
     seed: int = 0
@@ -201,6 +205,11 @@ class Task(BaseModel):
     ) -> list[Prediction]:
         """What a user who asks for predictions gets, one per feature: by default `predict` after one forward pass."""
         return self.predict(self.forward(model, batch), batch, features, processor, facts)
+
+    def asked(self, features: Columns) -> tuple[list[int], Columns]:
+        """What evaluation lets the model `generate` for, beside its forward pass: places in `features`, and for each a
+        feature as `encode` gives it with labelled=False. By default nothing. What is generated joins the prediction."""
+        return [], {}
 
     def combine(self, parts: list[Prediction]) -> Prediction:
         """The result of one source row from those of its features, in their order."""

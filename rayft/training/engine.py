@@ -21,14 +21,14 @@ def zero_stage(recipe: Recipe, trainable: int, frozen: int, memory: int | None) 
     """The ZeRO stage of the recipe; `auto` takes the least sharding whose state fits into half of `memory` (bytes).
 
     Half, because activations need the rest. None (unknown memory) takes the least that the offload allows. A model that
-    is compiled keeps its weights whole: stage 2 at most.
+    is compiled or quantized keeps its weights whole: stage 2 at most.
     """
     if recipe.deepspeed.zero_stage != "auto":
         return int(recipe.deepspeed.zero_stage)
     least = {"none": 0, "optimizer": 1, "parameters": 3}[recipe.deepspeed.offload]
     if memory is None:
         return least
-    most = 2 if recipe.model.compile else 3
+    most = 2 if recipe.model.compile or recipe.model.quantize else 3
     for stage in range(least, most):
         if state_bytes(recipe, stage, trainable, frozen) <= memory / 2:
             return stage
@@ -42,7 +42,7 @@ def state_bytes(recipe: Recipe, stage: int, trainable: int, frozen: int) -> int:
     an fp32 copy and its moments (stage 2 shares the gradients too); stage 3 shares all (Rajbhandari et al. 2020).
     """
     world, offload = recipe.cluster.max_workers, recipe.deepspeed.offload
-    weights = 4 * trainable + _frozen_width(recipe, stage) * frozen
+    weights = 4 * trainable + frozen_width(recipe, stage) * frozen
     gradients, moments, master = 4 * trainable, 8 * trainable, 4 * trainable
     if stage == 0:
         return weights + gradients + moments
@@ -57,7 +57,7 @@ def state_bytes(recipe: Recipe, stage: int, trainable: int, frozen: int) -> int:
     return weights + gradients + moments + master
 
 
-def _frozen_width(recipe: Recipe, stage: int) -> int:
+def frozen_width(recipe: Recipe, stage: int) -> int:
     """Bytes of a frozen parameter: the recipe's dtype where it is whole; what is sharded while loading is float32."""
     return 2 if recipe.model.dtype != "float32" and stage < 3 else 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -75,6 +76,20 @@ class Network:
         return to_device(self.task.collate(features_of(table), self.processor, self.facts), self.device)
 
 
+def generated(network: Network, asked: Columns) -> list[Prediction]:
+    """What the model writes for features that a task has `asked`, one batch of them, under the caller's `no_grad`."""
+    batch = to_device(network.task.collate(asked, network.processor, network.facts), network.device)
+    with _precision(network.model, network.device):
+        return network.task.generate(network.model, batch, asked, network.processor, network.facts)
+
+
+def _precision(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The precision in which an engine passes rows through: generation goes past the engine to its module."""
+    if getattr(model, "torch_autocast_enabled", lambda: False)():
+        return torch.autocast(device.type, model.torch_autocast_dtype())
+    return contextlib.nullcontext()
+
+
 def evaluate(
     network: Network,
     prepared: Prepared,
@@ -85,8 +100,9 @@ def evaluate(
 ) -> dict[str, float] | None:
     """`loss` (mean over the items) and the task's metrics, the same on every rank; None where one was asked to leave.
 
-    Collective; leaves evaluation mode on. `before` is called with the rows' numbers in the split before each pass,
-    `keep` on rank 0 with the pictures that the task draws of them.
+    Collective; leaves evaluation mode on. `before` is called with the rows' numbers in the split before each pass, and
+    with none before the model generates for the rows that the task has asked for; `keep` on rank 0 with the pictures
+    that the task draws.
 
     With ZeRO-3 all ranks run as many forward passes as the longest share, since the weights are gathered together.
     """
@@ -95,6 +111,7 @@ def evaluate(
     model.eval()
     total, items = 0.0, 0
     mine: list[tuple[int, int, Prediction, str | None]] = []  # position, row, result, reference
+    waiting: list[tuple[Prediction, Columns]] = []  # results that the model is to write more for, from a feature each
     together = sharded(model)
     with torch.inference_mode() if not together else torch.no_grad():
         stream = strided(prepared.folder, prepared.manifest.shards, rank=rank, world=world, batch_size=batch_size)
@@ -108,13 +125,21 @@ def evaluate(
                     task.forward(model, network.batch(first_row(prepared.folder, prepared.manifest.shards)))
                 continue
             before(table.column("position").to_pylist())
-            measured = measure(model, task, features_of(table), network.processor, network.facts, device)
+            features = features_of(table)
+            measured = measure(model, task, features, network.processor, network.facts, device)
             total, items, results = total + measured.loss, items + measured.items, measured.predictions
             references = (
                 table.column("reference").to_pylist() if "reference" in table.column_names else [None] * len(results)
             )
             places = (table.column(name).to_pylist() for name in ("position", "row_id"))
             mine.extend(zip(*places, results, references, strict=True))
+            chosen, asked = task.asked(features)
+            for number_asked, place in enumerate(chosen):
+                one = {name: [values[number_asked]] for name, values in asked.items()}
+                waiting.append((results[place], one))
+        before([])
+        if not _write(network, waiting, batch_size, watch, together):
+            return None
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, (total, items))
     scores = {"loss": sum(t for t, _ in gathered) / max(1, sum(i for _, i in gathered))}
@@ -130,6 +155,29 @@ def evaluate(
     shared = [scores]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def _write(
+    network: Network, waiting: list[tuple[Prediction, Columns]], batch_size: int, watch: Watch, together: bool
+) -> bool:
+    """Lets the model generate for what waits, `batch_size` at a time, and joins that to its results; collective.
+
+    False where a rank was asked to leave. With sharded weights a rank that has none left writes for another's feature.
+    """
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (len(waiting), waiting[0][1] if waiting else None))
+    spare: Columns = next((feature for _, feature in shares if feature is not None), {})
+    for first in range(0, max(count for count, _ in shares), batch_size):
+        watch.at("generating")
+        if _leaving(watch, network.device):
+            return False
+        some = waiting[first : first + batch_size]
+        if not some and not together:
+            continue
+        asked = {name: [one[name][0] for _, one in some] or spare[name] for name in spare}
+        for (result, _), found in zip(some, generated(network, asked), strict=False):
+            result.update(found)
+    return True
 
 
 def _leaving(watch: Watch, device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def export(
     """
     task = recipe.task
     processor = task.processor(base)
-    network = task.load(base, facts, processor)
+    # Adapters that learned on weights in 4 bits are merged into these at their width, for merged they would be rounded.
+    whole = base if base.quantize is None else replace(base, quantize="4bit, and back")
+    network = task.load(whole, facts, processor)
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as folder:
         if recipe.model.lora is not None:
             network = adapted(network, recipe, task.blocks(network), new_parameters(network))

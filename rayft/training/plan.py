@@ -8,18 +8,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from rayft.recipe import Recipe
+from rayft.tasks.loading import require_bitsandbytes
 from rayft.tasks.task import Pretrained
 from rayft.training import engine, export, freeze
+
+FOUR_BITS = 4.127 / 8  # bytes of a weight in 4 bits and its share of the quantized constants (Dettmers et al. 2023)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """`trainable` learn in the first epoch, `most` in the last (gradual unfreezing); `total` are all, adapters too."""
+    """`trainable` learn in the first epoch, `most` in the last (gradual unfreezing); `total` are all, adapters too, and
+    `narrow` of them are kept in 4 bits."""
 
     trainable: int
     most: int
     total: int
+    narrow: int = 0
 
     @property
     def frozen(self) -> int:
@@ -27,11 +34,15 @@ class Parameters:
 
     def state_bytes(self, recipe: Recipe, stage: int) -> int:
         """Bytes of weights, gradients and optimizer state per worker, at the end of the run."""
-        return engine.state_bytes(recipe, stage, self.most, self.total - self.most)
+        return engine.state_bytes(recipe, stage, self.most, self._frozen_at_end(recipe))
 
     def zero_stage(self, recipe: Recipe, memory: int | None) -> int:
         """The stage of the whole run, for workers that have `memory` bytes each."""
-        return engine.zero_stage(recipe, self.most, self.total - self.most, memory)
+        return engine.zero_stage(recipe, self.most, self._frozen_at_end(recipe), memory)
+
+    def _frozen_at_end(self, recipe: Recipe) -> int:
+        """Frozen parameters, those in 4 bits as fewer ones of the usual width."""
+        return self.total - self.most - int(self.narrow * (1 - FOUR_BITS / engine.frozen_width(recipe, 0)))
 
 
 def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: Any, epochs: int) -> Parameters:
@@ -40,8 +51,11 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
     Raises ModelError where the model can't be built as the recipe asks, or a freezing depth or pattern does not fit it.
     Of a Hub id whose adapters are trained, a new head is not counted among what learns.
     """
+    if base.quantize:
+        require_bitsandbytes()
     with _quiet():
         network = recipe.task.load(replace(base, meta=True), facts, given)
+        narrow = _linear(network) if base.quantize else 0
         if recipe.model.lora is not None:
             new = export.new_parameters(network)
             network = freeze.adapted(network, recipe, recipe.task.blocks(network), new)
@@ -51,7 +65,14 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
             sum(sizes[name] for name in freeze.freeze(network, recipe.model, blocks, epoch).trainable)
             for epoch in (0, max(0, epochs - 1))
         )
-    return Parameters(first, last, sum(sizes.values()))
+    return Parameters(first, last, sum(sizes.values()), narrow)
+
+
+def _linear(network: Any) -> int:
+    """Weights of linear layers but for the last one, which stays as it is: those that are kept in 4 bits."""
+    last = network.get_output_embeddings()
+    linear = (module for module in network.modules() if isinstance(module, torch.nn.Linear) and module is not last)
+    return sum(module.weight.numel() for module in linear)
 
 
 def blocks(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: Any) -> int:

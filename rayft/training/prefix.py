@@ -106,9 +106,10 @@ class Prefix:
             self.blocks.append(block)
 
     def serve(self, split: str, rows: Sequence[int], device: torch.device) -> None:
-        """The next forward passes get the states of these rows of `split`; without stored ones the blocks compute."""
+        """The next forward passes get the states of these rows of `split`; without rows, or stored ones, the blocks
+        compute."""
         store = self.stores.get(split)
-        if store is None:
+        if store is None or not rows:
             self._shared.states = None
             return
         self._shared.ragged = store.ragged

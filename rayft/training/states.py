@@ -64,6 +64,7 @@ def states_folder(prepared: str, recipe: Recipe, identity: str, depth: int, stag
         # Frozen weights that are sharded while they are loaded stay float32.
         "narrow": recipe.model.dtype != "float32" and stage < 3,
         "attention": recipe.model.attention,
+        **({"quantize": recipe.model.quantize} if recipe.model.quantize else {}),
         "versions": [str(torch.__version__), transformers.__version__],
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]

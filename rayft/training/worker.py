@@ -41,6 +41,7 @@ def pretrained(recipe: Recipe, path: str) -> Pretrained:
         revision=model.revision,
         dtype=model.dtype if model.lora is not None else "float32",
         attention=model.attention,
+        quantize=model.quantize,
         dropout=model.dropout,
         trust_remote_code=model.trust_remote_code,
         seed=recipe.train.seed,

@@ -28,8 +28,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rayft.data.pack import pack, packed_table
-from rayft.errors import ModelError
+from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm import CausalLM, likelihood
+from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.task import Pretrained
 
@@ -173,6 +174,8 @@ def test_the_text_column_is_the_default() -> None:
         ({"prompt": "{}", "completion": "a"}, "columns' names in braces"),
         ({"prompt": "{q!r}", "completion": "a"}, "columns' names in braces"),
         ({"prompt": "{q", "completion": "a"}, "expected '}'"),
+        ({"text": "t", "answer_after": "####"}, "a text has none"),
+        ({"messages": "m", "chat": True}, "chat makes turns of prompt and completion"),
         ({"max_length": 1}, "greater than or equal to 2"),
     ],
 )
@@ -430,6 +433,95 @@ def test_a_conversation_is_continued_from_the_assistants_last_turn() -> None:
     assert made.features["input_ids"][0] == made.features["input_ids"][1]
     assert words(tokenizer, made.features["input_ids"][0]).endswith(f"<user>{SENTENCES[2]}<eos>\n<bot>")
     assert made.bad == {2: "`m`: there is no turn to answer"}
+
+
+def test_a_chat_of_prompt_and_completion_is_that_conversation() -> None:
+    rows = {"q": [SENTENCES[0], SENTENCES[2], "cough", None], "a": [SENTENCES[1], SENTENCES[3], " ", "x"]}
+    for template in (PLAIN_TEMPLATE, MARKED_TEMPLATE):
+        tokenizer = trained_tokenizer()
+        tokenizer.chat_template = template
+        for fields in ({}, {"train_on_prompt": True}):
+            made = encode(CausalLM(prompt="q", completion="a", chat=True, **fields), tokenizer, rows)
+            turns = encode(CausalLM(messages="m", **fields), tokenizer, {"m": [CHAT[:2], CHAT[2:]]})
+            assert made.features == turns.features
+            assert made.dropped == {2: "empty completion"}
+            assert made.bad == {3: "`q` is null; text is needed"}
+        asked = encode(CausalLM(prompt="q", completion="a", chat=True), tokenizer, {"q": rows["q"][:1]}, labelled=False)
+        assert words(tokenizer, asked.features["input_ids"][0]) == f"<bos><user>{SENTENCES[0]}<eos>\n<bot>"
+
+
+# Answers that are right or wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("6 * 7 = 42\n#### 42", "42"),
+        ("#### 1,080.0", "1080"),
+        ("#### 0.50\nand more", "0.5"),
+        ("#### - 5 .", "-5"),
+        ("####-0", "0"),
+        ("#### 3 #### 4", "4"),
+        ("#### 1e3", "1000"),
+        ("#### ten o'clock", "teno'clock"),
+        ("#### NaN", "NaN"),
+        ("####", ""),
+        ("42", None),
+    ],
+)
+def test_an_answer_stands_behind_the_last_mark(text: str, found: str | None) -> None:
+    assert answer(text, "####") == found
+
+
+def test_the_rows_that_are_asked_are_a_share_of_them_and_always_the_same() -> None:
+    rows = {"q": [f"question {number}" for number in range(4000)], "a": ["x"] * 4000}
+    few, half = ([row for row in range(4000) if chosen(rows, row, ("q", "a"), share)] for share in (0.1, 0.5))
+    assert len(few) == pytest.approx(400, abs=60)
+    assert set(few) < set(half)
+    turned = {name: values[::-1] for name, values in rows.items()}
+    assert few == sorted(3999 - row for row in range(4000) if chosen(turned, row, ("q", "a"), 0.1))
+
+
+def test_evaluation_asks_with_the_prompts_that_a_user_would_give() -> None:
+    tokenizer = trained_tokenizer("<bos> $A")
+    task = CausalLM(prompt="Q: {q}", completion=" {a}", answer_after="=", max_length=24)
+    rows = {"q": ["cough", "fever", SENTENCES[1]], "a": ["so = 1,000", "none", "= 7"]}
+    made = task.encode(rows, tokenizer, {}, evaluation=True)
+    assert made.rows == [0]
+    assert made.references == ["1000"]
+    assert made.bad == {1: "`q` and `a` has no '=', behind which its answer would stand (task.answer_after)"}
+    asked = task.encode({"q": ["cough"]}, tokenizer, {}, evaluation=True, labelled=False)
+    assert made.features["prompt_ids"] == asked.features["input_ids"]
+    assert asked.features["prompt_ids"] == [[]]
+    places, prompts = task.asked(made.features)
+    assert (places, prompts["input_ids"]) == ([0], asked.features["input_ids"])
+    assert task.encode(rows, tokenizer, {}, evaluation=False).rows == [0, 1]
+    none = task.model_copy(update={"answer_share": 1e-9}).encode(rows, tokenizer, {}, evaluation=True)
+    assert (none.references, none.features["prompt_ids"]) == ([None], [[]])
+
+
+def test_the_last_turn_of_a_conversation_is_the_one_that_is_asked() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<bot>{{ 'think ' if loop.last }}{{ m.content }}<eos>"
+        "{% else %}<user>{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    made = CausalLM(messages="m", answer_after="is").encode({"m": [CHAT]}, tokenizer, {}, evaluation=True)
+    assert made.rows == [0, 0]
+    assert made.references == ["examined", "examined"]
+    assert made.features["prompt_ids"][0] == []
+    assert words(tokenizer, made.features["prompt_ids"][1]).endswith(f"<user>{SENTENCES[2]}<eos><bot>")
+
+
+def test_exact_match_counts_the_asked_alone() -> None:
+    task = CausalLM(prompt="q", completion="a", answer_after="####", answer_share=0.5)
+    seen = {"nll": 2.0, "tokens": 2, "correct": 1}
+    texts = ["#### 4", "#### 4.0", "4", None]
+    given = [seen if text is None else {**seen, "text": text} for text in texts]
+    scores = task.score([task.combine([one]) for one in given], ["4", "4", "4", None])
+    assert scores == {"perplexity": math.e, "token_accuracy": 0.5, "exact_match": 2 / 3, "asked": 3.0}
+    with pytest.raises(DataError, match=r"answer_share is 0.5, which chose none of the 1 rows"):
+        task.score([seen], [None])
 
 
 # The model

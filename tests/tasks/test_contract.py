@@ -97,6 +97,8 @@ CELLS = {
     "file_name": [str(sorted((CELL_PICTURES / kind).glob("*.jpg"))[0]) for kind in ("RBC", "WBC", "Platelets")],
     "label": ["RBC", "WBC", "Platelets"],
 }
+CALCULATIONS = {"question": ["What is 6 times 7 ?", "And 2 more ?"], "answer": ["6 * 7 = 42\n#### 42", "42 + 2\n#### 44"]}
+ASKING = {"prompt": "question", "completion": "answer", "answer_after": "####", "max_new_tokens": 4}
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ CASES = (
         VIT,
         CELLS["file_name"][0],
     ),
+    Case("causal-lm", {**ASKING, "max_length": 32, "pack": False}, CALCULATIONS, DECODER),
 )
 
 
@@ -336,6 +339,11 @@ def predictions(loaded: Loaded, made: Any, how: str = "predict") -> list[dict[st
             parts = loaded.task.generate(loaded.network, *rest)
         else:
             parts = loaded.task.predict(loaded.task.forward(loaded.network, batch), *rest)
+            places, asked = loaded.task.asked(made.features)
+            if places:
+                again = (loaded.collate(asked), asked, *rest[2:])
+                for place, more in zip(places, loaded.task.generate(loaded.network, *again), strict=True):
+                    parts[place] |= more
     assert len(parts) == len(made.rows)
     assert json.loads(json.dumps(parts)) == parts
     rows = sorted(set(made.rows))

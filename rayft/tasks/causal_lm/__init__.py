@@ -12,7 +12,7 @@ assistant's turns of a conversation. A conversation is a list of {"role", "conte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,18 +24,17 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.generic import is_flash_attention_requested
 
-from rayft.errors import ModelError
+from rayft.errors import DataError, ModelError
+from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
-from rayft.tasks.causal_lm.chat import assistant_spans, conversation, rendered, within
 from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, per_row, summed_loss
-from rayft.tasks.causal_lm.words import ended, filled, pieces, tokenized
+from rayft.tasks.causal_lm.samples import Form, Sample, samples
+from rayft.tasks.causal_lm.words import pieces
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 
 NOTHING = {"text": "empty, or a single token", "prompt": "empty completion", "messages": "no assistant turn"}
-
-Sample = tuple[list[int], list[int]]  # token ids and their labels, not shifted
 
 
 class CausalLM(Task):
@@ -46,7 +45,12 @@ class CausalLM(Task):
     recipe is, so that a resolved recipe holds the template itself. A text longer than `max_length` tokens gives several
     features, each of which begins with the last token of the one before, so that every token is predicted once; a
     completion or conversation is cut. `pack` joins short sequences to rows of `max_length` tokens, in which none sees
-    another. `train_on_prompt` takes the loss over the prompt and the user's turns too.
+    another. `train_on_prompt` takes the loss over the prompt and the user's turns too. With `chat` a prompt is a user's
+    turn and its completion the assistant's, as the chat template writes them.
+
+    With `answer_after` evaluation writes on from prompts too, greedily, and counts the answers that are right: an
+    answer is what stands behind the last such mark. Writing is dear, so `answer_share` says for how many of the rows:
+    each is chosen, or not, by a hash of what it holds, which gives the same rows every time.
     """
 
     first_metric: ClassVar[str] = "perplexity"
@@ -56,11 +60,14 @@ class CausalLM(Task):
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    chat: bool = False
     chat_template: str | None = None
     max_length: int = Field(default=1024, ge=2)
     pack: bool = True
     train_on_prompt: bool = False
     max_new_tokens: int = Field(default=128, ge=1)
+    answer_after: str | None = Field(default=None, min_length=1)
+    answer_share: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -96,16 +103,18 @@ class CausalLM(Task):
         given = [name for name in ("text", "prompt", "messages") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one of them")
-        if self.chat_template is not None and self.messages is None:
-            raise ValueError("chat_template is for conversations; give their column as `messages`, or leave it out")
+        if self.chat and self.prompt is None:
+            raise ValueError("chat makes turns of prompt and completion; give both, or leave it out")
+        if self.chat_template is not None and self.messages is None and not self.chat:
+            raise ValueError(
+                "chat_template is for conversations; give their column as `messages`, or `chat: true`, or leave it out"
+            )
+        if self.answer_after is not None and self.text is not None:
+            raise ValueError("answer_after looks into completions, and a text has none; leave it out")
         return self
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
-        if self.messages is not None:
-            return (self.messages,)
-        forms = (self.text, self.prompt, self.completion if labelled else None)
-        names = (name for form in forms if form is not None for _, name in pieces(form) if name is not None)
-        return tuple(dict.fromkeys(names))
+        return self._form.columns(labelled)
 
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer, with a padding token and, for conversations, a chat template.
@@ -117,16 +126,21 @@ class CausalLM(Task):
             raise ModelError(
                 f"{model.path} ({config.model_type}) reads both ways; causal-lm needs a left-to-right model"
             )
-        tokenizer = load_tokenizer(model, self.max_length, None if self.messages is None else "task.messages")
+        turns = "task.messages" if self.messages is not None else "task.chat" if self.chat else None
+        tokenizer = load_tokenizer(model, self.max_length, turns)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
-        if self.messages is not None and not tokenizer.chat_template:
+        if turns is not None and not tokenizer.chat_template:
             raise ModelError(f"the tokenizer of {model.path} has no chat template; give one as task.chat_template")
         return tokenizer
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
-        """`labels` are as long as `input_ids` and not shifted; -100 where the loss is not taken."""
-        return pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+        """`labels` are as long as `input_ids` and not shifted; -100 where the loss is not taken.
+
+        For evaluation with `answer_after`, `prompt_ids` are what is written on from; none where nothing is.
+        """
+        names = ["input_ids", "labels", *(["prompt_ids"] if evaluation and self.answer_after else [])]
+        return pa.schema([(name, pa.list_(pa.int32())) for name in names])
 
     def packs(self) -> int | None:
         return self.max_length if self.pack else None
@@ -134,7 +148,8 @@ class CausalLM(Task):
     def encode(
         self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
     ) -> Encoded:
-        """Features with something to learn from; references are None, since the labels are the truth.
+        """Features with something to learn from; references are None, since the labels are the truth, or the right
+        answer where the model is asked for it.
 
         labelled=False gives prompts for `generate`, of at most the last `max_length` tokens: the text, the prompt, or
         the conversation up to the assistant's last turn.
@@ -144,7 +159,7 @@ class CausalLM(Task):
         truncated: dict[int, None] = {}
         features: Columns = {"input_ids": [], "labels": []}
         sources: list[int] = []
-        for row, (ids, labels) in self._samples(rows, processor, labelled, bad):
+        for row, (ids, labels) in samples(self._form, rows, processor, labelled, bad):
             kept = [cut for cut in self._cut(ids, labels, labelled) if cut[0] and (learnable(cut[1]) or not labelled)]
             for part, targets in kept:
                 features["input_ids"].append(part)
@@ -156,9 +171,14 @@ class CausalLM(Task):
                 truncated[row] = None
         for row in sources:  # another turn of the same conversation was kept
             dropped.pop(row, None)
-        references = [None] * len(sources) if evaluation else None
         lengths = [len(ids) for ids in features["input_ids"]]
-        return Encoded(features, sources, lengths, references, list(truncated), dropped, bad)
+        made = Encoded(features, sources, lengths, None, list(truncated), dropped, bad)
+        if evaluation and labelled and self.answer_after is not None:
+            asking = Asking(self.answer_after, self.answer_share, self.max_length)
+            return asking.joined(made, rows, self._form, processor)
+        if evaluation and self.answer_after is not None:
+            features["prompt_ids"] = [[] for _ in sources]
+        return replace(made, references=[None] * len(sources)) if evaluation else made
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """The model as it is; generation stops at the tokenizer's end of sequence too.
@@ -255,77 +275,46 @@ class CausalLM(Task):
         device = batch["input_ids"].device
         return [{"text": text} for text in continuations(inner(model), prompts, processor, self.max_new_tokens, device)]
 
+    def asked(self, features: Columns) -> tuple[list[int], Columns]:
+        """The prompts of the rows whose answers are counted."""
+        prompts = features.get("prompt_ids", [])
+        places = [place for place, ids in enumerate(prompts) if len(ids)]
+        ids = [list(prompts[place]) for place in places]
+        return places, {"input_ids": ids, "labels": [[IGNORED] * len(row) for row in ids]}
+
     def combine(self, parts: list[Prediction]) -> Prediction:
-        """Sums over the windows of a text or the turns of a conversation."""
-        if "text" in parts[0]:
-            return parts[0]
-        return {name: sum(part[name] for part in parts) for name in ("nll", "tokens", "correct")}
+        """Sums over the windows of a text or the turns of a conversation, and what was written."""
+        sums = {name: sum(part[name] for part in parts) for name in ("nll", "tokens", "correct") if name in parts[0]}
+        written = [part["text"] for part in parts if "text" in part]
+        return sums | ({"text": written[-1]} if written else {})
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
-        """perplexity (per token of this tokenizer) and token_accuracy (a share of 1), over all predicted tokens."""
+        """perplexity (per token of this tokenizer) and token_accuracy (a share of 1), over all predicted tokens; with
+        `answer_after` exact_match, the share of right answers among those asked for, whose number is `asked`."""
         total = self.combine(predictions)
         tokens = max(1, total["tokens"])
         # math.exp knows no number above e^709
-        return {"perplexity": math.exp(min(total["nll"] / tokens, 700.0)), "token_accuracy": total["correct"] / tokens}
+        scores = {
+            "perplexity": math.exp(min(total["nll"] / tokens, 700.0)),
+            "token_accuracy": total["correct"] / tokens,
+        }
+        if self.answer_after is None:
+            return scores
+        pairs = zip(predictions, references, strict=True)
+        written = [(found["text"], truth) for found, truth in pairs if "text" in found]
+        if not written:
+            raise DataError(
+                f"task.answer_share is {self.answer_share:g}, which chose none of the {len(predictions):,} rows that"
+                " are scored; a larger share fits"
+            )
+        return {**scores, "exact_match": exact_match(written, self.answer_after), "asked": float(len(written))}
 
     def pipeline(self) -> str | None:
         return "text-generation"
 
-    def _samples(
-        self, rows: Columns, tokenizer: Any, labelled: bool, bad: dict[int, str]
-    ) -> Iterator[tuple[int, Sample]]:
-        """(row, sample) for all rows that don't go to `bad`, in their order; uncut."""
-        if self.messages is not None:
-            for row, value in enumerate(rows[self.messages]):
-                try:
-                    yield from ((row, sample) for sample in self._conversation(value, tokenizer, labelled))
-                except ValueError as fault:
-                    bad[row] = f"`{self.messages}`: {fault}"
-            return
-        forms = [form for form in (self.text, self.prompt, self.completion if labelled else None) if form is not None]
-        texts: dict[int, list[str]] = {}
-        for row in range(len(next(iter(rows.values()), []))):
-            try:
-                texts[row] = [filled(form, rows, row) for form in forms]
-            except ValueError as fault:
-                bad[row] = str(fault)
-        whole = tokenized(tokenizer, ["".join(parts) for parts in texts.values()], end=labelled)
-        if not labelled or self.text is not None:
-            for (row, parts), ids in zip(texts.items(), whole, strict=True):
-                yield row, (ids, ids if labelled and parts[0].strip() else [IGNORED] * len(ids))
-            return
-        prompts = tokenized(tokenizer, [prompt for prompt, _ in texts.values()], end=False)
-        for (row, (_, completion)), ids, prompt in zip(texts.items(), whole, prompts, strict=True):
-            if ids[: len(prompt)] == prompt:
-                answer = ids[len(prompt) :]
-            else:  # a token spans both, but whoever generates gives the model the prompt's tokens alone
-                own = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-                answer = ended(own, tokenizer.eos_token_id)
-            asked = prompt if self.train_on_prompt else [IGNORED] * len(prompt)
-            labels = [*asked, *answer] if completion else [IGNORED] * (len(prompt) + len(answer))
-            yield row, ([*prompt, *answer], labels)
-
-    def _conversation(self, value: Any, tokenizer: Any, labelled: bool) -> Iterator[Sample]:
-        """One sample, or where the template shows a turn otherwise once it is past, one per assistant turn."""
-        messages = conversation(value)
-        if not labelled:
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            if not messages:
-                raise ValueError("there is no turn to answer")
-            text = rendered(tokenizer, messages, add_generation_prompt=True)
-            shown: list[tuple[str, list[tuple[int, int]]]] = [(text, [])]
-        elif self.train_on_prompt:
-            text = rendered(tokenizer, messages)
-            shown = [(text, [(0, len(text))])]
-        else:
-            shown = assistant_spans(tokenizer, messages)
-        for text, spans in shown:
-            # The template writes the beginning and end of a sequence itself.
-            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            inside = [any(within(offset, span) for span in spans) for offset in found["offset_mapping"]]
-            ids = found["input_ids"]
-            yield ids, [token if label else IGNORED for token, label in zip(ids, inside, strict=True)]
+    @property
+    def _form(self) -> Form:
+        return Form(self.text, self.prompt, self.completion, self.messages, self.chat, self.train_on_prompt)
 
     def _cut(self, ids: list[int], labels: list[int], labelled: bool) -> list[Sample]:
         """A sample as features of at most `max_length` tokens."""

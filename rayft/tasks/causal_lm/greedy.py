@@ -14,7 +14,8 @@ def continuations(
 ) -> list[str]:
     """One text per prompt, without the prompt and without special tokens.
 
-    Where prompt and continuation are more than the model's positions, the prompt loses its beginning.
+    Where prompt and continuation are more than the model's positions, the prompt loses its beginning. With weights that
+    are sharded over processes (ZeRO-3) all of them have to call this as often; each goes on until the last has ended.
     """
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
     new = int(min(max_new_tokens, limit - 1))
@@ -30,5 +31,10 @@ def continuations(
         do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=new, use_cache=True
     )
     with torch.no_grad():
-        written = network.generate(tokens.to(device), attention_mask=mask.to(device), generation_config=settings)
+        written = network.generate(
+            tokens.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            synced_gpus=any(hasattr(parameter, "ds_id") for parameter in network.parameters()),
+        )
     return list(tokenizer.batch_decode(written[:, width:], skip_special_tokens=True))
