@@ -99,5 +99,5 @@ def test_what_is_drawn_anew_is_not_put_into_four_bits() -> None:
     network = torch.nn.Linear(2, 2)
     network.weight = torch.nn.Parameter(torch.zeros(2, 1, dtype=torch.uint8), requires_grad=False)
     loading._refuse_quantized(Pretrained("m"), network, {"bias"})
-    with pytest.raises(ModelError, match="model.quantize: m lacks weight, which can't learn in 4 bits"):
+    with pytest.raises(ModelError, match=r"model.quantize: m lacks weight, which can't learn in 4 bits"):
         loading._refuse_quantized(Pretrained("m"), network, {"weight", "bias"})
