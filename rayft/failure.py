@@ -103,9 +103,9 @@ def cause(error: BaseException, places: list[Place], recipe: Recipe) -> RayftErr
 def advice(recipe: Recipe) -> str:
     """What would need less memory, of what the recipe does not do yet."""
     train, model = recipe.train, recipe.model
-    stage = recipe.deepspeed.zero_stage
+    stage, half = recipe.deepspeed.zero_stage, train.micro_batch_size // 2
     means = [
-        (train.micro_batch_size > 1, f"train.micro_batch_size={max(1, train.micro_batch_size // 2)} (same model)"),
+        (half >= recipe.task.coupled(), f"train.micro_batch_size={half} (same model)"),
         (not model.gradient_checkpointing, "model.gradient_checkpointing=true (same model, about a third slower)"),
         (stage != 3, f"deepspeed.zero_stage={3 if stage in ('auto', 2) else 2} (same model)"),
         (recipe.deepspeed.offload == "none", "deepspeed.offload=optimizer (same model)"),

@@ -50,7 +50,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
     """In one process: builds the best model, scores it, exports it."""
     import torch
 
-    from rayft.training import checkpoint, export, freeze
+    from rayft.training import checkpoint, export, freeze, pictures
     from rayft.training.evaluate import Network, evaluate
     from rayft.training.watch import Watch
     from rayft.training.worker import pretrained
@@ -63,7 +63,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
     facts = prepared["train"].manifest.facts
     base = pretrained(recipe, fetch_model(recipe.model.path))
     processor = task.processor(base)
-    best, scores = _best(recipe.folder)
+    best, step, scores = _best(recipe.folder)
     if "test" in prepared:
         network = task.load(base, facts, processor)
         if recipe.model.lora is not None:
@@ -75,15 +75,16 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
         size = 2 * recipe.train.micro_batch_size
         narrow = recipe.model.dtype != "float32"
         with torch.autocast(device.type, getattr(torch, recipe.model.dtype), enabled=narrow):
-            tested = evaluate(model, prepared["test"], size, Watch(None, 0))
+            drawn = pictures.keep(recipe.folder, step, "test")
+            tested = evaluate(model, prepared["test"], size, Watch(None, 0), keep=drawn)
         scores |= {f"test_{name}": value for name, value in (tested or {}).items()}
     data = {split: one.manifest.key for split, one in prepared.items()}
     export.export(recipe, base, facts, best, scores, data, target)
     return scores
 
 
-def _best(run: str) -> tuple[str, dict[str, float]]:
-    """The checkpoint of a run's best model, and its validation scores."""
+def _best(run: str) -> tuple[str, int, dict[str, float]]:
+    """The checkpoint of a run's best model, its step and its validation scores."""
     from rayft.training import checkpoint
 
     newest = checkpoint.newest(storage.join(run, "checkpoints"))
@@ -91,4 +92,4 @@ def _best(run: str) -> tuple[str, dict[str, float]]:
         raise CheckpointError(f"{run} has no checkpoint of its best model")
     state = json.loads(storage.read_text(storage.join(newest, "state.json")))
     best = state["best"]
-    return storage.join(run, "checkpoints", best["checkpoint"]), dict(best["scores"])
+    return storage.join(run, "checkpoints", best["checkpoint"]), int(best["step"]), dict(best["scores"])

@@ -18,6 +18,10 @@ from rayft.tasks.task import Task
 _NAMES = {
     "text": ("text", "sentence", "content", "review", "message", "sms", "tweet", "document", "body", "utterance"),
     "label": ("label", "labels", "category", "class", "intent", "sentiment", "topic", "target"),
+    "target": ("score", "similarity_score", "similarity"),
+    "anchor": ("anchor",),
+    "positive": ("positive",),
+    "negative": ("negative",),
     "question": ("question",),
     "context": ("context", "passage", "paragraph"),
     "answers": ("answers",),
@@ -33,8 +37,11 @@ _FORMS = (
     ("question", "context", "answers"),
     ("tokens", "tags"),
     ("messages",),
+    ("anchor", "positive", "negative"),
+    ("anchor", "positive"),
     ("prompt", "completion"),
     ("text", "label"),
+    ("text", "target"),
     ("text",),
 )
 
@@ -67,9 +74,10 @@ def _readings(columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """What the columns may be for, field of a task -> column, the most telling reading first."""
     lower = {column.lower(): column for column in reversed(columns)}
     for first, second in _PAIRS:
-        label = next((lower[name] for name in _NAMES["label"] if name in lower), None)
-        if first in lower and second in lower and label:
-            yield {"text": lower[first], "text_pair": lower[second], "label": label}
+        for role in ("label", "target"):
+            truth = next((lower[name] for name in _NAMES[role] if name in lower), None)
+            if first in lower and second in lower and truth:
+                yield {"text": lower[first], "text_pair": lower[second], role: truth}
     for form in _FORMS:
         found = {role: next((lower[name] for name in _NAMES[role] if name in lower), None) for role in form}
         fields = {role: column for role, column in found.items() if column is not None}

@@ -14,7 +14,10 @@ from rayft.errors import ModelError
 
 # Weights, config, tokenizer and a model's own code; not model cards, nor other formats of the same weights.
 _CONTENT = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab")
+_WEIGHTS = (".safetensors", ".bin")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+UNTRAINED = "model.path: `{}` holds a config and no weights: they are drawn from train.seed, nothing is pretrained"
 
 
 def fetch_model(path: str) -> str:
@@ -40,10 +43,18 @@ def fetch_model(path: str) -> str:
     return path
 
 
-def model_identity(path: str, revision: str | None = None) -> str:
+def without_weights(path: str) -> bool:
+    """Whether the model at `path`, as `fetch_model` gave it, is a config alone: its weights are drawn from the seed."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return False
+    return not any(name.endswith(_WEIGHTS) for name in os.listdir(path))
+
+
+def model_identity(path: str, revision: str | None = None, seed: int = 0) -> str:
     """What identifies the model at `path`, as `fetch_model` gave it: a hash of its files, or "hub:<id>@<revision>".
 
-    The hash covers names and contents of weights, config, tokenizer and code, wherever the folder lies.
+    The hash covers names and contents of weights, config, tokenizer and code, wherever the folder lies. Of a config
+    alone the seed counts too, from which its weights are drawn.
     """
     if not os.path.isdir(path):
         return f"hub:{path}@{revision or 'main'}"
@@ -53,6 +64,8 @@ def model_identity(path: str, revision: str | None = None) -> str:
     total = hashlib.sha256()
     for entry in entries:
         total.update(f"{os.path.relpath(entry.path, path)}\0{storage.content_hash(entry)}\0".encode())
+    if without_weights(path):
+        total.update(f"drawn from {seed}".encode())
     return total.hexdigest()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rayft import placement, storage
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
-from rayft.models import fetch_model, model_identity
+from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.text import check_lines, size
@@ -140,9 +140,11 @@ class _Check:
         recipe = self.recipe
         path = fetch_model(recipe.model.path)
         if self.record is not None and self.report["run"]["state"] is not None:
-            self.record.refuse_other_model(model_identity(path, recipe.model.revision))
+            self.record.refuse_other_model(model_identity(path, recipe.model.revision, recipe.train.seed))
         self.processor = recipe.task.processor(pretrained(recipe, path))
         self.model_path = path
+        if without_weights(path):
+            self.report["warnings"].append(UNTRAINED.format(recipe.model.path))
 
     def _on_cluster(self) -> None:
         from rayft.session import cluster
@@ -234,17 +236,18 @@ class _Check:
         if self.record is not None and report["run"]["state"] is not None:
             with self._gathering():
                 self.record.refuse_other_data(self.prepared["train"].manifest.key)
+        from rayft.data.order import micro_batches, share
         from rayft.training.schedule import order, total_steps
 
         train, workers = self.recipe.train, self.recipe.cluster.max_workers
         per_epoch = order(self.recipe, self.prepared["train"]).steps_per_epoch
-        share = -(-train.global_batch_size // workers)
+        group = self.recipe.task.coupled()
         report["steps"] = {
             "total": total_steps(train, per_epoch),
             "per_epoch": per_epoch,
             "global_batch_size": train.global_batch_size,
-            "rows_per_worker": share,
-            "micro_batches": -(-share // train.micro_batch_size),
+            "rows_per_worker": len(share(train.global_batch_size, workers, 0, group)),
+            "micro_batches": len(micro_batches(train.global_batch_size, workers, 0, train.micro_batch_size, group)),
         }
 
     def _sweep(self, memory: int | None) -> None:

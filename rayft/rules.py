@@ -55,6 +55,22 @@ def batch_holds_workers(workers: int | Workers, batch: int) -> Faults:
         yield Fault(where, "too many workers", show(most), fits)
 
 
+def batches_hold_groups(task: Any, micro: int, batch: int, workers: int | Workers) -> Faults:
+    """Rows that a task couples stay together, on one worker and in one forward pass."""
+    group, most = task.coupled(), Cluster(workers=workers).max_workers
+    if group == 1:
+        return
+    groups = f"whole groups of {group} rows, which the task couples"
+    if batch % group:
+        yield Fault("train.global_batch_size", f"not {groups}", show(batch), f"a multiple of {group} fits")
+    elif batch // group < most <= batch:
+        where = "cluster.workers.max" if isinstance(workers, Workers) else "cluster.workers"
+        fits = f"each needs a group of train.global_batch_size, so at most {batch // group} fits"
+        yield Fault(where, "too many workers", show(most), fits)
+    if micro < group <= batch:
+        yield Fault("train.micro_batch_size", f"too small for {groups}", show(micro), f"{group} or more fits")
+
+
 def workers_in_order(workers: int | Workers) -> Faults:
     if isinstance(workers, Workers) and workers.min > workers.max:
         fits = f"a whole number of at most {workers.max}, which is `max`, fits"
@@ -198,6 +214,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("train.epochs", "train.max_steps"), some_end),
     (("train.micro_batch_size", "train.global_batch_size"), batch_holds_micro_batch),
     (("cluster.workers", "train.global_batch_size"), batch_holds_workers),
+    (("task", "train.micro_batch_size", "train.global_batch_size", "cluster.workers"), batches_hold_groups),
     (("cluster.workers",), workers_in_order),
     (("model.lora", "model.freeze", "model.unfreeze_every"), adapters_freeze_the_rest),
     (("model.unfreeze_every", "model.freeze", "model.lora"), unfreezing_needs_frozen_blocks),

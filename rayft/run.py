@@ -11,7 +11,7 @@ from rayft import placement, storage
 from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
 from rayft.failure import AGAIN, Left, decide
 from rayft.gauges import Gauges
-from rayft.models import fetch_model, model_identity
+from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.stopping import Stop
@@ -40,7 +40,7 @@ def run(
     if text := placement.passing(recipe):
         show({"event": "warning", "text": text})
     model_path = fetch_model(recipe.model.path)
-    identity = model_identity(model_path, recipe.model.revision)
+    identity = model_identity(model_path, recipe.model.revision, recipe.train.seed)
     if not restart:
         record.refuse_other_model(identity)
     from rayft.session import cluster
@@ -129,6 +129,8 @@ def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: 
     from rayft.training.schedule import order, total_steps
     from rayft.training.worker import pretrained
 
+    if without_weights(model_path):
+        show({"event": "note", "text": UNTRAINED.format(recipe.model.path)})
     for split, data in prepared.items():
         for text in data.manifest.notes(split):
             show({"event": "note", "text": text})

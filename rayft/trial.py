@@ -20,6 +20,7 @@ import ray.tune
 
 from rayft import storage
 from rayft.errors import RayftError, Stopped, Superseded
+from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.takeover import take_over
@@ -152,12 +153,20 @@ def _processor(recipe: Recipe, base: Any) -> Any:
     return _processors[key]
 
 
+def _identity(recipe: Recipe, path: str, shared: Shared) -> str:
+    """What identifies the trial's base model, which lies at `path`."""
+    swept = shared.recipe
+    if (recipe.model.path, recipe.train.seed) == (swept["model"]["path"], swept["train"]["seed"]):
+        return shared.identity
+    return model_identity(path, recipe.model.revision, recipe.train.seed)
+
+
 def _here(recipe: Recipe, shared: Shared) -> Work:
     """Trains in this process."""
     import torch
 
     from rayft.data.window import local_shares
-    from rayft.models import fetch_model, model_identity
+    from rayft.models import fetch_model
     from rayft.session import quiet
     from rayft.training import checkpoint
     from rayft.training.watch import Watch
@@ -170,7 +179,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     path = fetch_model(recipe.model.path)
     base = pretrained(recipe, path)
     prepared = _prepared(recipe, path, shared)
-    identity = shared.identity if recipe.model.path == shared.recipe["model"]["path"] else model_identity(path)
+    identity = _identity(recipe, path, shared)
 
     def load(how: Any, facts: dict[str, Any], processor: Any) -> Any:
         found = shared.warm.load(how) if shared.warm is not None else None

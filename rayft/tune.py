@@ -57,7 +57,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     if text := placement.passing(recipe):
         show({"event": "warning", "text": text})
     model_path = fetch_model(recipe.model.path)
-    identity = model_identity(model_path, recipe.model.revision)
+    identity = model_identity(model_path, recipe.model.revision, recipe.train.seed)
     if not restart:
         record.refuse_other_model(identity)
     from rayft.session import cluster, quiet

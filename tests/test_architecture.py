@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rayft import tasks
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rayft"
 
@@ -37,6 +39,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.task",
         "tasks.loading",
         "tasks.labels",
+        "tasks.files",
+        "tasks.charts",
+        "tasks.images",
+        "tasks.texts",
         "tasks.*",
         "tasks",
         "task_section",
@@ -49,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.places",
         "data.spread",
         "data.formats",
+        "data.classes",
         "data.hub",
         "data.source",
         "data.scan",
@@ -63,6 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training",
         "training.metrics",
         "training.watch",
+        "training.pictures",
         "training.schedule",
         "training.freeze",
         "training.engine",
@@ -148,7 +156,7 @@ def module_name(path: Path) -> str:
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.items()}
-PARTS = ("tasks.task", "tasks.loading", "tasks.labels")  # what tasks are built from
+PARTS = tuple(f"tasks.{name}" for name in tasks.PARTS)
 TASKS = sorted(name for name in FILES if name.startswith("tasks.") and name not in PARTS)
 
 

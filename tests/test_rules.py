@@ -9,6 +9,7 @@ import pytest
 from rayft import rules
 from rayft.document import set_field
 from rayft.recipe import Recipe
+from rayft.tasks import find
 
 SOUND: dict[str, Any] = {
     "name": "n",
@@ -26,12 +27,19 @@ def recipe_with(fields: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+COUPLED = {"type": "sentence-embedding"}  # groups of 16 rows
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train.epochs": None}, "train.epochs"),
     ({"train.micro_batch_size": 64}, "train.micro_batch_size"),
     ({"cluster.workers": 33}, "cluster.workers"),
     ({"cluster.workers": {"min": 1, "max": 33}}, "cluster.workers.max"),
     ({"cluster.workers": {"min": 3, "max": 2}}, "cluster.workers.min"),
+    ({"task": COUPLED, "train.global_batch_size": 40}, "train.global_batch_size"),
+    ({"task": COUPLED, "train.global_batch_size": 8}, "train.global_batch_size"),
+    ({"task": COUPLED, "train.micro_batch_size": 15}, "train.micro_batch_size"),
+    ({"task": COUPLED, "cluster.workers": 3}, "cluster.workers"),
+    ({"task": COUPLED, "cluster.workers": {"min": 1, "max": 3}}, "cluster.workers.max"),
     ({"model.lora": {}, "model.freeze": ["a.*"]}, "model.freeze.patterns"),
     ({"model.lora": {}, "model.unfreeze_every": 1}, "model.unfreeze_every"),
     ({"model.unfreeze_every": 1}, "model.unfreeze_every"),
@@ -72,6 +80,9 @@ PASSED: list[dict[str, Any]] = [
     {"train.micro_batch_size": 32},
     {"train.global_batch_size": 4},
     {"cluster.workers": 32},
+    {"task": COUPLED, "cluster.workers": 2},
+    {"task": COUPLED, "train.micro_batch_size": 20},
+    {"task": {**COUPLED, "group_size": 2}, "train.global_batch_size": 4, "cluster.workers": 2},
     {"cluster.workers": {"min": 2, "max": 2}},
     {"model.lora": {"r": 4}, "model.freeze": 0},
     {"model.lora": {"r": 4}, "model.freeze": 2, "model.cache_frozen": "on"},
@@ -96,11 +107,15 @@ PASSED: list[dict[str, Any]] = [
 ]
 
 
-def broken(fields: dict[str, Any], unsound: tuple[str, ...] = ()) -> list[str]:
-    """Where the rules see faults; built past `parse`, which would refuse."""
+def unchecked(fields: dict[str, Any]) -> Recipe:
+    """Built past `parse`, which would refuse."""
     data = recipe_with(fields)
-    kind = type(Recipe.parse(SOUND).task)
-    return [fault.where for fault in rules.broken(Recipe.model_validate({**data, "task": kind()}), unsound)]
+    return Recipe.model_validate({**data, "task": find(data["task"]["type"])(**data["task"])})
+
+
+def broken(fields: dict[str, Any], unsound: tuple[str, ...] = ()) -> list[str]:
+    """Where the rules see faults."""
+    return [fault.where for fault in rules.broken(unchecked(fields), unsound)]
 
 
 @pytest.mark.parametrize(("fields", "where"), REFUSED, ids=str)
@@ -129,10 +144,17 @@ def test_rules_about_other_fields_are_asked_all_the_same() -> None:
     assert broken({"train.micro_batch_size": 64}, ("train.epochs", "model")) == ["train.micro_batch_size"]
 
 
+def test_a_fault_of_groups_names_both_numbers() -> None:
+    (fault,) = rules.broken(unchecked({"task": COUPLED, "train.micro_batch_size": 8}), ())
+    assert str(fault) == (
+        "train.micro_batch_size: too small for whole groups of 16 rows, which the task couples, got 8; 16 or more fits"
+    )
+
+
 def test_each_rule_refuses_something() -> None:
     refusing = set()
     for fields, _ in REFUSED:
-        recipe = Recipe.model_validate({**recipe_with(fields), "task": Recipe.parse(SOUND).task})
+        recipe = unchecked(fields)
         for names, rule in rules.RULES:
             if any(True for _ in rule(*(rules._value(recipe, name) for name in names))):
                 refusing.add(rule)

@@ -3,7 +3,7 @@
     chunks (row groups), permuted per epoch:   c7 c2 c9 c0 ...
     cut into windows of whole global batches:  [ window 0 ][ window 1 ] ... [ last ]
     a window's rows, shuffled, sorted by length, cut into global batches, and these shuffled again
-    a global batch's rows, dealt to the ranks: rank r of n takes r, r+n, ...
+    a global batch's rows, dealt to the ranks: rank r of n takes r, r+n, ...; where a task couples rows, groups of them
 
 Rows of like length meet in a batch, so that little is padding and no rank waits for a longer share. The number of ranks
 comes in only at the last line. Random numbers are raw 64-bit words of Philox, which neither numpy's version nor the
@@ -84,6 +84,7 @@ class Order:
     A window has about `window_rows` rows, more where an epoch would have too many windows, fewer where rows are large:
     `bytes_per_row` caps it at 64 MiB. It holds at least one global batch. `chunks` are kept as an array of shape
     (chunks, 3), since a billion rows have two million: every worker holds them, and those of an epoch still to come.
+    `group` consecutive rows of a global batch go to one rank, in one micro-batch: see `Task.coupled`.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class Order:
         shuffle: bool = True,
         window_rows: int = WINDOW_ROWS,
         bytes_per_row: float = 0.0,
+        group: int = 1,
     ):
         given = np.asarray(chunks, np.int32).reshape(-1, 3)
         self.chunks = given[given[:, 2] > 0]
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.group = group
         self.rows = int(self.chunks[:, 2].sum(dtype=np.int64))
         if not self.rows:
             raise DataError("the training split has no rows left after preparation")
@@ -195,21 +198,23 @@ class _Layout:
         return tuple(pieces)
 
 
-def share(rows: int, world: int, rank: int) -> slice:
-    """What rank `rank` of `world` takes of a global batch of `rows` rows."""
-    return slice(rank, rows, world)
+def share(rows: int, world: int, rank: int, group: int = 1) -> np.ndarray:
+    """The places that rank `rank` of `world` takes of a global batch of `rows` rows, which it gets in whole groups."""
+    places = np.arange(rows)
+    return places[places // group % world == rank]
 
 
-def micro_batches(rows: int, world: int, rank: int, micro_batch_size: int) -> tuple[slice, ...]:
-    """Cuts a rank's share of a global batch of `rows` rows into micro-batches of nearly equal size.
+def micro_batches(rows: int, world: int, rank: int, micro_batch_size: int, group: int = 1) -> tuple[slice, ...]:
+    """Cuts a rank's share of a global batch of `rows` rows into micro-batches of nearly as many whole groups.
 
     Every rank makes as many as the one with the largest share, so that all meet in the same collective operations;
-    those that have no row for it get an empty slice.
+    those that have no row for it get an empty slice. `micro_batch_size` holds one group at least.
     """
-    own = len(range(rank, rows, world))
-    count = max(1, math.ceil(math.ceil(rows / world) / micro_batch_size))
+    groups, held = math.ceil(rows / group), len(share(rows, world, rank, group))
+    own = len(range(rank, groups, world))
+    count = max(1, math.ceil(math.ceil(groups / world) / (micro_batch_size // group)))
     size, larger = divmod(own, count)
-    ends = [size * i + min(i, larger) for i in range(count + 1)]
+    ends = [min(held, (size * i + min(i, larger)) * group) for i in range(count + 1)]
     return tuple(slice(begin, end) for begin, end in itertools.pairwise(ends))
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from rayft import storage
-from rayft.data import formats, hub
+from rayft.data import classes, formats, hub
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.storage import Entry
@@ -42,7 +42,8 @@ class Fragment:
     size       bytes to work through: uncompressed, with the files that a metadata file names
     first_row  the number of its first row in the file
     rows       how many rows it holds, where that is known without reading it
-    part       Parquet: row groups [start, stop); Hub data: (shard, shards); None: the whole file
+    part       Parquet: row groups [start, stop); Hub data: (shard, shards); files in folders: [start, stop) of them;
+               None: the whole file
     """
 
     path: str
@@ -184,6 +185,8 @@ def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.T
         return formats.read_parquet(fragment.path, fragment.part or (0, 0), fragment.first_row, wanted, batch_size)
     if fragment.format == "hf":
         return hub.read_hub(fragment.path, fragment.part or (0, 1))
+    if fragment.format == classes.FORMAT:
+        return classes.read(fragment.path, fragment.part or (0, 0))
     readers: dict[str, Callable[[str], formats.Table]] = {
         "csv": lambda path: formats.read_csv(path, ","),
         "tsv": lambda path: formats.read_csv(path, "\t"),
@@ -250,6 +253,8 @@ def _hub(path: str, split: str) -> list[Fragment]:
 def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
     entries = storage.expand(storage.absolute(path))
     chosen = _chosen(entries)
+    if not chosen and (named := classes.media(entries)):
+        return _classes(storage.absolute(path), named)
     if not chosen:
         endings = ", ".join(f".{ending}" for ending in FORMATS)
         if not entries:
@@ -257,8 +262,8 @@ def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
         if len(entries) == 1:
             raise DataError(f"{path} is no file of rows; {endings} fit, .gz after any but .parquet too")
         raise DataError(
-            f"{path}: none of its {len(entries)} files is a file of rows ({endings}) or a list of them "
-            f"({' or '.join(METADATA)})"
+            f"{path}: none of its {len(entries)} files is a file of rows ({endings}), a list of them "
+            f"({' or '.join(METADATA)}), a picture or a sound"
         )
     pieces = mapped(_pieces, range(len(chosen)), chosen)
     return [piece for some in pieces for piece in some]
@@ -267,7 +272,8 @@ def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
 def _chosen(entries: list[Entry]) -> list[Entry]:
     """The files of rows among `entries`.
 
-    What lies in the folder of a metadata file is what it describes; a text beside tables is a note about them.
+    What lies in the folder of a metadata file is what it describes; a text beside tables, pictures or sounds is a note
+    about them.
     """
     described = tuple(f"{folder}/" for entry in entries if (folder := _folder(entry.path)) is not None)
     if described:
@@ -276,6 +282,8 @@ def _chosen(entries: list[Entry]) -> list[Entry]:
             [*(entry for entry in entries if _folder(entry.path) is not None), *others], key=lambda entry: entry.path
         )
     tables = [entry for entry in entries if _format(entry.path) in TABLES]
+    if not tables and classes.media(entries):
+        return []
     return tables or [entry for entry in entries if _format(entry.path)]
 
 
@@ -301,6 +309,18 @@ def _pieces(file: int, entry: Entry) -> list[Fragment]:
         size += sum(one.size for one in beside)
     whole = Fragment(entry.path, kind, file, 0, content, size)
     return _parts(whole) if kind == "parquet" else [whole]
+
+
+def _classes(path: str, files: list[Entry]) -> list[Fragment]:
+    """Pictures or sounds in a folder per class, as runs of them."""
+    found = []
+    for start, stop in classes.parts(files, PART_BYTES):
+        some = files[start:stop]
+        hashes = [(classes.name(entry), storage.content_hash(entry)) for entry in some]
+        content = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+        size = sum(entry.size for entry in some)
+        found.append(Fragment(path, classes.FORMAT, 0, 0, content, size, start, stop - start, (start, stop)))
+    return found
 
 
 def _parts(whole: Fragment) -> list[Fragment]:

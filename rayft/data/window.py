@@ -42,14 +42,14 @@ class Share:
     spare: pa.Table
 
 
-def order_of(shards: Shards, global_batch_size: int, seed: int, shuffle: bool) -> Order:
-    """The order of a prepared split, from its manifest's shards."""
+def order_of(shards: Shards, global_batch_size: int, seed: int, shuffle: bool, group: int = 1) -> Order:
+    """The order of a prepared split, from its manifest's shards; rows are coupled in groups of `group`."""
     counts = [len(shard["row_groups"]) for shard in shards]
     rows = np.fromiter(itertools.chain.from_iterable(shard["row_groups"] for shard in shards), np.int32, sum(counts))
     groups = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     chunks = np.stack([np.repeat(np.arange(len(counts)), counts), groups, rows], axis=1)
     bytes_per_row = sum(shard["bytes"] for shard in shards) / max(1, int(rows.sum(dtype=np.int64)))
-    return Order(chunks, global_batch_size, seed, shuffle, bytes_per_row=bytes_per_row)
+    return Order(chunks, global_batch_size, seed, shuffle, bytes_per_row=bytes_per_row, group=group)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Reading:
     paths    of their shards, by their number
     firsts   of each piece, in their order, the number in the split of its first row
     size     the global batch size
+    group    how many consecutive rows of a global batch go to one rank together
     """
 
     parts: tuple[Part, ...]
@@ -67,6 +68,7 @@ class Reading:
     firsts: tuple[int, ...]
     world: int
     size: int
+    group: int
     seed: int
     shuffle: bool
     task: Task | None
@@ -98,7 +100,8 @@ def readings(
             pieces = [piece for part in parts for piece in part.window.pieces]
             own = {piece.shard: paths[piece.shard] for piece in pieces}
             begin = tuple(int(numbers[piece.shard][piece.group]) + piece.start for piece in pieces)
-            yield Reading(parts, own, begin, world, order.global_batch_size, order.seed, order.shuffle, task)
+            size, group = order.global_batch_size, order.group
+            yield Reading(parts, own, begin, world, size, group, order.seed, order.shuffle, task)
 
 
 def read_windows(reading: Reading) -> Iterator[pa.Table]:
@@ -114,7 +117,7 @@ def read_windows(reading: Reading) -> Iterator[pa.Table]:
     rows = rows.append_column("position", pa.array(numbers, pa.int64()))
     todo = _batches(reading, rows["length"].to_numpy())
     for rank in range(world):
-        shares = [batch[share(len(batch), world, rank)] for batch in todo]
+        shares = [batch[share(len(batch), world, rank, reading.group)] for batch in todo]
         own, spare = rows.take(np.concatenate(shares)), rows.slice(0, 1)
         if task is not None and task.varies:
             own, spare = (varied(table, task, reading.seed, epoch) for table in (own, spare))
@@ -189,7 +192,7 @@ class Cutter:
         first = 0
         for own, total in zip(block["own"][0].as_py(), block["total"][0].as_py(), strict=True):
             mine = rows.slice(first, own)
-            cuts = micro_batches(total, self.world, self.rank, self.micro_batch_size)
+            cuts = micro_batches(total, self.world, self.rank, self.micro_batch_size, self.order.group)
             micro = [mine.slice(cut.start, cut.stop - cut.start) for cut in cuts]
             yield Share(at.epoch, step, mine, total, micro, spare)
             first += own

@@ -7,7 +7,7 @@ import pkgutil
 
 from rayft.tasks.task import Task
 
-PARTS = ("task", "loading", "labels")  # the modules here that are no task: what tasks are built from
+PARTS = ("task", "loading", "labels", "texts", "files", "images", "charts")  # what tasks are built from
 
 
 def names() -> tuple[str, ...]:

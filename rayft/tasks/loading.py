@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import load_state_dict
 
 from rayft.errors import ModelError
+from rayft.models import without_weights
 from rayft.tasks.task import Batch, Columns, Pretrained
 
 FOLDER = "a folder as `save_pretrained` writes it fits"
@@ -53,7 +54,7 @@ OFFSET_POSITIONS = frozenset(
 
 def load_config(model: Pretrained, **fields: Any) -> Any:
     """The model's config with `fields` set; ModelError where there is none that transformers knows."""
-    with _told(model, "config"):
+    with told(model, "config"):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **fields
         )
@@ -72,7 +73,7 @@ def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None =
         positions -= (config.pad_token_id or 0) + 1
     if 0 < positions < max_length:  # XLNet says -1, and means no limit
         raise ModelError(f"task.max_length is {max_length}, but {model.path} has only {positions} positions")
-    with _told(model, "tokenizer"):
+    with told(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -98,20 +99,25 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     """Loads `model` through the transformers auto class `auto`, with `config_fields` set on its config.
 
     Parameters that the checkpoint lacks are drawn anew from (seed, module's name), so that they depend neither on
-    ranks, nor on the order of loading, nor on the ZeRO stage; `rayft_drawn` of the model names them. ModelError where
-    it can't be loaded.
+    ranks, nor on the order of loading, nor on the ZeRO stage; `rayft_drawn` of the model names them. Of a folder with a
+    config alone all are drawn, and `rayft_drawn` names the head's. ModelError where it can't be loaded.
     """
     config = load_config(model, **config_fields)
     set_dropout(config, model.dropout)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "trust_remote_code": model.trust_remote_code}
     if model.attention:
         options["attn_implementation"] = model.attention
-    with _told(model, "weights"):
+    with told(model, "weights"):
         if model.meta:
             with torch.device("meta"):
                 outline = auto.from_config(config, **options)
-            outline.rayft_drawn = _lacking(outline, model.path)
+            outline.rayft_drawn = _head(outline) if without_weights(model.path) else _lacking(outline, model.path)
             return outline
+        if without_weights(model.path):
+            network = auto.from_config(config, **options)
+            draw_parameters(network, [name for name, _ in network.named_parameters()], model.seed)
+            network.rayft_drawn = _head(network)
+            return network
         network, info = auto.from_pretrained(
             model.path,
             revision=model.revision,
@@ -126,7 +132,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
 
 
 @contextlib.contextmanager
-def _told(model: Pretrained, part: str) -> Iterator[None]:
+def told(model: Pretrained, part: str) -> Iterator[None]:
     """Makes what the libraries raise while `part` of the model is loaded a ModelError of one sentence."""
     try:
         yield
@@ -135,6 +141,12 @@ def _told(model: Pretrained, part: str) -> Iterator[None]:
         plain = (f"{type(fault).__name__}: {first}", f"{'' if os.path.isdir(model.path) else 'a Hub id or '}{FOLDER}")
         reason, fits = next(((reason, fits) for sign, reason, fits in SIGNS if sign in str(fault)), plain)
         raise ModelError(f"model.path: the {part} of `{model.path}` can't be loaded, {reason}; {fits}") from fault
+
+
+def _head(network: Any) -> tuple[str, ...]:
+    """Names of the parameters that lie outside the base model: what a task's own class adds to it."""
+    base = f"{network.base_model_prefix}."
+    return tuple(name for name, _ in network.named_parameters() if not name.startswith(base))
 
 
 def _lacking(network: Any, path: str) -> tuple[str, ...]:

@@ -35,13 +35,16 @@ class MaskedLM(Task):
 
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"pseudo_perplexity"}
     first_metric: ClassVar[str] = "pseudo_perplexity"
-    varies: ClassVar[bool] = True
 
     type: Literal["masked-lm"] = "masked-lm"
     text: str = "text"
     max_length: int = Field(default=128, ge=8)
     mask_share: float = Field(default=0.15, gt=0, lt=1)
     whole_words: bool = True
+
+    @property
+    def varies(self) -> bool:
+        return True
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.text,)

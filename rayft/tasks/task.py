@@ -94,10 +94,15 @@ class Task(BaseModel):
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
     # The metric that drives early stopping and sweeps unless the recipe names another: the first that `score` returns.
     first_metric: ClassVar[str] = "accuracy"
-    # True if `vary` does something: the prefix below the frozen depth may then not be cached.
-    varies: ClassVar[bool] = False
+    # False if the rows of a batch pass through the model more than once: what frozen blocks give is then not stored.
+    one_pass: ClassVar[bool] = True
 
     type: str
+
+    @property
+    def varies(self) -> bool:
+        """Whether `vary` does something: what lies below the freezing depth may then not be cached."""
+        return False
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         """Columns that every row needs; with labelled=False those needed for prediction only."""
@@ -151,6 +156,14 @@ class Task(BaseModel):
         """The capacity in tokens of a packed sequence, or None where features are not packed."""
         return None
 
+    def coupled(self) -> int:
+        """How many consecutive rows of a global batch know of each other in `loss`; 1: rows are independent.
+
+        Whole groups of so many rows, of which the epoch's last may be smaller, go to one rank and into one micro-batch,
+        one after the other. Evaluation knows no groups: `score` then gives `loss` too, over the whole set.
+        """
+        return 1
+
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """The pretrained model with this task's head."""
         raise NotImplementedError
@@ -173,6 +186,10 @@ class Task(BaseModel):
     def items(self, batch: Batch) -> int:
         """How many items (tokens, rows, frames) `loss` sums over, known before the forward pass."""
         raise NotImplementedError
+
+    def padded(self, batch: Batch) -> int:
+        """How many tokens (or frames, ...) are computed, padding too: the size of the first two-dimensional tensor."""
+        return next((value.numel() for value in batch.values() if getattr(value, "ndim", 0) == 2), 0)
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
         """One forward pass; its outputs serve `loss` and `predict` both, so that evaluation needs no second pass."""
@@ -201,6 +218,10 @@ class Task(BaseModel):
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """Metrics over the whole set, one prediction and one reference per source row; the first metric leads."""
         raise NotImplementedError
+
+    def pictures(self, predictions: list[Prediction], references: list[Any]) -> dict[str, bytes]:
+        """What `score` is given, as pictures for the run's folder: name -> PNG; by default none."""
+        return {}
 
     def pipeline(self) -> str | None:
         """The name of the `transformers.pipeline` that serves the exported folder, or None where there is none."""

@@ -11,7 +11,8 @@ of names or one string that separates them by `|`, and an empty one means that n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ from transformers import AutoModelForSequenceClassification
 from rayft.errors import DataError
 from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
-from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
+from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
+from rayft.tasks.texts import encode_texts
 
 
 class TextClassification(Task):
@@ -111,33 +113,17 @@ class TextClassification(Task):
     ) -> Encoded:
         """One feature per row; references are label names, with `multi_label` lists of them in the facts' order."""
         names: list[str] = facts["labels"]
-        texts = [rows[column] for column in self.columns(labelled=False)]
-        bad: dict[int, str] = {}
-        labels: list[Any] = []  # one per usable row
-        usable: list[int] = []
         index = {name: number for number, name in enumerate(names)}
-        for row in range(len(texts[0])):
-            try:
-                for column, values in zip(self.columns(labelled=False), texts, strict=True):
-                    check_text(column, values[row])
-                label = self._index(rows[self.label][row], index) if labelled else None
-            except ValueError as fault:
-                bad[row] = str(fault)
-            else:
-                usable.append(row)
-                labels.append(label)
-        tokens, cut = tokenize(processor, [[values[row] for row in usable] for values in texts], self.max_length)
-        ids = tokens["input_ids"]
-        features: Columns = {"input_ids": ids}
-        if self.text_pair is not None:
-            features["token_type_ids"] = tokens.get("token_type_ids", [None] * len(ids))
-        features["label"] = labels
-        references: list[Any] | None = None
-        if evaluation and labelled:
-            references = [[names[i] for i in label] if self.multi_label else names[label] for label in labels]
-        return Encoded(
-            features, usable, [len(row) for row in ids], references, truncated=[usable[place] for place in cut], bad=bad
-        )
+
+        def truth(row: int) -> Any:
+            return self._index(rows[self.label][row], index) if labelled else None
+
+        made = encode_texts(rows, self.columns(labelled=False), processor, self.max_length, truth)
+        if not evaluation or not labelled:
+            return made
+        labels = made.features["label"]
+        references = [[names[i] for i in label] if self.multi_label else names[label] for label in labels]
+        return replace(made, references=references)
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """A head that was trained on the same label names is kept, in the facts' order; any other is drawn anew."""
@@ -252,23 +238,3 @@ class TextClassification(Task):
             raise ValueError(f"`{self.label}` has no label; it needs one of {shown(index)}")
         found = [index_of(name, index, "label") for name in parsed]
         return sorted(set(found)) if self.multi_label else found[0]
-
-
-def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token columns of one or two columns of texts, and the places of the rows that were cut to `max_length`.
-
-    The first pass does not truncate: it is what tells, for every kind of tokenizer, which rows have to be cut.
-    """
-    if not texts[0]:
-        return {"input_ids": []}, []
-    options = {"padding": False, "return_attention_mask": False, "verbose": False}
-    tokens = dict(tokenizer(*texts, truncation=False, **options))
-    cut = [place for place, ids in enumerate(tokens["input_ids"]) if len(ids) > max_length]
-    if cut:
-        short = tokenizer(
-            *([column[p] for p in cut] for column in texts), truncation=True, max_length=max_length, **options
-        )
-        for name, values in tokens.items():
-            for place, value in zip(cut, short[name], strict=True):
-                values[place] = value
-    return tokens, cut

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rayft.data.prepare import Prepared
 from rayft.data.read import first_row, strided
 from rayft.tasks.task import Batch, Columns, Prediction, Task
+from rayft.training.pictures import Keep
 from rayft.training.watch import Watch
 
 ASK_EVERY = 8  # batches between two agreements on whether to leave
@@ -80,10 +81,12 @@ def evaluate(
     batch_size: int,
     watch: Watch,
     before: Callable[[Sequence[int]], None] = lambda rows: None,
+    keep: Keep | None = None,
 ) -> dict[str, float] | None:
     """`loss` (mean over the items) and the task's metrics, the same on every rank; None where one was asked to leave.
 
-    Collective; leaves evaluation mode on. `before` is called with the rows' numbers in the split before each pass.
+    Collective; leaves evaluation mode on. `before` is called with the rows' numbers in the split before each pass,
+    `keep` on rank 0 with the pictures that the task draws of them.
 
     With ZeRO-3 all ranks run as many forward passes as the longest share, since the weights are gathered together.
     """
@@ -120,7 +123,10 @@ def evaluate(
     if parts is not None:
         entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry[0])
         rows = by_row(task, ((row, result, truth and json.loads(truth)) for _, row, result, truth in entries))
-        scores |= task.score([prediction for prediction, _ in rows.values()], [truth for _, truth in rows.values()])
+        answers = [prediction for prediction, _ in rows.values()], [truth for _, truth in rows.values()]
+        scores |= task.score(*answers)
+        if keep is not None:
+            keep(task.pictures(*answers))
     shared = [scores]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]

@@ -17,7 +17,7 @@ from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
-from rayft.training import checkpoint
+from rayft.training import checkpoint, pictures
 from rayft.training.engine import grad_norm
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
@@ -171,7 +171,7 @@ def _count(job: Job, batches: list[Micro], share: Share, late: bool) -> tuple[in
     """Items, source rows, tokens, padded tokens of the global batch; and how many ranks are late and should leave."""
     sources = source_rows(share.rows)
     tokens = sum(share.rows.column("length").to_pylist())
-    padded = sum(_size(micro.batch) for micro in batches if micro.real)
+    padded = sum(job.task.padded(micro.batch) for micro in batches if micro.real)
     counts = [
         sum(job.task.items(micro.batch) for micro in batches if micro.real),
         sources,
@@ -190,11 +190,6 @@ def source_rows(features: pa.Table) -> int:
     if "row_ids" not in features.column_names:
         return features.num_rows
     return sum(len(set(ids)) for ids in features.column("row_ids").to_pylist())
-
-
-def _size(batch: dict[str, Any]) -> int:
-    """Elements of the batch's first two-dimensional tensor: rows times padded length."""
-    return next((value.numel() for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 2), 0)
 
 
 def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
@@ -322,6 +317,7 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
         2 * job.recipe.train.micro_batch_size,
         job.watch,
         lambda rows: job.serve("validation", list(rows)),
+        pictures.keep(job.run, progress.step, "eval"),
     )
     timing.evaluating += time.monotonic() - begun
     if scores is None:

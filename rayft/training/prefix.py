@@ -46,6 +46,8 @@ def impossible(recipe: Recipe, depth: int) -> str | None:
         return "model.unfreeze_every changes what is frozen"
     if recipe.task.varies:
         return "rows differ from epoch to epoch"
+    if not recipe.task.one_pass:
+        return "a row passes through the model more than once"
     if recipe.model.compile:
         return "model.compile compiles anew for what is stored"
     return None

@@ -15,7 +15,8 @@ from rayft.recipe import Every, Recipe, Train
 
 def order(recipe: Recipe, prepared: Prepared) -> Order:
     """The order of the prepared training rows under this recipe."""
-    return order_of(prepared.manifest.shards, recipe.train.global_batch_size, recipe.train.seed, recipe.data.shuffle)
+    train, group = recipe.train, recipe.task.coupled()
+    return order_of(prepared.manifest.shards, train.global_batch_size, train.seed, recipe.data.shuffle, group)
 
 
 def total_steps(train: Train, steps_per_epoch: int) -> int:

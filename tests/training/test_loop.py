@@ -18,6 +18,8 @@ from rayft.training.schedule import due, learning_rate, total_steps
 
 STEPS = 20
 BATCH = 22  # divides by none of the worker counts but 1 and 2
+CLASSES = {"labels": ["LABEL_0", "LABEL_1", "LABEL_2"]}  # the model's
+GROUPED = {"type": "sentence-embedding", "negative": "negative", "group_size": 4, "max_length": 32}
 
 
 def recipe(**fields: Any) -> Recipe:
@@ -43,6 +45,20 @@ def rows() -> list[list[dict[str, Any]]]:
     return batches
 
 
+def coupled_rows() -> list[list[dict[str, Any]]]:
+    """Global batches whose rows know of each other in fours, some of them with equal texts; the last has two rows."""
+    rng = np.random.default_rng(2)
+    texts = [rng.integers(1, 100, rng.integers(3, 30)).tolist() for _ in range(60)]
+    batches = []
+    for step in range(STEPS):
+        chosen = rng.integers(0, len(texts), (2 if step == STEPS - 1 else BATCH, 3))
+        roles = ("anchor", "positive", "negative")
+        batches.append(
+            [{**{r: texts[i] for r, i in zip(roles, row, strict=True)}, "keys": row} for row in chosen.tolist()]
+        )
+    return batches
+
+
 class Processor:
     """What the task's collate asks of a tokenizer."""
 
@@ -50,27 +66,37 @@ class Processor:
     padding_side = "right"
 
 
-def shares_of(batches: list[list[dict[str, Any]]], rank: int, world: int, micro: int) -> Any:
-    from rayft.data.order import micro_batches
+def shares_of(batches: list[list[dict[str, Any]]], rank: int, world: int, micro: int, group: int = 1) -> Any:
+    from rayft.data.order import micro_batches, share
     from rayft.data.window import Share
 
     for step, batch in enumerate(batches):
         table = pa.Table.from_pylist(
-            [{**row, "row_id": i, "position": i, "length": len(row["input_ids"])} for i, row in enumerate(batch)]
+            [
+                {**row, "row_id": i, "position": i, "length": len(next(iter(row.values())))}
+                for i, row in enumerate(batch)
+            ]
         )
-        own = table.take(pa.array(range(rank, len(batch), world), pa.int64()))
-        cuts = micro_batches(len(batch), world, rank, micro)
+        own = table.take(share(len(batch), world, rank, group))
+        cuts = micro_batches(len(batch), world, rank, micro, group)
         parts = [own.slice(cut.start, cut.stop - cut.start) for cut in cuts]
         yield Share(0, step, own, len(batch), parts, table.slice(0, 1))
 
 
-def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> list[tuple[list[float], list[float]]]:
+Seen = list[tuple[list[float], list[float]]]
+
+
+def all_losses(folder: str, jobs: list[tuple[dict[str, Any], list[tuple[int, int]]]]) -> list[Seen]:
+    """On a worker: `losses` of each recipe with its cases."""
+    return [losses(folder, plain, cases) for plain, cases in jobs]
+
+
+def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> Seen:
     """On a worker: for each (stage, micro-batch size), the losses of all steps and the sums of the final weights."""
     import torch.distributed as dist
-    from transformers import BertForSequenceClassification
 
     from rayft.recipe import Recipe
-    from rayft.tasks.task import Blocks
+    from rayft.tasks.task import Blocks, Pretrained
     from rayft.training import engine, freeze
     from rayft.training.loop import Job, steps
     from rayft.training.saver import Saver
@@ -85,21 +111,18 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
             from transformers.integrations import HfDeepSpeedConfig
 
             sharded = HfDeepSpeedConfig(config)
-        network = BertForSequenceClassification.from_pretrained(
-            folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
+        network = base.task.load(Pretrained(folder, dropout=0.0), CLASSES, Processor())
         blocks = base.task.blocks(network)
         learning = freeze.freeze(network, base.model, blocks)
         groups = freeze.parameter_groups(network, learning, len(blocks.blocks), base.train)
         built = engine.build(network, groups, config)
         freeze.train_mode(built.module, blocks)
-        facts = {"labels": ["a", "b", "c"]}
         job = Job(
             recipe=base,
             task=base.task,
             engine=built,
             processor=Processor(),
-            facts=facts,
+            facts=CLASSES,
             prepared={},
             steps_per_epoch=STEPS,
             total_steps=STEPS,
@@ -113,7 +136,10 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
             blocks=Blocks((), ()),
             prefix=None,
         )
-        seen = [step.loss for step in steps(job, shares_of(rows(), dist.get_rank(), dist.get_world_size(), micro))]
+        group = base.task.coupled()
+        batches = rows() if group == 1 else coupled_rows()
+        shares = shares_of(batches, dist.get_rank(), dist.get_world_size(), micro, group)
+        seen = [step.loss for step in steps(job, shares)]
         sums = torch.zeros(2, dtype=torch.float64)
         for piece in engine.pieces(built):
             sums += torch.stack([piece.master.double().sum(), piece.master.double().abs().sum()]).detach()
@@ -135,16 +161,67 @@ def plain_loop(folder: str, learns: Callable[[str, int], bool] = lambda name, st
     network = BertForSequenceClassification.from_pretrained(
         folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
+
+    def loss_of(batch: list[dict[str, Any]]) -> torch.Tensor:
+        ids, mask = padded([row["input_ids"] for row in batch])
+        return network(input_ids=ids, attention_mask=mask, labels=torch.tensor([row["label"] for row in batch])).loss
+
+    return plain_steps(network, rows(), loss_of, learns)
+
+
+def plain_coupled_loop(folder: str) -> list[float]:
+    """The same with in-batch negatives, row by row: the texts of a row's group, but for those that are no negatives."""
+    from transformers import BertModel
+
+    network = BertModel.from_pretrained(
+        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, add_pooling_layer=False
+    )
+
+    def vectors(texts: list[list[int]]) -> torch.Tensor:
+        ids, mask = padded(texts)
+        states = network(input_ids=ids, attention_mask=mask).last_hidden_state
+        means = torch.stack([row[:length].mean(dim=0) for row, length in zip(states, map(len, texts), strict=True)])
+        return means / means.norm(dim=1, keepdim=True)
+
+    def loss_of(batch: list[dict[str, Any]]) -> torch.Tensor:
+        found = {role: vectors([row[role] for row in batch]) for role in ("anchor", "positive", "negative")}
+        total = torch.zeros(())
+        for number, row in enumerate(batch):
+            group = range(number // 4 * 4, min(len(batch), number // 4 * 4 + 4))
+            anchor = row["keys"][0]
+            right = {batch[other]["keys"][1] for other in group if batch[other]["keys"][0] == anchor}
+            wrong = [
+                found[role][other]
+                for other in group
+                for place, role in ((1, "positive"), (2, "negative"))
+                if batch[other]["keys"][place] not in {anchor, *right}
+            ]
+            close = 20 * torch.stack([found["positive"][number], *wrong]) @ found["anchor"][number]
+            total = total - close.log_softmax(dim=0)[0]
+        return total / len(batch)
+
+    return plain_steps(network, coupled_rows(), loss_of)
+
+
+def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    return ids, torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+
+
+def plain_steps(
+    network: Any,
+    batches: list[list[dict[str, Any]]],
+    loss_of: Callable[[list[dict[str, Any]]], torch.Tensor],
+    learns: Callable[[str, int], bool] = lambda name, step: True,
+) -> list[float]:
     decayed = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     found = []
-    for number, batch in enumerate(rows()):
-        longest = max(len(row["input_ids"]) for row in batch)
-        ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])
-        loss = network(input_ids=ids, attention_mask=mask, labels=torch.tensor([row["label"] for row in batch])).loss
+    for number, batch in enumerate(batches):
+        loss = loss_of(batch)
         loss.backward()
         for name, parameter in network.named_parameters():
             if not learns(name, number):
@@ -162,11 +239,14 @@ def plain_loop(folder: str, learns: Callable[[str, int], bool] = lambda name, st
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_losses_are_the_same_however_the_batch_is_cut(bert: str, world: int) -> None:
     cases = [(0, 16), (0, 4), (1, 8), (1, 4), (2, 16), (2, 4), (2, 8), (3, 4), (3, 16), (3, 1)]
-    reference = plain_loop(bert)
-    for seen in run_group(losses, world, bert, recipe().dump(), cases):
-        for case, (found, sums) in zip(cases, seen, strict=True):
-            assert found == pytest.approx(reference, rel=1e-5), case
-            assert sums == pytest.approx(seen[0][1], rel=1e-5), case
+    coupled = [(0, 16), (0, 4), (2, 8), (3, 4)]
+    jobs = [(recipe().dump(), cases), (recipe(task=GROUPED, train__global_batch_size=24).dump(), coupled)]
+    references = [plain_loop(bert), plain_coupled_loop(bert)]
+    for ranks in run_group(all_losses, world, bert, jobs):
+        for (_, tried), seen, reference in zip(jobs, ranks, references, strict=True):
+            for case, (found, sums) in zip(tried, seen, strict=True):
+                assert found == pytest.approx(reference, rel=1e-5), case
+                assert sums == pytest.approx(seen[0][1], rel=1e-5), case
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

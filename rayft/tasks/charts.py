@@ -1,0 +1,47 @@
+"""Pictures of scores, as PNG: what a task leaves in the run's folder beside its numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+NAMED = 40  # labels whose names still fit beside the rows; more have their numbers alone
+
+
+def confusion_matrix(truth: Sequence[str], given: Sequence[str]) -> bytes:
+    """Rows are the true labels, columns the predicted ones; the colour is the share of a true label's rows."""
+    from sklearn.metrics import confusion_matrix as count
+
+    names = sorted({*truth, *given})
+    counts = count(truth, given, labels=names)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    side = min(16.0, 2.5 + 0.45 * len(names))
+    figure, axes = _figure(side + 1, side)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true label's rows")
+    places = range(len(names))
+    if len(names) <= NAMED:
+        axes.set_xticks(places, names, rotation=60, ha="right")
+        axes.set_yticks(places, names)
+    if len(names) <= NAMED // 2:
+        for row, column in np.ndindex(counts.shape):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
+    axes.set(xlabel="predicted", ylabel="true")
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: nothing is kept open, and no screen is looked for
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()

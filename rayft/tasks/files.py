@@ -1,0 +1,45 @@
+"""The picture or sound that a cell stands for: a file's path or URL, its bytes, or a data set's {"bytes", "path"}."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rayft import storage
+from rayft.errors import StorageMissing
+
+
+def file_bytes(column: str, value: Any) -> bytes:
+    """The content of the file in a cell; ValueError, whose sentence is for `Encoded.bad`, where there is none."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes | bytearray | memoryview):
+        content = bytes(value)
+    elif isinstance(value, str) and value.strip():
+        content = _read(column, value)
+    else:
+        raise ValueError(f"`{column}` is {value!r}; it needs a file's path or URL, or its bytes")
+    if not content:
+        raise ValueError(f"`{column}`: {file_name(value)} is empty")
+    return content
+
+
+def _read(column: str, path: str) -> bytes:
+    if storage.is_local(path) and not os.path.isabs(storage.absolute(path) if path.startswith("file://") else path):
+        raise ValueError(
+            f"`{column}` is the relative path {path!r}, of which only a metadata.csv or metadata.jsonl beside the "
+            "files can say where it starts; put the table there, with the paths in the column `file_name`"
+        )
+    try:
+        return storage.read_bytes(path)
+    except StorageMissing:
+        raise ValueError(f"`{column}`: there is no file {storage.shown(path)}") from None
+    except IsADirectoryError:
+        raise ValueError(f"`{column}`: {path} is a folder, where a file is needed") from None
+
+
+def file_name(value: Any) -> str:
+    """What a message calls the file in a cell."""
+    if isinstance(value, dict):
+        value = value.get("path") or "it"
+    return storage.shown(value) if isinstance(value, str) else "it"

@@ -1,0 +1,186 @@
+"""Image classification: pictures as the processor sees them, how they vary, weights of classes, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline
+
+from rayft.errors import DataError, ModelError
+from rayft.tasks.image_classification import ImageClassification
+from rayft.tasks.images import Augment, augmented
+from rayft.tasks.task import Pretrained
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = sorted(str(path) for path in (ROOT / "jobs/data/blood_cells/validation").glob("*/*.jpg"))[::30]
+LABELS = [Path(path).parent.name for path in CELLS]
+FACTS = {"labels": ["Platelets", "RBC", "WBC"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small ViT whose processor cuts out the middle."""
+    made = str(tmp_path_factory.mktemp("vit"))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    names = dict(enumerate(FACTS["labels"]))
+    config = ViTConfig(**sizes, image_size=32, patch_size=8, id2label=names, initializer_range=0.5)
+    ViTForImageClassification(config).save_pretrained(made)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(made)
+    return made
+
+
+def encoded(folder: str, cells: list[Any], task: ImageClassification | None = None, **options: Any) -> Any:
+    task = task or ImageClassification()
+    rows = {"file_name": cells, "label": ["RBC"] * len(cells)}
+    return task.encode(rows, task.processor(Pretrained(folder)), FACTS, evaluation=True, **options)
+
+
+def png(picture: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "png", **options)
+    return file.getvalue()
+
+
+def test_the_model_sees_what_its_pipeline_shows_it(folder: str) -> None:
+    task = ImageClassification()
+    source = Pretrained(folder)
+    processor = task.processor(source)
+    network = task.load(source, FACTS, processor).eval()
+    made = task.encode({"file_name": CELLS}, processor, FACTS, evaluation=True, labelled=False)
+    batch = task.collate(made.features, processor, FACTS)
+    assert torch.equal(
+        batch["pixel_values"][0], processor(Image.open(CELLS[0]), return_tensors="pt")["pixel_values"][0]
+    )
+    with torch.no_grad():
+        ours = task.predict(task.forward(network, batch), batch, made.features, processor, FACTS)
+    theirs = pipeline("image-classification", model=folder, image_processor=processor, device="cpu")(CELLS, top_k=1)
+    assert [one["label"] for one in ours] == [one[0]["label"] for one in theirs]
+    assert [one["score"] for one in ours] == pytest.approx([one[0]["score"] for one in theirs], rel=1e-5)
+
+
+def test_grey_transparent_and_turned_pictures_are_read(folder: str) -> None:
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    turned = Image.fromarray(np.asarray(grey)[:, ::-1])  # as a camera stores it that was held upside down and mirrored
+    exif = Image.Exif()
+    exif[274] = 2  # mirrored
+    made = encoded(folder, [png(grey), png(grey.convert("RGBA")), {"bytes": png(turned, exif=exif), "path": None}])
+    assert not made.bad
+    assert len(set(made.features["pixels"])) == 1
+
+
+def test_every_bad_picture_is_named(folder: str, tmp_path: Path) -> None:
+    content = Path(CELLS[0]).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.jpg").touch()
+    cells = [str(tmp_path / name) for name in ("cut.jpg", "text.jpg", "empty.jpg", "missing.jpg")]
+    made = encoded(folder, [*cells, "cells/a.jpg", None, CELLS[0]])
+    assert made.rows == [6]
+    told = [made.bad[row] for row in range(6)]
+    assert all(name in text for name, text in zip(cells, told[:4], strict=True))
+    assert "no whole picture: " in told[0]
+    assert "no whole picture: cannot identify" in told[1]
+    assert "is empty" in told[2]
+    assert "there is no file" in told[3]
+    assert "relative path" in told[4]
+    assert told[5].startswith("`file_name` is None")
+
+
+def test_an_unknown_label_is_named_with_those_that_are_known(folder: str) -> None:
+    task = ImageClassification()
+    processor = task.processor(Pretrained(folder))
+    made = task.encode({"file_name": CELLS[:2], "label": ["WBK", None]}, processor, FACTS, evaluation=False)
+    assert made.bad == {
+        0: "label 'WBK' is not one of Platelets, RBC, WBC; did you mean 'WBC'?",
+        1: "`label` has no label; it needs one of Platelets, RBC, WBC",
+    }
+
+
+def test_a_picture_varies_with_its_random_numbers_alone() -> None:
+    row, shape = np.random.default_rng(0).integers(0, 255, (3, 16, 24), np.uint8), [3, 16, 24]
+    how = Augment(flip=0.5, flip_vertical=0.5, crop=0.5, rotate=20, brightness=0.3, contrast=0.3, saturation=0.3)
+
+    def made(seed: int, way: Augment = how) -> bytes:
+        return augmented(row.tobytes(), shape, way, np.random.default_rng(seed))
+
+    assert made(1) == made(1)
+    assert len({made(seed) for seed in range(8)}) == 8
+    assert {len(made(seed)) for seed in range(8)} == {row.size}
+    assert made(1, Augment(flip=1.0)) == row[:, :, ::-1].tobytes()
+    assert made(1, Augment(flip=0.0, flip_vertical=1.0)) == row[:, ::-1].tobytes()
+    assert made(1, Augment(flip=0.0)) == row.tobytes()
+    brighter = np.frombuffer(made(3, Augment(flip=0.0, brightness=0.5)), np.uint8).reshape(shape)
+    factors = brighter[row > 100].astype(float) / row[row > 100]
+    assert 0.5 < np.median(factors) < 1.5
+    assert np.median(factors) != 1
+
+
+def test_without_augment_nothing_varies() -> None:
+    assert not ImageClassification().varies
+    assert ImageClassification(augment=Augment()).varies
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [("balanced", [2.0, 2 / 3]), ({"rare": 3.0}, [2.0, 2 / 3]), (None, None)],
+)
+def test_class_weights_have_the_mean_1_over_the_training_rows(weights: Any, expected: Any) -> None:
+    task = ImageClassification(class_weights=weights, labels=("rare", "usual"))
+    facts = task.facts([{"label": ["usual", "rare"]}, {"label": ["usual", "usual"]}] if weights else [])
+    assert facts.get("weights") == (None if expected is None else pytest.approx(expected))
+
+
+def test_weights_multiply_a_row_s_loss(folder: str) -> None:
+    task = ImageClassification()
+    made = encoded(folder, CELLS[:2])
+    processor = task.processor(Pretrained(folder))
+    network = task.load(Pretrained(folder), FACTS, processor).eval()
+
+    def loss(facts: dict[str, Any]) -> float:
+        batch = task.collate(made.features, processor, facts)
+        return task.loss(task.forward(network, batch), batch).item()
+
+    assert loss({**FACTS, "weights": [9.0, 3.0, 9.0]}) == pytest.approx(3 * loss(FACTS))
+
+
+def test_weights_of_unknown_classes_and_bad_fields_are_refused() -> None:
+    with pytest.raises(DataError, match="class_weights names blue; the labels are green, red"):
+        ImageClassification(class_weights={"blue": 2.0}).facts([{"label": ["red", "green"]}])
+    with pytest.raises(DataError, match="only the label 'red'"):
+        ImageClassification().facts([{"label": ["red"]}])
+    for fields in (
+        {"labels": ["a"]},
+        {"class_weights": {"a": 0.0}},
+        {"augment": {"crop": 0}},
+        {"augment": {"flop": 1}},
+    ):
+        with pytest.raises(ValidationError):
+            ImageClassification.model_validate(fields)
+
+
+def test_a_processor_that_keeps_sizes_is_refused(tmp_path: Path) -> None:
+    ViTImageProcessorPil(do_resize=False).save_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="brings pictures to different sizes"):
+        ImageClassification().processor(Pretrained(str(tmp_path)))
+
+
+def test_scores_and_their_picture() -> None:
+    given = [{"label": name, "score": 0.9} for name in ("a", "a", "b", "b")]
+    truth = ["a", "a", "a", "b"]
+    task = ImageClassification()
+    assert task.score(given, truth) == {"accuracy": 0.75, "f1_macro": pytest.approx((0.8 + 2 / 3) / 2)}
+    ((name, content),) = task.pictures(given, truth).items()
+    picture = Image.open(io.BytesIO(content))
+    assert name == "confusion_matrix"
+    assert picture.format == "PNG"
+    colours = picture.convert("RGB").getcolors(1 << 24) or []
+    assert len(colours) > 50  # axes, names and four shades
