@@ -16,7 +16,8 @@ from rayft import storage
 from rayft.data.prepare import Prepared
 from rayft.recipe import Recipe
 from rayft.search import Space, Tune
-from rayft.sections import Freeze
+from rayft.sections import Freeze, Model
+from rayft.tasks.task import Blocks
 
 Show = Callable[[dict[str, Any]], None]
 HERE_S = 60.0  # as `prefix.Cost` counts seconds, which is many times what it takes
@@ -75,13 +76,16 @@ class Task:
 
 
 def store(
-    recipe: Recipe, prepared: dict[str, Prepared], identity: str, warm: Any, blocks: int, trials: int, world: int,
+    recipe: Recipe, prepared: dict[str, Prepared], identity: str, warm: Any, blocks: Blocks, trials: int, world: int,
     show: Show,
 ) -> Stored | None:  # fmt: skip
     """Computes what is missing and pays; None where nothing of it does. `recipe` has its ZeRO stage decided."""
     from rayft.training import prefix, states
 
-    wanted = {depth: share for depth, share in shares(recipe, blocks).items() if not prefix.impossible(recipe, depth)}
+    wanted: dict[int, float] = {}
+    for depth, share in shares(recipe, len(blocks.blocks)).items():
+        if not prefix.impossible(recipe, depth):
+            wanted[blocks.chained(depth)] = wanted.get(blocks.chained(depth), 0.0) + share
     if not wanted:
         return None
     stage = int(recipe.deepspeed.zero_stage)
@@ -123,9 +127,10 @@ def _worth(
     import torch
 
     from rayft.tasks.task import Pretrained
-    from rayft.training import prefix
+    from rayft.training import freeze, prefix
     from rayft.training.evaluate import Network
     from rayft.training.schedule import order, total_steps
+    from rayft.training.standin import Prefix
 
     per_epoch = order(recipe, prepared["train"]).steps_per_epoch
     epochs = total_steps(recipe.train, per_epoch) / per_epoch
@@ -144,9 +149,8 @@ def _worth(
         if not rows:
             continue
         model.eval()
-        tried = prefix.trial(
-            prefix.Source(given, model, found), prefix.Prefix(model, found, depth), prepared["train"], 16
-        )
+        freeze.freeze(model, _frozen(recipe, depth), found)
+        tried = prefix.trial(prefix.Source(given, model, found), Prefix(model, found, depth), prepared["train"], 16)
         passes = sum(rows[split] * often[split] * share * trials for split in rows)
         cost = tried.cost(
             sum(rows.values()),
@@ -165,6 +169,11 @@ def _worth(
         model = network(warm)
         given = Network(model, task, given.processor, facts, given.device)
     return kept, seconds
+
+
+def _frozen(recipe: Recipe, depth: int) -> Model:
+    """The recipe's model with its first `depth` blocks frozen."""
+    return recipe.model.model_copy(update={"freeze": Freeze(layers=depth), "lora": None})
 
 
 def network(warm: Any) -> Any:
@@ -214,8 +223,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     model = network(task.warm)
     blocks = recipe.task.blocks(model)
     deepest = max(depth for found in task.targets.values() for depth in found)
-    frozen = recipe.model.model_copy(update={"freeze": Freeze(layers=deepest), "lora": None})
-    freeze.freeze(model, frozen, blocks)
+    freeze.freeze(model, _frozen(recipe, deepest), blocks)
     narrow = recipe.model.dtype != "float32"
     if narrow:
         freeze.store_frozen_in(model, getattr(torch, recipe.model.dtype))

@@ -48,7 +48,7 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     from rayft.session import quiet
     from rayft.training import freeze
     from rayft.training.evaluate import Network
-    from rayft.training.prefix import captured
+    from rayft.training.standin import captured
     from rayft.training.worker import pretrained
 
     quiet()

@@ -65,6 +65,7 @@ def run(files: Files, folder: str, where: str | None = None) -> Json:
         **times(state),
         "status": report.status(state),
         "error": result.get("error"),
+        "warnings": [str(sentence) for sentence in result.get("warnings") or ()],
         "host": state.get("host"),
         "model": state.get("model"),
         "trial": files.json(found.get("trial.json")) or None,

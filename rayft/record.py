@@ -217,7 +217,7 @@ class Record:
         if self._replaced():
             return
         result = {"run": self.folder, "status": status, "error": error, "steps": None, "epochs": None}
-        empty: dict[str, Any] = {"metrics": {}, "best": None, "export": None, "timing": {}}
+        empty: dict[str, Any] = {"metrics": {}, "best": None, "export": None, "timing": {}, "warnings": []}
         storage.write_json(storage.join(self.folder, "result.json"), {**result, **empty})
 
 

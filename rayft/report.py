@@ -64,7 +64,8 @@ def _sweep_of(run: str) -> str:
 
 
 def show(run: str) -> Json:
-    """One run: its summary, and "error", "epochs", "best", "metrics", "evaluations", "export", "checkpoints", "timing".
+    """One run: its summary, and "error", "epochs", "best", "metrics", "evaluations", "export", "checkpoints", "timing",
+    "warnings".
 
     Of a sweep that has ended, `trials` are its numbers by how they ended, and `best` has the best trial's fields.
     `evaluations` are the objects that evaluations wrote to metrics.jsonl, `checkpoints` names the committed ones.
@@ -84,6 +85,7 @@ def show(run: str) -> Json:
         "export": result.get("export"),
         "checkpoints": [path.rpartition("/")[2] for path in checkpoints if storage.committed(path) is not None],
         "timing": result.get("timing") or {},
+        "warnings": result.get("warnings") or [],
     }
 
 

@@ -117,6 +117,7 @@ def result_lines(result: Json) -> list[str]:
     best = result.get("best")
     if best:
         lines.append(f"best: step {best['step']:,}, {best['metric']} {number(best['value'])}")
+    lines += [f"warning: {sentence}" for sentence in result.get("warnings") or ()]
     if result.get("export"):
         lines.append(f"model: {result['export']}")
     if result.get("export") and result.get("pipeline"):
@@ -176,7 +177,7 @@ def run_lines(run: Json) -> list[str]:
         ("checkpoints", ", ".join(run["checkpoints"]) or "-"),
         ("model", run["export"] or "-"),
     ]
-    lines = [run["run"], *aligned(facts)]
+    lines = [run["run"], *aligned(facts), *(f"warning: {sentence}" for sentence in run["warnings"])]
     if run["metrics"]:
         lines += ["", "scores of the model", *scores_lines(run["metrics"])]
     if run["evaluations"]:

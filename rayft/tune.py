@@ -23,6 +23,7 @@ from rayft.run import decided, prepared_for, shown_plan
 from rayft.sampling import Sampler
 from rayft.search import Tune
 from rayft.stopping import Stop
+from rayft.tasks.task import Blocks
 from rayft.trials import Known
 
 Show = Callable[[dict[str, Any]], None]
@@ -267,8 +268,8 @@ class Sweep:
         network = task.load(base, self.prepared["train"].manifest.facts, task.processor(base))
         return Warm(base, ray.put(packed(network)))
 
-    def _blocks(self, warm: Any) -> int:
-        return len(self.recipe.task.blocks(depths.network(warm)).blocks)
+    def _blocks(self, warm: Any) -> Blocks:
+        return self.recipe.task.blocks(depths.network(warm))
 
     def asked(self) -> bool:
         """Is it time to end: a request, another process's take-over, or the budget's end?"""

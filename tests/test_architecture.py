@@ -80,6 +80,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.plan",
         "training.evaluate",
         "training.states",
+        "training.overfitting",
+        "training.standin",
         "training.prefix",
         "training.loop",
         "training.worker",

@@ -39,6 +39,9 @@ def test_run_shows_the_numbers_of_its_files(where: str) -> None:
     assert found["best"] == result["best"]
     assert found["metrics"] == result["metrics"]
     assert found["timing"] == result["timing"]
+    assert found["warnings"] == []  # of a result that is older than warnings are
+    storage.write_json(storage.join(folder, "result.json"), {**result, "warnings": ["overfitting: the loss rose"]})
+    assert run(Files(), folder)["warnings"] == ["overfitting: the loss rose"]
     steps = [row for row in rows if "loss" in row]
     for name in ("loss", "learning_rate", "rows_per_s", "tokens_per_s"):
         assert found["curves"][name] == {"x": list(range(1, 41)), "y": [row[name] for row in steps]}

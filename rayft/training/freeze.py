@@ -28,12 +28,15 @@ class Learning:
 
 
 def block_of(name: str, blocks: Blocks) -> int:
-    """The index of the block that parameter `name` belongs to; -1 for the embeddings, len(blocks.blocks) above them."""
+    """The index of the block that parameter `name` goes with; -1 for the embeddings, len(blocks.blocks) above them."""
     for index, block in enumerate(blocks.blocks):
         if name.startswith(block + "."):
             return index
     if any(name == below or name.startswith(below + ".") for below in blocks.embeddings):
         return -1
+    for beside, index in blocks.beside:
+        if name == beside or name.startswith(beside + "."):
+            return index
     return len(blocks.blocks)
 
 
@@ -51,9 +54,10 @@ def freeze(network: torch.nn.Module, model: Model, blocks: Blocks, epoch: int = 
     Raises ModelError where the depth exceeds the model's blocks, a pattern matches nothing, or nothing is left.
     A tied tensor has one name, that of its first holder, so it is frozen with the embeddings.
     """
-    if model.freeze is not None and model.freeze.layers == "all" and not blocks.blocks:
+    if model.freeze is not None and model.freeze.layers and not blocks.blocks:
         raise ModelError(
-            "model.freeze.layers: `all` is the depth of all blocks, and none were found in this model; use patterns"
+            f"model.freeze.layers: {model.freeze.layers} counts blocks, and none were found in this model (it may use "
+            "one block again and again); use patterns"
         )
     depth = depth_at(model, epoch, len(blocks.blocks))
     if depth > len(blocks.blocks):
@@ -102,7 +106,8 @@ def train_mode(network: torch.nn.Module, blocks: Blocks) -> None:
     """Training mode for what learns, evaluation mode for modules that hold nothing but frozen parameters.
 
     So are modules without parameters (a dropout) that lie between frozen embeddings and the blocks, whose input is then
-    fixed too. A block that holds an adapter trains as a whole. BatchNorm keeps its running statistics.
+    fixed too. Where the first block is frozen as well, nothing below it is random: see `_holders`. A block that holds
+    an adapter trains as a whole. BatchNorm keeps its running statistics.
     """
     network.train()
     adapted = [network.get_submodule(block) for block in blocks.blocks]
@@ -113,13 +118,31 @@ def train_mode(network: torch.nn.Module, blocks: Blocks) -> None:
     for block in adapted:
         if any(parameter.requires_grad and "lora_" in name for name, parameter in block.named_parameters()):
             block.train()
-    below = [parameter for name, parameter in network.named_parameters() if block_of(name, blocks) == -1]
-    if below and not any(parameter.requires_grad for parameter in below):
+    place = {name: block_of(name, blocks) for name, _ in network.named_parameters()}
+    learns = {place[name] for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if -1 in place.values() and -1 not in learns:
         for module in _without_parameters_below(network, blocks):
             module.eval()
+    if 0 in place.values() and not learns & {-1, 0}:
+        for module in _holders(network, blocks):
+            module.training = False  # its own, not that of what it holds
     for module in network.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def _holders(network: torch.nn.Module, blocks: Blocks) -> Iterator[torch.nn.Module]:
+    """The modules around the list of blocks, but the whole network, and what is without parameters beside the list.
+
+    They drop out embeddings, mask spans of them (SpecAugment) and leave out whole blocks (LayerDrop) in training mode,
+    and would do so to the frozen ones, whose output has to depend on the row alone.
+    """
+    path = blocks.blocks[0].split(".")[:-1]
+    holders = [network.get_submodule(".".join(path[:length])) for length in range(1, len(path))]
+    yield from holders
+    for child in holders[-1].children() if holders else ():
+        if not any(True for _ in child.parameters()):
+            yield child
 
 
 def _without_parameters_below(network: torch.nn.Module, blocks: Blocks) -> Iterator[torch.nn.Module]:

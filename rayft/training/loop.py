@@ -22,9 +22,9 @@ from rayft.training.engine import grad_norm
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.metrics import Metrics
-from rayft.training.prefix import Prefix
 from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
+from rayft.training.standin import Prefix
 from rayft.training.watch import Watch
 
 Emit = Callable[[dict[str, Any]], None]

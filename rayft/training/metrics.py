@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Metrics:
                 self._board.add_scalar(
                     name.replace("_", "/", 1) if name.startswith("eval_") else f"train/{name}", value, row["step"]
                 )
+
+    def lines(self) -> Iterator[str]:
+        """What was written so far, by earlier attempts too."""
+        with self.file.open(encoding="utf-8") as file:
+            yield from file
 
     def sync(self) -> None:
         """Makes everything so far visible where the run is stored."""

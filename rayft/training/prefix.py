@@ -8,8 +8,8 @@ keeps what was computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from rayft.errors import ModelError
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
 from rayft.training.evaluate import Network, sharded
+from rayft.training.standin import Enough, Prefix, captured
 from rayft.training.states import Part, States, Writer, commit, found, new_attempt, states_folder
 from rayft.training.watch import Watch
 
@@ -86,121 +87,6 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-class Prefix:
-    """The first `depth` blocks of a network, which they stand in for from now on. `rows_served` counts what was saved.
-
-    Until `serve` is given states, and whenever it gets none, the blocks compute as they did.
-    """
-
-    def __init__(self, network: Any, blocks: Blocks, depth: int) -> None:
-        self.depth = depth
-        self.stores: dict[str, States] = {}
-        self.rows_served = 0
-        self._shared = _Shared()
-        self.blocks: list[_Block] = []
-        for number, name in enumerate(blocks.blocks[:depth]):
-            holder, _, last = name.rpartition(".")
-            parent = network.get_submodule(holder)
-            block = _Block(parent.get_submodule(last), self._shared, first=number == 0)
-            parent._modules[last] = block
-            self.blocks.append(block)
-
-    def serve(self, split: str, rows: Sequence[int], device: torch.device) -> None:
-        """The next forward passes get the states of these rows of `split`; without rows, or stored ones, the blocks
-        compute."""
-        store = self.stores.get(split)
-        if store is None or not rows:
-            self._shared.states = None
-            return
-        self._shared.ragged = store.ragged
-        self._shared.states = store.rows(rows).to(device)
-        self.rows_served += len(rows)
-
-    @property
-    def saved_s(self) -> float:
-        """Seconds of computing that stored states have saved, at the pace at which they were computed."""
-        return self.rows_served * max((store.seconds_per_row for store in self.stores.values()), default=0.0)
-
-    def offer(self, states: torch.Tensor | None) -> None:
-        """The next forward passes get `states` as they are; None: the blocks compute again."""
-        self._shared.ragged, self._shared.states = False, states
-
-
-@dataclass
-class _Shared:
-    """What the stand-ins of one network have in common: the states to give, on the model's device."""
-
-    states: torch.Tensor | None = None
-    ragged: bool = False
-
-
-class _Block(torch.nn.Module):
-    """Stands in for `block`, and answers for it where the model asks for its attributes."""
-
-    def __init__(self, block: torch.nn.Module, shared: _Shared, first: bool) -> None:
-        super().__init__()
-        self.block = block
-        self._prefix, self._first = shared, first
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        states = self._prefix.states
-        if states is None:
-            return self.block(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if self._first:
-            return _fitted(states, hidden) if self._prefix.ragged else states
-        return hidden
-
-
-def _fitted(states: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`states` with as many positions as the batch has, where rows' states end with their last token."""
-    missing = hidden.shape[1] - states.shape[1]
-    if missing <= 0:
-        return states[:, : hidden.shape[1]]
-    filling = states.new_zeros((states.shape[0], missing, *states.shape[2:]))
-    return torch.cat([states, filling], dim=1)
-
-
-class _Enough(Exception):  # no error: ends a forward pass
-    """All that is to be caught has been."""
-
-
-@contextmanager
-def captured(
-    network: Any, blocks: Blocks, depths: Sequence[int], ending: bool = False, at: dict[int, float] | None = None
-) -> Iterator[dict[int, Any]]:
-    """While open, a forward pass leaves in the dict what the last block below each depth gives, by depth.
-
-    `at` gets when that was (seconds of time.perf_counter), by depth. With `ending` the pass goes no further.
-    """
-    caught: dict[int, Any] = {}
-    hooks = []
-    deepest = max(depths, default=0)
-    for depth in depths:
-
-        def keep(_: Any, __: Any, output: Any, depth: int = depth) -> None:
-            if isinstance(output, torch.Tensor) and output.is_cuda:
-                torch.cuda.synchronize()
-            caught[depth] = output
-            if at is not None:
-                at[depth] = time.perf_counter()
-            if ending and depth == deepest:
-                raise _Enough
-
-        hooks.append(network.get_submodule(blocks.blocks[depth - 1]).register_forward_hook(keep))
-    try:
-        yield caught
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @dataclass(frozen=True)
 class Source:
     """What the states come from: a network in evaluation mode, the module inside it, and its blocks."""
@@ -212,7 +98,7 @@ class Source:
     def loss(self, batch: Any) -> float:
         """The loss of one forward pass."""
         task = self.network.task
-        return float(task.loss(task.forward(self.network.model, batch), batch))
+        return float(task.loss(task.forward(self.network.model, batch), batch).detach())
 
 
 @dataclass(frozen=True)
@@ -231,27 +117,70 @@ class Trial:
 
 
 def trial(source: Source, prefix: Prefix, prepared: Prepared, batch_size: int) -> Trial:
-    """Runs one batch with and without its states given. Every rank has to call it."""
+    """Runs one batch with and without its states given, as they would be stored. Every rank has to call it.
+
+    What is frozen has to be so already.
+    """
     shards = prepared.manifest.shards
     table = next(strided(prepared.folder, shards, rank=0, world=1, batch_size=min(batch_size, TRIED_ROWS)))
-    batch = source.network.batch(table)
-    with torch.no_grad(), captured(source.module, source.blocks, [prefix.depth]) as caught:
+    batch, rows = source.network.batch(table), table.num_rows
+    above = len(source.blocks.blocks)
+    watched = sorted({prefix.depth, source.blocks.chained(above), above})
+    with captured(source.module, source.blocks, [prefix.depth]) as caught:
         prefix.offer(None)
-        whole = source.loss(batch)
+        source.loss(batch)
         states = caught.get(prefix.depth)
-        if not isinstance(states, torch.Tensor) or states.shape[:1] != (table.num_rows,):
-            return Trial("its blocks give more than one tensor for a row")
-        prefix.offer(states)
-        again = source.loss(batch)
-        prefix.offer(None)
+        if isinstance(states, torch.Tensor) and states.requires_grad:
+            return Trial("something that learns is used below or within the frozen blocks")
+    with torch.no_grad(), captured(source.module, source.blocks, watched) as caught:
+        whole, plain = source.loss(batch), dict(caught)
+        states = plain.get(prefix.depth)
+        if not isinstance(states, torch.Tensor) or states.shape[:1] != (rows,):
+            return Trial("its blocks don't give one tensor that begins with the rows")
+        if prefix.first_computes and prefix.depth == 1:
+            return Trial("the only frozen block hands on more than its states, which has to be computed for each batch")
+        prefix.offer(_kept(states, table))
+        try:
+            again = source.loss(batch)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            return Trial(f"it does not work on stored states ({type(error).__name__}: {str(error).splitlines()[0]})")
+        finally:
+            prefix.offer(None)
+    if states.shape[1:2] == (rows,) and rows > 1:  # which of the two were the rows?
+        return trial(source, prefix, prepared, rows - 1)
     if not abs(again - whole) <= TOLERANCE * abs(whole):
         return Trial(f"with stored states the loss is {again:g} instead of {whole:g}")
+    if not all(_same(plain.get(depth), caught.get(depth), table) for depth in watched):
+        return Trial("with stored states the blocks above them give something else")
     known = prepared.manifest  # the rows that were tried are among the shortest
     positions = known.tokens / max(1, known.rows) if _by_length(states, table) else float(states.shape[1])
     weights = sum(
         getattr(parameter, "ds_numel", parameter.numel()) for block in prefix.blocks for parameter in block.parameters()
     )
-    return Trial(None, positions * states[0, 0].numel() * states.element_size(), 2.0 * weights * positions)
+    # A convolution's weights are used at each place of its output: (rows, channels, height, width).
+    uses = float(states.shape[2:].numel()) if states.dim() == 4 else positions
+    return Trial(None, positions * states[0, 0].numel() * states.element_size(), 2.0 * weights * uses)
+
+
+def _kept(states: torch.Tensor, table: Any) -> torch.Tensor:
+    """The states as they come back from storage: zeros behind each row's last token, where they have its positions."""
+    if not _by_length(states, table):
+        return states
+    kept = states.clone()
+    for place, length in enumerate(table.column("length").to_pylist()):
+        kept[place, length:] = 0
+    return kept
+
+
+def _same(one: Any, other: Any, table: Any) -> bool:
+    """Are two outputs of a block equal within TOLERANCE, up to each row's last token?"""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return one is None and other is None
+    if one.shape != other.shape:
+        return False
+    one, other = _kept(one, table).float(), _kept(other, table).float()
+    room = TOLERANCE * float(one.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(one, other, rtol=0.0, atol=room, equal_nan=True)
 
 
 def _by_length(states: torch.Tensor, table: Any) -> bool:
@@ -283,7 +212,7 @@ def compute(
             for table in strided(prepared.folder, shards, rank=rank, world=world, batch_size=batch_size):
                 own = table if table.num_rows else first_row(prepared.folder, shards)
                 begun = time.perf_counter()
-                with suppress(_Enough):
+                with suppress(Enough):
                     network.task.forward(network.model, network.batch(own))
                 spent = {depth: seconds + at[depth] - begun for depth, seconds in spent.items()}
                 if table.num_rows:
@@ -345,9 +274,18 @@ def fill(
             return None
         for split in missing:
             _compute_all(source, prefix.depth, prepared[split], folders[split], size, emit, watch)
+    else:
+        _acquaint(source, prepared["train"])
     for split, folder in folders.items():
         prefix.stores[split] = States(folder)
     return prefix
+
+
+def _acquaint(source: Source, prepared: Prepared) -> None:
+    """One pass of one row, in which the stand-ins see what their blocks give beside the states; collective."""
+    network = source.network
+    with torch.no_grad():
+        network.task.forward(network.model, network.batch(first_row(prepared.folder, prepared.manifest.shards)))
 
 
 def _said(value: Any) -> Any:

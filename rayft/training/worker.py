@@ -18,13 +18,14 @@ from rayft.data.window import Share
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
-from rayft.training import checkpoint, engine, export, freeze, pictures, prefix
+from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
 from rayft.training.evaluate import Network, evaluate
 from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, train
 from rayft.training.metrics import Metrics
-from rayft.training.prefix import Prefix, Source, fill
+from rayft.training.prefix import Source, fill
 from rayft.training.saver import Saver
 from rayft.training.schedule import order, total_steps
+from rayft.training.standin import Prefix
 from rayft.training.watch import Watch
 
 Load = Callable[[Pretrained, dict[str, Any], Any], Any]
@@ -163,11 +164,12 @@ class Run:
             self.emit({"event": "left", "step": self.progress.step})
             return
         if metrics is not None:
+            warnings = overfitting.warnings(self.recipe, overfitting.points(metrics.lines()), self.best_step)
             if self.setting.exports:
                 metrics.write({"step": self.progress.step, "epoch": self._epochs(), **scores})
             attempts.hold(self.recipe.folder, self.attempt)
             metrics.close()
-            result = self._result(scores)
+            result = {**self._result(scores), "warnings": warnings}
             storage.write_json(storage.join(self.recipe.folder, "result.json"), result)
             self.emit({"event": "finished", "result": result})
         dist.barrier()
@@ -356,6 +358,11 @@ class Run:
         """Test rows pass through all blocks: it is but once."""
         if self.prefix is not None:
             self.prefix.offer(None)
+
+    @property
+    def best_step(self) -> int:
+        """The step of the best evaluation so far."""
+        return int((self.progress.best or {"step": 0})["step"])
 
     def _epochs(self) -> float:
         return round(self.progress.step / self.order.steps_per_epoch, 6)

@@ -140,8 +140,8 @@ class Page {
     document.title = `${data.name} - rayft`;
     const home = live ? el("a", { href: "/" }, "all runs") : null;
     const above = [home, home ? " · " : null, `${kind} in ${data.folder}`];
-    const error = data.error ? el("p", { class: "sentence" }, data.error) : null;
-    const inner = [el("div", { class: "above" }, ...above.filter(Boolean)), el("h1", null, data.name), error];
+    const sentences = [...(data.error ? [data.error] : []), ...(data.warnings || [])].map((said) => el("p", { class: "sentence" }, said));
+    const inner = [el("div", { class: "above" }, ...above.filter(Boolean)), el("h1", null, data.name), ...sentences];
     this.header.replaceChildren(...inner.filter(Boolean));
   }
 }

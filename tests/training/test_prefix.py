@@ -18,7 +18,7 @@ from rayft.data.window import Cutter, read_windows, readings
 from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
-from rayft.training import checkpoint, prefix, states
+from rayft.training import checkpoint, standin, states
 from rayft.training.prefix import Cost, impossible
 from rayft.training.watch import Watch
 from rayft.training.worker import Run, Setting
@@ -209,7 +209,7 @@ def test_states_are_stored_where_that_pays(cost: Cost, why: str | None) -> None:
 
 def test_states_with_more_or_fewer_positions_than_the_batch_are_fitted() -> None:
     given = torch.arange(12.0).view(2, 3, 2)
-    assert torch.equal(prefix._fitted(given, torch.zeros(2, 2, 2)), given[:, :2])
-    longer = prefix._fitted(given, torch.zeros(2, 5, 2))
+    assert torch.equal(standin._fitted(given, torch.zeros(2, 2, 2)), given[:, :2])
+    longer = standin._fitted(given, torch.zeros(2, 5, 2))
     assert torch.equal(longer[:, :3], given)
     assert not longer[:, 3:].any()
