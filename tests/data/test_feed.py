@@ -35,7 +35,10 @@ class Noise(Task):
     """Adds a random number to each row's only token."""
 
     type: Literal["noise"] = "noise"
-    varies = True
+
+    @property
+    def varies(self) -> bool:
+        return True
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
         return pa.schema({"tokens": pa.list_(pa.int32())})

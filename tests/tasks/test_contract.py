@@ -97,7 +97,10 @@ CELLS = {
     "file_name": [str(sorted((CELL_PICTURES / kind).glob("*.jpg"))[0]) for kind in ("RBC", "WBC", "Platelets")],
     "label": ["RBC", "WBC", "Platelets"],
 }
-CALCULATIONS = {"question": ["What is 6 times 7 ?", "And 2 more ?"], "answer": ["6 * 7 = 42\n#### 42", "42 + 2\n#### 44"]}
+CALCULATIONS = {
+    "question": ["What is 6 times 7 ?", "And 2 more ?"],
+    "answer": ["6 * 7 = 42\n#### 42", "42 + 2\n#### 44"],
+}
 ASKING = {"prompt": "question", "completion": "answer", "answer_after": "####", "max_new_tokens": 4}
 
 
