@@ -99,7 +99,7 @@ def make_writer(folder: str, layers: int) -> None:
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
         max_source_positions=50,
-        max_target_positions=16,
+        max_target_positions=300,  # a pipeline writes 256 tokens
         classifier_proj_size=8,
         init_std=0.3,
         bos_token_id=tokenizer.eos_token_id,
@@ -109,6 +109,7 @@ def make_writer(folder: str, layers: int) -> None:
     )
     torch.manual_seed(0)
     network = WhisperForConditionalGeneration(config)
+    network.generation_config._from_model_config = False  # or it is made anew where it is loaded
     network.generation_config.lang_to_id = {name: tokenizer.convert_tokens_to_ids(name) for name in special[2:4]}
     network.generation_config.task_to_id = {
         name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("transcribe", "translate")
