@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rayft import document, tasks
+from rayft.data.classes import SOUNDS
 from rayft.errors import DataError
 from rayft.tasks.task import Task
 
@@ -48,6 +49,7 @@ _FORMS = (
 _ENCODER = "distilbert/distilbert-base-cased"
 _DECODER = "HuggingFaceTB/SmolLM2-135M"
 _CHAT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_LISTENER = "facebook/wav2vec2-base"
 
 
 def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str) -> str:
@@ -56,7 +58,7 @@ def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], pa
     `sample` holds the first rows of each column; it tells list-valued labels, empty answers and lengths.
     DataError, with the columns found and those that would do, where no task fits.
     """
-    for fields in _readings(columns):
+    for fields in (*_sounds(columns, sample), *_readings(columns)):
         for name in tasks.names():
             if task := _fitting(tasks.find(name), fields, columns):
                 return "\n".join(_lines(task, fields, sample, path)) + "\n"
@@ -68,6 +70,18 @@ def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], pa
         f"{path}: no task fits the columns {', '.join(columns) or '(none)'}; these would do: {known}. "
         "Rename them in `data.columns` of a recipe written by hand"
     )
+
+
+def _sounds(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, str]]:
+    """What the columns are for where one holds sounds: their texts, or their labels."""
+    lower = {column.lower(): column for column in reversed(columns)}
+    for column in columns:
+        values = list(sample.get(column, ()))
+        if values and all(str(value).lower().endswith(SOUNDS) for value in values):
+            for role in ("text", "label"):
+                found = next((lower[name] for name in _NAMES[role] if name in lower), None)
+                if found is not None:
+                    yield {"audio": column, role: found}
 
 
 def _readings(columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -101,7 +115,9 @@ def _fitting(kind: type[Task], fields: Mapping[str, str], columns: Sequence[str]
 
 def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[Any]], path: str) -> Iterator[str]:
     generates = task.packs() is not None
-    model = _ENCODER if not generates else _CHAT if "messages" in fields else _DECODER
+    model = _LISTENER if "audio" in fields else _ENCODER
+    if generates:
+        model = _CHAT if "messages" in fields else _DECODER
     yield "# Check it with `rayft check`, start it with `rayft run`; `rayft schema` describes every field."
     yield f"name: {_plain(_run_name(path))}  # with `storage` the run's identity: run it again and it resumes"
     yield "task:"

@@ -43,6 +43,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.charts",
         "tasks.images",
         "tasks.texts",
+        "tasks.sound",
+        "tasks.listening",
         "tasks.*",
         "tasks",
         "task_section",
@@ -142,7 +144,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 
 # Libraries that take seconds to import. They wait inside functions wherever a recipe is read or help is shown.
 HEAVY = frozenset(
-    {"accelerate", "datasets", "deepspeed", "kubernetes", "peft", "ray", "sklearn", "torch", "transformers"}
+    {"accelerate", "datasets", "deepspeed", "kubernetes", "peft", "ray", "scipy", "sklearn", "torch", "transformers"}
 )
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "rayft", "cluster", "jobs", "tests"}

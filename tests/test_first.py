@@ -52,6 +52,22 @@ def test_columns_call_for_a_task(columns: list[str], task: dict[str, Any]) -> No
     assert {key: dumped[key] for key in task} == task
 
 
+@pytest.mark.parametrize(
+    ("columns", "file", "task"),
+    [
+        (["file_name", "label"], "/data/Yes/a.WAV", {"type": "audio-classification", "label": "label"}),
+        (["file_name", "split", "text", "label"], "/a.flac", {"type": "speech-recognition", "text": "text"}),
+        (["text", "path"], "https://host/a.mp3", {"type": "speech-recognition", "audio": "path", "text": "text"}),
+    ],
+    ids=str,
+)
+def test_sounds_call_for_a_task_of_theirs(columns: list[str], file: str, task: dict[str, Any]) -> None:
+    sample = {name: [file, file] if name in ("file_name", "path") else ["one", "two"] for name in columns}
+    recipe = recipe_for(columns, sample)
+    assert {key: recipe.dump()["task"][key] for key in task} == task
+    assert recipe.model.path == "facebook/wav2vec2-base"
+
+
 def test_columns_that_call_for_no_task_are_told_what_would() -> None:
     with pytest.raises(
         DataError, match=r"x\.csv: no task fits the columns height, weight; these would do: .*text \+ label"

@@ -7,7 +7,17 @@ import pkgutil
 
 from rayft.tasks.task import Task
 
-PARTS = ("task", "loading", "labels", "texts", "files", "images", "charts")  # what tasks are built from
+PARTS = (
+    "task",
+    "loading",
+    "labels",
+    "texts",
+    "files",
+    "images",
+    "charts",
+    "sound",
+    "listening",
+)  # what tasks are built from
 
 
 def names() -> tuple[str, ...]:

@@ -61,6 +61,12 @@ def load_config(model: Pretrained, **fields: Any) -> Any:
         )
 
 
+def load_part(auto: Any, model: Pretrained, part: str) -> Any:
+    """What `auto` (a feature extractor's or tokenizer's auto class) loads for the model; ModelError names the part."""
+    with told(model, part):
+        return auto.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
 def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None = None, *, words: bool = False) -> Any:
     """The tokenizer, with a padding token; `offsets_for` is what needs to know which characters a token covers.
 
@@ -113,11 +119,13 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     with told(model, "weights"):
         if model.meta:
             with torch.device("meta"):
-                outline = auto.from_config(config, **options)
+                outline = auto.from_config(config, **options).to("meta")  # some constructors insist on memory
             outline.rayft_drawn = _head(outline) if without_weights(model.path) else _lacking(outline, model.path)
             return outline
         if without_weights(model.path):
-            network = auto.from_config(config, **options)
+            with torch.random.fork_rng(devices=[]):  # some parameters keep what their constructor drew (weight norms)
+                torch.manual_seed(model.seed)
+                network = auto.from_config(config, **options)
             draw_parameters(network, [name for name, _ in network.named_parameters()], model.seed)
             network.rayft_drawn = _head(network)
             return network

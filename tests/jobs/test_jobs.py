@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rayft import tasks
@@ -11,9 +12,12 @@ from rayft.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "May I ask a question?"
+NOISE = np.random.default_rng(0).normal(size=12_000).astype(np.float32)
 ASKED = {  # what the exported model of a job is asked, where that is no question
     "masked_lm": "May I ask a [MASK]?",
     "image_classification": str(next((ROOT / "jobs/data/blood_cells/test/RBC").glob("*.jpg"))),
+    "audio_classification": NOISE,
+    "speech_recognition": NOISE,
 }
 MORE = {"quickstart", "sweep", "mathematics", "consultations"}  # beside one for each task
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))

@@ -34,6 +34,7 @@ from transformers import pipeline as make_pipeline
 
 from rayft.tasks import find, names
 from rayft.tasks.task import Pretrained, Task
+from speech_models import DIGITS, make_letters, make_listener, make_writer
 
 LAYERS = 3
 ENCODER = "a BERT without a head"
@@ -41,6 +42,9 @@ DECODER = "a Llama"
 RESNET = "a ResNet"
 VIT = "a ViT"
 CELL_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/blood_cells/validation"
+LISTENER = "a wav2vec2-bert without a tokenizer"
+LETTERS = "a wav2vec2 whose first layer normalises over time, with letters"
+WRITER = "a Whisper"
 
 TEXTS = {
     "text": [
@@ -104,6 +108,9 @@ CALCULATIONS = {
 ASKING = {"prompt": "question", "completion": "answer", "answer_after": "####", "max_new_tokens": 4}
 
 
+NOISE = np.random.default_rng(0).normal(size=12_000).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of task with the fields of its recipe section, rows that are all good, and the model it is loaded from."""
@@ -115,7 +122,7 @@ class Case:
     asked: Any = "Some words"  # of the exported model's pipeline
 
     def __str__(self) -> str:
-        return "-".join([self.type, *self.fields])
+        return "-".join([self.type, *self.fields, *(() if self.model in (ENCODER, DECODER) else [self.model])])
 
 
 CASES = (
@@ -145,6 +152,12 @@ CASES = (
         CELLS["file_name"][0],
     ),
     Case("causal-lm", {**ASKING, "max_length": 32, "pack": False}, CALCULATIONS, DECODER),
+    Case("audio-classification", {"max_seconds": 0.6}, DIGITS, LISTENER, asked=NOISE),
+    Case("audio-classification", {"label": "accent"}, DIGITS, LETTERS, asked=NOISE),
+    Case("audio-classification", {"max_seconds": 1.0}, DIGITS, WRITER, asked=NOISE),
+    Case("speech-recognition", {}, DIGITS, LISTENER, asked=NOISE),
+    Case("speech-recognition", {"case": "upper"}, DIGITS, LETTERS, asked=NOISE),
+    Case("speech-recognition", {"language": "english", "max_new_tokens": 8, "max_seconds": 1.0}, DIGITS, WRITER, NOISE),
 )
 
 
@@ -174,6 +187,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ViTModel(ViTConfig(**halves, num_hidden_layers=LAYERS, image_size=32, patch_size=8)).save_pretrained(made[VIT])
     for name in (RESNET, VIT):
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(made[name])
+    for name, make in ((LISTENER, make_listener), (LETTERS, make_letters), (WRITER, make_writer)):
+        made[name] = str(tmp_path_factory.mktemp("speech"))
+        make(made[name], LAYERS)
     return made
 
 

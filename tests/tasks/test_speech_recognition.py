@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from rayft.errors import DataError, ModelError
+from rayft.tasks.speech_recognition import IGNORED, SpeechRecognition
+from rayft.tasks.speech_recognition.letters import ctc_loss, frames_needed, read_off, spelled
+from rayft.tasks.speech_recognition.processor import made_tokenizer
+from rayft.tasks.task import Pretrained
+from speech_models import DIGITS, make_letters, make_listener, make_writer
+
+FACTS = {"letters": sorted(set("zerothreesix"))}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = {}
+    for name, make in (("listener", make_listener), ("letters", make_letters), ("writer", make_writer)):
+        made[name] = str(tmp_path_factory.mktemp(name))
+        make(made[name], 1)
+    return made
+
+
+def test_loss_is_the_likelihood_of_all_ways_to_spell_a_row() -> None:
+    """Two frames, letter 1: it may stand in the first, the second, or both."""
+    logits = torch.tensor([[[0.3, 0.9], [1.1, -0.4], [5.0, 5.0]]])
+    p = logits[0].softmax(dim=-1)
+    expected = -torch.log(p[0, 1] * p[1, 0] + p[0, 0] * p[1, 1] + p[0, 1] * p[1, 1])
+    labels = torch.tensor([[1, IGNORED]])
+    torch.testing.assert_close(ctc_loss(logits, torch.tensor([2]), labels, 0, 0.0), expected)
+    even = -p[:2].log().mean(dim=-1).sum()
+    smooth = ctc_loss(logits, torch.tensor([2]), labels, 0, 0.25)
+    torch.testing.assert_close(smooth, 0.75 * expected + 0.25 * even)
+    assert ctc_loss(logits, torch.tensor([2]), torch.tensor([[1, 1]]), 0, 0.0) == 0  # needs three frames
+
+
+def test_frames_needed_count_a_blank_between_equal_letters() -> None:
+    assert [frames_needed(ids) for ids in ([], [1], [1, 2], [1, 1, 2], [1, 1, 1])] == [0, 1, 2, 4, 5]
+
+
+def test_letters_are_read_off_the_frames_of_a_row_alone() -> None:
+    tokenizer = made_tokenizer(("a", "b"))
+    blank, between, a, b = (tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "|", "a", "b"))
+    frames = [a, a, blank, a, between, b, b, blank, b]
+    logits = torch.nn.functional.one_hot(torch.tensor([frames]), len(tokenizer)).float()
+    assert read_off(tokenizer, logits, torch.tensor([len(frames)])) == ["aa bb"]
+    assert read_off(tokenizer, logits, torch.tensor([4])) == ["aa"]
+
+
+def test_a_letter_that_the_model_lacks_is_named_with_what_fits() -> None:
+    tokenizer = made_tokenizer(("A", "B"))
+    assert tokenizer.decode(spelled(tokenizer, "AB A"), group_tokens=False) == "AB A"
+    with pytest.raises(ValueError, match=r"'b' is not among the letters .*; task.case=upper fits"):
+        spelled(tokenizer, "Ab")
+    with pytest.raises(ValueError, match=r"'é' is not among the letters that the model writes; these fit: AB"):
+        spelled(tokenizer, "AéA")
+
+
+def test_rows_that_can_not_be_learnt_are_left_out_or_refused(folders: dict[str, str]) -> None:
+    task = SpeechRecognition(max_seconds=0.6)
+    processor = task.processor(Pretrained(folders["listener"]))
+    rows = {
+        "file_name": [*DIGITS["file_name"], DIGITS["file_name"][1], DIGITS["file_name"][1], "/no/such.wav"],
+        "text": ["zero", "three", "six", " ", "three" * 5, "zero"],
+    }
+    made = task.encode(rows, processor, FACTS, evaluation=True)
+    assert made.rows == [1, 2]
+    assert made.references == ["three", "six"]
+    assert made.dropped == {
+        0: "longer than task.max_seconds",
+        4: "its text has more letters than its sound has frames",
+    }
+    assert sorted(made.bad) == [3, 5]
+    assert made.bad[3] == "`text` is ' '; it needs text"
+    unknown = task.encode({**DIGITS, "text": ["zero", "Three", "tree!"]}, processor, FACTS, evaluation=True)
+    assert unknown.bad[1] == "`text`: 'T' is not among the letters that the model writes; task.case=lower fits"
+    assert "'!' is not among the letters" in unknown.bad[2]
+
+
+def test_letters_come_from_the_training_texts_in_their_case() -> None:
+    rows = [{"text": ["Zoë  B", None]}, {"text": ["a b"]}]
+    assert SpeechRecognition().facts(rows) == {"letters": ["B", "Z", "a", "b", "o", "ë"]}
+    assert SpeechRecognition(case="upper").facts(rows) == {"letters": ["A", "B", "O", "Z", "Ë"]}
+    with pytest.raises(DataError, match="holds no text"):
+        SpeechRecognition().facts([{"text": [" ", None]}])
+
+
+def test_made_letters_go_with_the_model_and_are_kept_from_then_on(folders: dict[str, str], tmp_path: Path) -> None:
+    task = SpeechRecognition()
+    source = Pretrained(folders["listener"])
+    processor = task.processor(source)
+    assert processor.own is None
+    network: Any = task.load(source, FACTS, processor)
+    assert network.lm_head.out_features == len(FACTS["letters"]) + 3
+    assert "lm_head.weight" in network.rayft_drawn
+    network.save_pretrained(tmp_path)
+    processor.save_pretrained(str(tmp_path))
+    task.export(str(tmp_path), network, processor, FACTS)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == made_tokenizer(tuple(FACTS["letters"])).get_vocab()
+    adapted = {"letters": ["e", "o", "r", "z"]}  # of the rows that it goes on with
+    again = task.processor(Pretrained(str(tmp_path)))
+    kept: Any = task.load(Pretrained(str(tmp_path), seed=9), adapted, again)
+    assert torch.equal(kept.lm_head.weight, network.lm_head.weight)
+    made = task.encode({"file_name": DIGITS["file_name"][:1], "text": ["six"]}, again, adapted, evaluation=True)
+    assert not made.bad
+
+
+def test_a_writer_is_given_its_prompt_and_learns_the_rest(folders: dict[str, str]) -> None:
+    task = SpeechRecognition(language="en", max_seconds=1, max_new_tokens=8)
+    processor = task.processor(Pretrained(folders["writer"]))
+    tokenizer = processor.tokenizer({})
+    made = task.encode(DIGITS, processor, FACTS, evaluation=True)
+    batch = task.collate(made.features, processor, FACTS)
+    prompt = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert tokenizer.convert_ids_to_tokens(batch["decoder_input_ids"][2][:7].tolist()) == [*prompt, "s", "i", "x"]
+    labels = batch["labels"][2]
+    assert labels[:3].tolist() == [IGNORED] * 3
+    assert tokenizer.convert_ids_to_tokens(labels[3:7].tolist()) == ["s", "i", "x", "<|endoftext|>"]
+    assert (labels[7:] == IGNORED).all()
+    assert task.items(batch) == len("zero") + len("three") + len("six") + 3
+    places, asked = task.asked(made.features)
+    assert places == [0, 1, 2]
+    assert "labels" not in task.collate(asked, processor, FACTS)
+    short = SpeechRecognition(max_seconds=1, max_new_tokens=4).encode(DIGITS, processor, FACTS, evaluation=False)
+    assert short.dropped == {
+        0: "its text has more tokens than task.max_new_tokens",
+        1: "its text has more tokens than task.max_new_tokens",
+    }
+
+
+def test_a_writer_writes_what_its_own_generate_does(folders: dict[str, str]) -> None:
+    task = SpeechRecognition(language="english", max_seconds=1, max_new_tokens=8)
+    source = Pretrained(folders["writer"])
+    processor = task.processor(source)
+    network: Any = task.load(source, FACTS, processor).eval()
+    made = task.encode({"file_name": DIGITS["file_name"]}, processor, FACTS, evaluation=True, labelled=False)
+    batch = task.collate(made.features, processor, FACTS)
+    given = task.generate(network, batch, made.features, processor, FACTS)
+    own = network.generate(
+        batch["input_features"], language="english", task="transcribe", max_new_tokens=8, num_beams=1, do_sample=False
+    )
+    expected = processor.tokenizer(FACTS).batch_decode(own, skip_special_tokens=True)
+    assert [row["text"] for row in given] == [text.strip() for text in expected]
+    assert len({row["text"] for row in given}) > 1
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "says"),
+    [
+        ("letters", {"language": "english"}, "task.language is 'english', but .* writes letters of any; null fits"),
+        ("writer", {"language": "klingon", "max_seconds": 1}, "task.language is 'klingon': Unsupported language"),
+        ("writer", {}, "task.max_seconds is 20, but .* reads 1 seconds"),
+    ],
+)
+def test_what_the_model_can_not_do_is_refused(
+    folders: dict[str, str], model: str, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        SpeechRecognition(**fields).processor(Pretrained(folders[model]))
+
+
+def test_scores_are_errors_per_true_word_and_letter() -> None:
+    given = [{"text": "nine"}, {"text": "one to"}, {"text": ""}]
+    scores = SpeechRecognition().score(given, ["nine", "one two", "six"])
+    assert scores == {"wer": pytest.approx(2 / 4), "cer": pytest.approx(4 / 14)}
+    assert list(scores) == ["wer", "cer"]
+    assert set(scores) <= SpeechRecognition.lower_is_better
