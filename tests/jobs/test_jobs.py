@@ -14,6 +14,7 @@ QUESTION = "May I ask a question?"
 ASKED = {  # what the exported model of a job is asked, where that is no question
     "masked_lm": "May I ask a [MASK]?",
     "image_classification": str(next((ROOT / "jobs/data/blood_cells/test/RBC").glob("*.jpg"))),
+    "face_recognition": str(ROOT / "jobs/data/london_faces/test/014/neutral.jpg"),
 }
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 

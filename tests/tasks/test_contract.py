@@ -41,6 +41,7 @@ DECODER = "a Llama"
 RESNET = "a ResNet"
 VIT = "a ViT"
 CELL_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/blood_cells/validation"
+FACE_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/london_faces/validation"
 
 TEXTS = {
     "text": [
@@ -84,6 +85,13 @@ CELLS = {
     "label": ["RBC", "WBC", "Platelets"],
 }
 
+FACES = {
+    "file_name": [
+        str(FACE_PICTURES / person / f"{look}.jpg") for person in ("003", "008") for look in ("neutral", "smiling")
+    ],
+    "identity": ["003", "003", "008", "008"],
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -121,6 +129,8 @@ CASES = (
         VIT,
         CELLS["file_name"][0],
     ),
+    Case("face-recognition", {}, FACES, RESNET, FACES["file_name"][0]),
+    Case("face-recognition", {"margin": 0.2, "augment": {}}, FACES, VIT, FACES["file_name"][0]),
 )
 
 
