@@ -21,7 +21,7 @@ from transformers import BertConfig, ResNetConfig, ViTConfig, ViTImageProcessorP
 from rayft.errors import DataError, ModelError
 from rayft.recipe import Lora
 from rayft.tasks.face_recognition import FaceRecognition, verification
-from rayft.tasks.face_recognition.arcface import UNKNOWN, arcface_loss, with_margin
+from rayft.tasks.face_recognition.arcface import arcface_loss, with_margin
 from rayft.tasks.task import Pretrained
 from rayft.training.export import new_parameters
 from rayft.training.freeze import adapt
@@ -257,7 +257,7 @@ def test_models_without_a_pooled_output_or_for_other_pictures_are_refused(folder
     ):
         config.save_pretrained(tmp_path / name)
         shutil.copy(Path(folder) / "preprocessor_config.json", tmp_path / name)
-        with pytest.raises(ModelError, match="model for pictures"):
+        with pytest.raises(ModelError, match="takes no pictures of 32 x 32 pixels"):
             loaded(str(tmp_path / name))
 
 

@@ -127,7 +127,7 @@ class FaceRecognition(Task):
         backbone: Any = from_pretrained(AutoModel, model)
         width = arcface.width_of(backbone, picture_shape(processor), model.path)
         heads, drawn = arcface.directions(model, facts["identities"], width)
-        network = arcface.Recogniser(backbone, heads)
+        network: Any = arcface.Recogniser(backbone, heads)
         new = () if without_weights(model.path) else tuple(f"backbone.{name}" for name in backbone.rayft_drawn)
         network.rayft_drawn = (*new, "arcface.weight") if drawn else new
         return network
@@ -169,7 +169,7 @@ class FaceRecognition(Task):
         return [{"embedding": [float(f"{value:.6g}") for value in row]} for row in rows]
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
-        """What `verification.scores` says of the pairs of rows; DataError where there are none of one person, or of two."""
+        """What `verification.scores` says of all pairs of rows; DataError where one kind of them is lacking."""
         return verification.scores(*_asked(predictions, references))
 
     def pictures(self, predictions: list[Prediction], references: list[Any]) -> dict[str, bytes]:

@@ -71,11 +71,15 @@ def width_of(backbone: Any, shape: Sequence[int], path: str) -> int:
 
     ModelError where the model takes no such pictures alone, or pools nothing.
     """
-    source = Pretrained(path)
-    with torch.device("meta"), torch.no_grad():
-        outline = type(backbone)(backbone.config).eval()
-        with told(source, "model for pictures"):
-            outputs = outline(pixel_values=torch.zeros(1, *shape))
+    try:
+        with torch.device("meta"), torch.no_grad():
+            outputs = type(backbone)(backbone.config).eval()(pixel_values=torch.zeros(1, *shape))
+    except (TypeError, ValueError, RuntimeError) as fault:
+        reason = next(iter(str(fault).splitlines()), type(fault).__name__).rstrip(".")
+        raise ModelError(
+            f"model.path: `{path}` takes no pictures of {shape[2]} x {shape[1]} pixels alone, as its image processor "
+            f"makes them: {reason}; a ResNet, ConvNeXt or ViT with the processor it came with fits"
+        ) from fault
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
         raise ModelError(

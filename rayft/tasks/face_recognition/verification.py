@@ -103,7 +103,7 @@ def equal_error(same: np.ndarray, similarity: np.ndarray) -> tuple[float, float]
 
     accepted, right, thresholds = roc_curve(same, similarity, drop_intermediate=False)
     gap = accepted - (1 - right)  # rises from -1 to 1
-    place = int(np.argmax(gap >= 0))
+    place = int(np.argmax(gap > -1e-12))  # two equal shares differ by rounding
     share = -gap[place - 1] / (gap[place] - gap[place - 1])
     rate = accepted[place - 1] + share * (accepted[place] - accepted[place - 1])
     return float(rate), float(thresholds[place])
