@@ -43,6 +43,8 @@ class Directions(torch.nn.Module):
 class Recogniser(torch.nn.Module):
     """A backbone of transformers and the directions of the identities it is trained on; saved, it is the backbone."""
 
+    base_model_prefix = "backbone"  # transformers and peft ask for it
+
     def __init__(self, backbone: Any, arcface: Directions) -> None:
         super().__init__()
         self.backbone = backbone
