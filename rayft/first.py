@@ -47,6 +47,7 @@ _FORMS = (
 )
 
 _ENCODER = "distilbert/distilbert-base-cased"
+_PICTURES = "microsoft/resnet-18"
 _DECODER = "HuggingFaceTB/SmolLM2-135M"
 _CHAT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LISTENER = "facebook/wav2vec2-base"
@@ -115,9 +116,8 @@ def _fitting(kind: type[Task], fields: Mapping[str, str], columns: Sequence[str]
 
 def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[Any]], path: str) -> Iterator[str]:
     generates = task.packs() is not None
-    model = _LISTENER if "audio" in fields else _ENCODER
-    if generates:
-        model = _CHAT if "messages" in fields else _DECODER
+    encoder = _PICTURES if "image" in type(task).model_fields else _LISTENER if "audio" in fields else _ENCODER
+    model = encoder if not generates else _CHAT if "messages" in fields else _DECODER
     yield "# Check it with `rayft check`, start it with `rayft run`; `rayft schema` describes every field."
     yield f"name: {_plain(_run_name(path))}  # with `storage` the run's identity: run it again and it resumes"
     yield "task:"

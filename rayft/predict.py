@@ -198,7 +198,7 @@ def _threshold(recipe: Recipe, train: Any) -> int | None:
 
 
 def _scores(model: Any, rows: Scored, reading: Any, show: Show) -> dict[str, float]:
-    """Loss and metrics. DataError where rows are bad and aren't to be left out, or none can be scored."""
+    """Loss, where rows have items, and metrics. DataError where rows are bad and stay in, or none can be scored."""
     from rayft.inference import answers
 
     predictions: list[Any] = []
@@ -226,7 +226,7 @@ def _scores(model: Any, rows: Scored, reading: Any, show: Show) -> dict[str, flo
     if not predictions:
         raise DataError(f"{rows.what}: none of its {told.done:,} rows can be scored{listed}")
     metrics: dict[str, float] = model.task.score(predictions, references)
-    return {"loss": loss / max(1, items), **metrics}
+    return {"loss": loss / items, **metrics} if items else metrics
 
 
 def _total(pieces: Sequence[Any], reading: Any) -> int | None:

@@ -44,6 +44,7 @@ def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, p
         (["question", "answer", "qtype"], {"type": "causal-lm", "prompt": "question", "completion": "answer"}),
         (["text"], {"type": "causal-lm", "text": "text"}),
         (["content", "url"], {"type": "causal-lm", "text": "content"}),
+        (["file_name", "identity", "split"], {"type": "face-recognition", "image": "file_name"}),
     ],
     ids=str,
 )
@@ -66,6 +67,11 @@ def test_sounds_call_for_a_task_of_theirs(columns: list[str], file: str, task: d
     recipe = recipe_for(columns, sample)
     assert {key: recipe.dump()["task"][key] for key in task} == task
     assert recipe.model.path == "facebook/wav2vec2-base"
+
+
+def test_pictures_call_for_a_model_of_pictures() -> None:
+    assert recipe_for(["file_name", "label"]).model.path == recipe_for(["file_name", "identity"]).model.path
+    assert "resnet" in recipe_for(["file_name", "label"]).model.path
 
 
 def test_columns_that_call_for_no_task_are_told_what_would() -> None:

@@ -34,6 +34,20 @@ def confusion_matrix(truth: Sequence[str], given: Sequence[str]) -> bytes:
     return _png(figure)
 
 
+def roc(truth: Sequence[bool] | np.ndarray, score: Sequence[float] | np.ndarray) -> bytes:
+    """The share of the true that is accepted over that of the false, as the score from which on that is done falls."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    accepted, right, _ = roc_curve(truth, score)
+    figure, axes = _figure(5, 4.5)
+    axes.plot(accepted, right, drawstyle="steps-post", label=f"area {roc_auc_score(truth, score):.3f}")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance")
+    axes.plot([0, 1], [1, 0], color="grey", linewidth=0.5, label="equal errors")
+    axes.set(xlabel="share of the false accepted", ylabel="share of the true accepted", aspect="equal")
+    axes.legend(loc="lower right")
+    return _png(figure)
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: nothing is kept open, and no screen is looked for
 

@@ -83,6 +83,11 @@ def pixels(column: str, value: Any, processor: Any) -> np.ndarray:
     return _at_size(picture, processor)
 
 
+def picture_shape(processor: Any) -> tuple[int, ...]:
+    """(channels, height, width) of the pictures that a processor of `load_image_processor` makes."""
+    return _at_size(np.zeros((*SIZES[0], 3), np.uint8), processor).shape
+
+
 def _at_size(picture: Any, processor: Any) -> np.ndarray:
     made: np.ndarray = processor(images=[picture], do_rescale=False, do_normalize=False, return_tensors="np")[
         "pixel_values"

@@ -236,6 +236,10 @@ class Task(BaseModel):
         """The name of the `transformers.pipeline` that serves the exported folder, or None where there is none."""
         return None
 
+    def usage(self) -> str:
+        """How the exported folder is used where that takes more than its pipeline: Markdown for the model card."""
+        return ""
+
     def export(self, folder: str, model: torch.nn.Module, processor: Any, facts: dict[str, Any]) -> None:
         """Writes what belongs in the model folder beyond weights, config and processor; by default nothing."""
 

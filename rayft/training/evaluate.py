@@ -100,9 +100,9 @@ def evaluate(
 ) -> dict[str, float] | None:
     """`loss` (mean over the items) and the task's metrics, the same on every rank; None where one was asked to leave.
 
-    Collective; leaves evaluation mode on. `before` is called with the rows' numbers in the split before each pass, and
-    with none before the model generates for the rows that the task has asked for; `keep` on rank 0 with the pictures
-    that the task draws.
+    Rows without any item give no `loss`. Collective; leaves evaluation mode on. `before` is called with the rows'
+    numbers in the split before each pass, and with none before the model generates for the rows that the task has asked
+    for; `keep` on rank 0 with the pictures that the task draws.
 
     With ZeRO-3 all ranks run as many forward passes as the longest share, since the weights are gathered together.
     """
@@ -142,7 +142,8 @@ def evaluate(
             return None
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, (total, items))
-    scores = {"loss": sum(t for t, _ in gathered) / max(1, sum(i for _, i in gathered))}
+    counted = sum(i for _, i in gathered)
+    scores = {"loss": sum(t for t, _ in gathered) / counted} if counted else {}
     parts: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(mine, parts)
     if parts is not None:

@@ -51,7 +51,7 @@ def export(
         network.save_pretrained(folder)  # type: ignore[operator]
         processor.save_pretrained(folder)
         task.export(folder, network, processor, facts)
-        (Path(folder) / "README.md").write_text(model_card(recipe, scores, data, task.pipeline()), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(model_card(recipe, scores, data), encoding="utf-8")
         details = {
             "rayft": __version__,
             "task": task.model_dump(mode="json"),
@@ -69,8 +69,9 @@ def new_parameters(network: Any) -> tuple[str, ...]:
     return tuple(getattr(network, "rayft_drawn", ()))
 
 
-def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str], pipeline: str | None) -> str:
+def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str]) -> str:
     """README.md of the model folder."""
+    pipeline, usage = recipe.task.pipeline(), recipe.task.usage()
     lines = ["---", "library_name: transformers"]
     if pipeline:
         lines.append(f"pipeline_tag: {pipeline}")
@@ -87,6 +88,8 @@ def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str], p
         *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
         "",
     ]
+    if usage:
+        lines += ["## Use", "", usage]
     lines += ["## Data", "", *(f"- {split}: content `{identity}`" for split, identity in data.items()), ""]
     plain = recipe.dump()
     return "\n".join([*lines, "## Recipe", "", "```yaml", yaml.safe_dump(plain, sort_keys=False).strip(), "```", ""])

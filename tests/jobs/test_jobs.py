@@ -18,6 +18,7 @@ ASKED = {  # what the exported model of a job is asked, where that is no questio
     "image_classification": str(next((ROOT / "jobs/data/blood_cells/test/RBC").glob("*.jpg"))),
     "audio_classification": NOISE,
     "speech_recognition": NOISE,
+    "face_recognition": str(ROOT / "jobs/data/london_faces/test/014/neutral.jpg"),
 }
 MORE = {"quickstart", "sweep", "mathematics", "consultations"}  # beside one for each task
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))

@@ -45,6 +45,7 @@ CELL_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/blood_cells/val
 LISTENER = "a wav2vec2-bert without a tokenizer"
 LETTERS = "a wav2vec2 whose first layer normalises over time, with letters"
 WRITER = "a Whisper"
+FACE_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/london_faces/validation"
 
 TEXTS = {
     "text": [
@@ -110,6 +111,13 @@ ASKING = {"prompt": "question", "completion": "answer", "answer_after": "####", 
 
 NOISE = np.random.default_rng(0).normal(size=12_000).astype(np.float32)
 
+FACES = {
+    "file_name": [
+        str(FACE_PICTURES / person / f"{look}.jpg") for person in ("003", "008") for look in ("neutral", "smiling")
+    ],
+    "identity": ["003", "003", "008", "008"],
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -158,6 +166,8 @@ CASES = (
     Case("speech-recognition", {}, DIGITS, LISTENER, asked=NOISE),
     Case("speech-recognition", {"case": "upper"}, DIGITS, LETTERS, asked=NOISE),
     Case("speech-recognition", {"language": "english", "max_new_tokens": 8, "max_seconds": 1.0}, DIGITS, WRITER, NOISE),
+    Case("face-recognition", {}, FACES, RESNET, FACES["file_name"][0]),
+    Case("face-recognition", {"margin": 0.2, "augment": {}}, FACES, VIT, FACES["file_name"][0]),
 )
 
 
