@@ -63,8 +63,9 @@ def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], pa
         for name in tasks.names():
             if task := _fitting(tasks.find(name), fields, columns):
                 return "\n".join(_lines(task, fields, sample, path)) + "\n"
-    for name in tasks.names():  # a task whose own names for its columns are those of the data
-        if task := _fitting(tasks.find(name), {}, columns):
+    for name in tasks.names():  # a task whose own names for its columns are those of the data; sounds were looked for
+        kind = tasks.find(name)
+        if "audio" not in kind.model_fields and (task := _fitting(kind, {}, columns)):
             return "\n".join(_lines(task, {}, sample, path)) + "\n"
     known = "; ".join(" + ".join(form) for form in _FORMS)
     raise DataError(

@@ -237,8 +237,11 @@ def test_module_has_its_place_in_the_house(name: str) -> None:
 
 
 def stands_below(other: str, name: str) -> bool:
-    """Whether `name` may import `other`; a task that is a folder is built from its parts."""
-    return slot(other) < slot(name) or (name in TASKS and other.startswith(f"{name}."))
+    """Whether `name` may import `other`; a task that is a folder is built from its parts, and these from each other."""
+    if name in TASKS and other in TASKS:
+        folder, part = name.split(".")[:2], other.split(".")
+        return part[:2] == folder and len(part) > 2
+    return slot(other) < slot(name)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -36,6 +36,7 @@ from rayft.sections import (
                 "unfreeze_every": None,
                 "cache_frozen": "auto",
                 "lora": None,
+                "quantize": None,
                 "dropout": None,
                 "attention": None,
                 "gradient_checkpointing": False,

@@ -82,6 +82,7 @@ def test_run_reads_from_top_to_bottom() -> None:
             {"step": 1200, "epoch": 1.5, "eval_f1": 0.5},
         ],
         "timing": {},
+        "warnings": ["the run overfits"],
     }
     assert text.run_lines(run) == [
         "runs/one",
@@ -90,6 +91,7 @@ def test_run_reads_from_top_to_bottom() -> None:
         "  started      -, 0:01:15 in the last attempt",
         "  checkpoints  step-000800-a1, step-001200-a2",
         "  model        -",
+        "warning: the run overfits",
         "",
         "evaluations",
         "   step  epoch  eval_f1  eval_loss",
