@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 
 from rayft.errors import ModelError
@@ -129,20 +130,44 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
             draw_parameters(network, [name for name, _ in network.named_parameters()], model.seed)
             network.rayft_drawn = _head(network)
             return network
-        network, info = auto.from_pretrained(
-            model.path,
-            revision=model.revision,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with _drawing_one_by_one(model.seed):
+            network, info = auto.from_pretrained(
+                model.path,
+                revision=model.revision,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     if model.quantize == "4bit, and back":
         network = network.dequantize(dtype=options["dtype"])
     _refuse_quantized(model, network, _drawn(info))
     # What was drawn is the head: adapters must train it whole.
     network.rayft_drawn = draw_parameters(network, _drawn(info), model.seed)
     return network
+
+
+@contextlib.contextmanager
+def _drawing_one_by_one(seed: int) -> Iterator[None]:
+    """Under ZeRO-3 what the weights lack is initialised here while transformers loads, module by module.
+
+    Transformers 5.23 gathers the parameters that are lacking, and then calls the initialisation of modules whose
+    parameters are not gathered too, which fails for ResNet, Whisper and wav2vec 2.0.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+
+    def initialise(network: Any, is_quantized: bool) -> None:
+        named = network.named_parameters()
+        draw_parameters(network, [name for name, value in named if not hasattr(value, "_is_hf_initialized")], seed)
+
+    before = PreTrainedModel._initialize_missing_keys
+    PreTrainedModel._initialize_missing_keys = initialise
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_missing_keys = before
 
 
 def _in_four_bits(model: Pretrained) -> dict[str, Any]:
