@@ -162,12 +162,13 @@ def _drawing_one_by_one(seed: int) -> Iterator[None]:
         named = network.named_parameters()
         draw_parameters(network, [name for name, value in named if not hasattr(value, "_is_hf_initialized")], seed)
 
-    before = PreTrainedModel._initialize_missing_keys
-    PreTrainedModel._initialize_missing_keys = initialise
+    transformers_own: Any = PreTrainedModel
+    before = transformers_own._initialize_missing_keys
+    transformers_own._initialize_missing_keys = initialise
     try:
         yield
     finally:
-        PreTrainedModel._initialize_missing_keys = before
+        transformers_own._initialize_missing_keys = before
 
 
 def _in_four_bits(model: Pretrained) -> dict[str, Any]:
