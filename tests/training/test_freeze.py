@@ -175,7 +175,9 @@ def test_frozen_modules_and_their_dropout_are_in_evaluation_mode() -> None:
     last = network.get_submodule("bert.encoder.layer.2")
     assert {f"bert.encoder.layer.2.{name}" for name, _ in last.named_modules() if name} <= training
     assert {"bert.pooler", "dropout", "classifier"} <= training
-    assert not {"bert", "bert.encoder"} & training
+    assert not {"bert", "bert.encoder"} & training  # what they do to embeddings or whole blocks by chance
+    freeze.freeze(network, model(freeze=0), blocks)
+    assert {"bert", "bert.encoder"} <= modes(network, blocks)
 
 
 def test_what_lies_between_frozen_embeddings_and_the_blocks_is_fixed() -> None:
