@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from transformers import AutoModelForAudioClassification
 
 from rayft.errors import DataError
-from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
 from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor, steady
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.sound import FRAME_S, Wanted, read_sound
@@ -40,21 +40,13 @@ class AudioClassification(Task):
     type: Literal["audio-classification"] = "audio-classification"
     audio: str = "file_name"
     label: str = "label"
-    labels: tuple[str, ...] | None = None
+    labels: LabelNames | None = None
     min_seconds: float = Field(default=0.1, ge=0.025)
     max_seconds: float = Field(default=10.0, gt=0)
     on_mismatch: Literal["convert", "refuse"] = "convert"
 
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        """YAML reads `[0, 1]` as numbers; they name the same labels as the numbers in the data do."""
-        return [label_name(entry) for entry in value] if isinstance(value, list | tuple) else value
-
     @model_validator(mode="after")
     def _sensible(self) -> AudioClassification:
-        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
-            raise ValueError(f"labels needs two different names at least, and each once; got {list(self.labels)}")
         if self.min_seconds >= self.max_seconds:
             raise ValueError(f"min_seconds {self.min_seconds:g} is not below max_seconds {self.max_seconds:g}")
         return self

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification
 from rayft.errors import DataError
 from rayft.tasks.charts import confusion_matrix
 from rayft.tasks.images import Augment, augmented, load_image_processor, normalised, pixels
-from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 
@@ -39,21 +39,9 @@ class ImageClassification(Task):
     type: Literal["image-classification"] = "image-classification"
     image: str = "file_name"
     label: str = "label"
-    labels: tuple[str, ...] | None = None
+    labels: LabelNames | None = None
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     augment: Augment | None = None
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return [label_name(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-    @field_validator("labels")
-    @classmethod
-    def _enough(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and (len(value) < 2 or len(set(value)) < len(value)):
-            raise ValueError("labels needs two different names at least, and none twice")
-        return value
 
     @field_validator("class_weights")
     @classmethod

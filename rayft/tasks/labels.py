@@ -6,15 +6,32 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, BeforeValidator
 
 from rayft.tasks.loading import draw_parameters, gathered
 
+
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 SHOWN = 8  # labels that a message lists before it only counts them
+
+
+def _named(value: Any) -> Any:
+    """YAML reads `[0, 1]` as numbers; they name the same labels as the numbers in the data do."""
+    return [label_name(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _different(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) < max(2, len(value)):
+        raise ValueError("labels needs two different names at least, and none twice")
+    return value
+
+
+# The type of a task's field that fixes the labels and their order.
+LabelNames = Annotated[tuple[str, ...], BeforeValidator(_named), AfterValidator(_different)]
 
 
 def in_order(names: Iterable[str]) -> list[str]:

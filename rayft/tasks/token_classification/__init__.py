@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from transformers import AutoModelForTokenClassification
 
 from rayft.errors import DataError
-from rayft.tasks.labels import fit_head, in_order, index_of, label_name
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 from rayft.tasks.token_classification.entities import entities, scores
@@ -39,20 +39,8 @@ class TokenClassification(Task):
     type: Literal["token-classification"] = "token-classification"
     tokens: str = "tokens"
     tags: str = "tags"
-    labels: tuple[str, ...] | None = None
+    labels: LabelNames | None = None
     max_length: int = Field(default=128, ge=8)
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return [label_name(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-    @field_validator("labels")
-    @classmethod
-    def _enough(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and (len(value) < 2 or len(set(value)) < len(value)):
-            raise ValueError("labels needs two different names at least, and none twice")
-        return value
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.tokens, self.tags) if labelled else (self.tokens,)
