@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BeforeValidator
 
 from rayft.tasks.loading import draw_parameters, gathered
 
-
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 SHOWN = 8  # labels that a message lists before it only counts them
 
