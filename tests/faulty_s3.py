@@ -18,13 +18,14 @@ class FaultyS3:
     """Use as a context manager. `url` is where clients go; `harm` decides what happens to a request.
 
     `harm(method, path)` gives None (it passes), "503" (SlowDown), "gone" (the connection is closed without an answer),
-    or seconds to wait before it passes. `harmed` counts what did not simply pass.
+    or seconds to wait before it passes. `harmed` counts what did not simply pass, `kinds` says what happened.
     """
 
     def __init__(self, upstream: str, host: str = "127.0.0.1") -> None:
         self.upstream = urlsplit(upstream)
         self.harm: Callable[[str, str], str | float | None] = lambda method, path: None
         self.harmed = 0
+        self.kinds: set[str | float] = set()
         handler = type("Handler", (_Handler,), {"s3": self})
         self._server = ThreadingHTTPServer((host, 0), handler)
         self._server.daemon_threads = True
@@ -41,13 +42,17 @@ class FaultyS3:
         self._thread.join()
 
     def outage(self, kind: str, seconds: float, begins: Callable[[str, str], bool]) -> None:
-        """From the first request for which `begins` holds, all requests fail with `kind` for so many seconds."""
-        until: list[float] = []
+        """From the first request for which `begins` holds, all requests fail with `kind` for so many seconds.
 
-        def harm(method: str, path: str) -> str | None:
+        What was to happen before goes on happening at other times.
+        """
+        until: list[float] = []
+        before = self.harm
+
+        def harm(method: str, path: str) -> str | float | None:
             if not until and begins(method, path):
                 until.append(time.monotonic() + seconds)
-            return kind if until and time.monotonic() < until[0] else None
+            return kind if until and time.monotonic() < until[0] else before(method, path)
 
         self.harm = harm
 
@@ -62,6 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         what = self.s3.harm(self.command, self.path)
         if what is not None:
             self.s3.harmed += 1
+            self.s3.kinds.add(what)
         if what == "gone":
             self.close_connection = True
             self.connection.close()

@@ -1,9 +1,8 @@
-"""A whole run: it ends with a model, survives being killed, goes on when asked for more, and refuses what it must."""
+"""A whole run: it ends with a model, goes on when asked for more, and refuses what it must."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import pytest
 
 import small
+from group import run_group
 from rayft.errors import NotFinite, RunRefused
 from rayft.recipe import Recipe
+from whole import trained
 
 
 def run(plain: dict[str, Any], **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -23,63 +24,19 @@ def run(plain: dict[str, Any], **options: Any) -> tuple[dict[str, Any], list[dic
     return start(Recipe.parse(plain), show=events.append, **options), events
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(str(folder / "model.safetensors"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_an_untouched_one(tmp_path: Path) -> None:
-    model = small.small_bert(tmp_path / "bert")
-    fields = {"train__save_every": "3 steps", "deepspeed__zero_stage": 2, "train__epochs": 3}
-    untouched = small.recipe(tmp_path, model, name="untouched", **fields)
-    killed = small.recipe(tmp_path, model, name="killed", **fields)
-    small.finish(small.start("run", small.write_recipe(tmp_path, untouched)))
-    runs = tmp_path / "runs"
-    expected = small.losses(runs / "untouched")
-    assert sorted(expected) == list(range(1, 40))  # 3 epochs of ceil(203 / 16) steps
-    rng, reached = random.Random(7), 0
-    path = small.write_recipe(tmp_path, killed)
-    for _ in range(3):
-        target = rng.randint(reached + 4, reached + 11)
-        process = small.start("run", path)
-        small.wait_for(
-            lambda until=target: max((r["step"] for r in small.metrics(runs / "killed")), default=0) >= until, process
-        )
-        small.kill_with_children(process)
-        reached = target
-    small.finish(small.start("run", path))
-    assert small.losses(runs / "killed") == expected
-    ours, theirs = weights(runs / "killed" / "export"), weights(runs / "untouched" / "export")
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].equal(theirs[name]) for name in ours)
-    assert json.loads((runs / "killed" / "run.json").read_text())["attempt"] == 4
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, Any]:
+    """The recipe and the result of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    plain = small.recipe(folder, small.small_bert(folder / "bert"), train__epochs=1, train__schedule="constant")
+    return {"recipe": plain, "result": run(plain)[0]}
 
 
-@pytest.mark.slow
-def test_a_finished_run_answers_and_goes_on_when_asked_for_more(tmp_path: Path, ray_local: None) -> None:
-    model = small.small_bert(tmp_path / "bert")
-    plain = small.recipe(tmp_path, model, train__epochs=1, train__schedule="constant")
-    first, _ = run(plain)
-    again, events = run(plain)
-    assert again == first
-    assert any("is finished" in event.get("text", "") for event in events)
-    more, events = run({**plain, "train": {**plain["train"], "epochs": 2}})
-    assert (first["steps"], more["steps"]) == (13, 26)
-    assert any("going on from step 13" in event.get("text", "") for event in events)
-    assert sorted(small.losses(tmp_path / "runs" / "small")) == list(range(1, 27))
-    straight, _ = run({**plain, "name": "straight", "train": {**plain["train"], "epochs": 2}})
-    assert small.losses(tmp_path / "runs" / "straight") == small.losses(tmp_path / "runs" / "small")
-    assert straight["metrics"] == more["metrics"]
-    # Another run starts from the export, head included: its first scores are near the last ones.
-    export = str(tmp_path / "runs" / "small" / "export")
-    other, _ = run(
-        {**plain, "name": "other", "model": {"path": export}, "train": {**plain["train"], "learning_rate": 1e-12}}
-    )
-    assert other["metrics"]["test_loss"] == pytest.approx(more["metrics"]["test_loss"], rel=1e-5)
-    with pytest.raises(RunRefused, match=r"train\.learning_rate: 0\.001 -> 0\.01"):
-        run({**plain, "train": {**plain["train"], "learning_rate": 1e-2}})
+def straight(plain: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """What the same run gives without interruption, on workers of a group without Ray."""
+    plain = {"deepspeed": {"zero_stage": 0}, **plain, "name": "straight", **fields}
+    found: dict[str, Any] = run_group(trained, plain["cluster"]["workers"], plain, True)[0]
+    return found
 
 
 WITHOUT_RAYFT = """
@@ -93,9 +50,8 @@ print(json.dumps(sum(answer["label"] == row["label"] for answer, row in zip(foun
 
 
 @pytest.mark.slow
-def test_the_export_scores_alike_without_rayft_and_in_evaluate(tmp_path: Path, ray_local: None) -> None:
-    plain = small.recipe(tmp_path, small.small_bert(tmp_path / "bert"), train__epochs=1)
-    result, _ = run(plain)
+def test_the_export_scores_alike_without_rayft_and_in_evaluate(finished: dict[str, Any]) -> None:
+    plain, result = finished["recipe"], finished["result"]
     alone = [sys.executable, "-c", WITHOUT_RAYFT, result["export"], plain["data"]["test"]]
     told = subprocess.run(alone, capture_output=True, text=True, check=True)
     assert json.loads(told.stdout.splitlines()[-1]) == result["metrics"]["test_accuracy"]
@@ -104,6 +60,33 @@ def test_the_export_scores_alike_without_rayft_and_in_evaluate(tmp_path: Path, r
     scores = evaluate(result["run"], None, show=lambda event: None)
     assert scores["test_accuracy"] == result["metrics"]["test_accuracy"]
     assert scores["test_loss"] == pytest.approx(result["metrics"]["test_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_finished_run_answers_and_goes_on_when_asked_for_more(finished: dict[str, Any]) -> None:
+    plain, first = finished["recipe"], finished["result"]
+    again, events = run(plain)
+    assert again == first
+    assert any("is finished" in event.get("text", "") for event in events)
+    longer = {**plain, "train": {**plain["train"], "epochs": 2}}
+    more, events = run(longer)
+    assert (first["steps"], more["steps"]) == (13, 26)
+    assert any("going on from step 13" in event.get("text", "") for event in events)
+    expected = straight(longer)
+    assert small.losses(Path(more["run"])) == dict(enumerate(expected["losses"], 1))
+    assert expected["result"]["metrics"] == more["metrics"]
+    # Another run starts from the export, head included: its first scores are near the last ones.
+    other, _ = run(
+        {
+            **plain,
+            "name": "other",
+            "model": {"path": more["export"]},
+            "train": {**plain["train"], "learning_rate": 1e-12},
+        }
+    )
+    assert other["metrics"]["test_loss"] == pytest.approx(more["metrics"]["test_loss"], rel=1e-5)
+    with pytest.raises(RunRefused, match=r"train\.learning_rate: 0\.001 -> 0\.01"):
+        run({**plain, "train": {**plain["train"], "learning_rate": 1e-2}})
 
 
 @pytest.mark.slow
@@ -119,11 +102,10 @@ def test_a_run_goes_on_with_other_workers_and_another_stage(tmp_path: Path, ray_
         }
         result, _ = run({**plain, **changed})
         assert result["steps"] == 13 * epochs
-    alone = {"cluster": {"workers": 1}, "deepspeed": {"zero_stage": 0}, "train": {**plain["train"], "epochs": 3}}
-    straight, _ = run({**plain, "name": "straight", **alone})
-    expected = small.losses(tmp_path / "runs" / "straight")
-    assert small.losses(tmp_path / "runs" / "small") == pytest.approx(expected, rel=1e-5)
-    assert result["metrics"] == pytest.approx(straight["metrics"], rel=1e-4)
+    expected = straight(plain, cluster={"workers": 1}, train={**plain["train"], "epochs": 3})
+    losses = small.losses(tmp_path / "runs" / "small")
+    assert losses == pytest.approx(dict(enumerate(expected["losses"], 1)), rel=1e-5)
+    assert result["metrics"] == pytest.approx(expected["result"]["metrics"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -169,30 +151,15 @@ def test_gradual_unfreezing_frees_one_block_an_epoch(tmp_path: Path, ray_local: 
         "deepspeed__zero_stage": 2,
     }
     learned = []
-    for epochs in (1, 2, 3):
+    for attempt, epochs in enumerate((1, 3), 1):
         run(small.recipe(tmp_path, model, train__epochs=epochs, **fields))
         state = json.loads(
-            (tmp_path / f"runs/small/checkpoints/step-{13 * epochs:06d}-a{epochs}/state.json").read_text()
+            (tmp_path / f"runs/small/checkpoints/step-{13 * epochs:06d}-a{attempt}/state.json").read_text()
         )
         parts = ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "classifier")
         learned.append({part for part in parts if any(name.startswith(part) for name in state["shapes"])})
-    assert learned == [{"classifier"}, {"bert.encoder.layer.1", "classifier"}, set(parts)]
-    straight = small.recipe(tmp_path, model, name="straight", train__epochs=3, **fields)
-    run(straight)
-    assert small.losses(tmp_path / "runs" / "straight") == small.losses(tmp_path / "runs" / "small")
-
-
-@pytest.mark.slow
-def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    model = small.small_bert(tmp_path / "bert")
-    plain = small.recipe(tmp_path, model, train__epochs=40, train__save_every="2 steps")
-    path = small.write_recipe(tmp_path, plain)
-    first = small.start("run", path)
-    small.wait_for(lambda: len(small.metrics(tmp_path / "runs" / "small")) > 5, first)
-    refused = small.finish(small.start("run", path), code=2)
-    assert f"is being written by process {first.pid}" in refused
-    small.kill_with_children(first)
-    finished = small.finish(
-        small.start("run", path, "train.epochs=40", "train.early_stopping={metric: loss, patience: 1}"), code=2
-    )
-    assert "train.early_stopping" in finished  # another recipe, but no longer another writer
+    assert learned == [{"classifier"}, set(parts)]
+    between = json.loads((tmp_path / "runs/small/checkpoints/step-000026-a2/state.json").read_text())["shapes"]
+    assert {part for part in parts if any(name.startswith(part) for name in between)} == {parts[2], parts[3]}
+    expected = straight(small.recipe(tmp_path, model, train__epochs=3, **fields))
+    assert small.losses(tmp_path / "runs" / "small") == dict(enumerate(expected["losses"], 1))

@@ -135,6 +135,21 @@ def test_a_worker_killed_in_a_step(untouched: Untouched, cluster: small.Cluster,
     assert storage.read_json(str(run / "run.json"))["attempt"] == 3
 
 
+def test_the_driver_and_all_workers_killed_three_times(
+    untouched: Untouched, cluster: small.Cluster, started: Start
+) -> None:
+    run, rng, done = untouched.runs / "killed", random.Random(7), 0
+    path = untouched.write("killed")
+    for _ in range(3):
+        done = rng.randint(done + 4, done + 6)  # so that each start gets past a checkpoint
+        process = started("run", path)
+        small.wait_for(reached(run, done), process)
+        cluster.kill(process)
+    small.finish(started("run", path))
+    untouched.assert_equal(str(run))
+    assert storage.read_json(str(run / "run.json"))["attempt"] == 4
+
+
 def test_a_worker_killed_while_saving_to_s3_that_is_slow(untouched: Untouched, s3: str, started: Start) -> None:
     base = storage.join(s3, "saving")
     run = storage.join(base, "saving")
@@ -156,15 +171,18 @@ def test_a_worker_killed_while_saving_to_s3_that_is_slow(untouched: Untouched, s
     untouched.assert_equal(run)
 
 
-@pytest.mark.parametrize("kind", ["503", "gone"])
 def test_s3_that_fails_for_twenty_seconds_while_a_checkpoint_goes_up(
-    untouched: Untouched, s3: str, started: Start, kind: str
+    untouched: Untouched, s3: str, started: Start
 ) -> None:
-    base = storage.join(s3, f"outage-{kind}")
+    """Once with an answer of its own, later without any."""
+    base = storage.join(s3, "outage")
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        proxy.outage(kind, 20, lambda method, path: method in ("PUT", "POST") and "step-000006" in path)
+        for kind, step in (("503", 6), ("gone", 18)):
+            proxy.outage(
+                kind, 20, lambda method, path, step=step: method in ("PUT", "POST") and f"step-{step:06d}" in path
+            )
         told = small.finish(started("run", untouched.write("outage", base), s3=proxy.url))
-        assert proxy.harmed > 3
+        assert proxy.kinds == {"503", "gone"}
     assert "retry" not in told  # the training went on meanwhile, and no worker was lost
     untouched.assert_equal(storage.join(base, "outage"))
 
@@ -198,23 +216,22 @@ def test_damage_is_noticed_in_a_checkpoint_and_in_a_prepared_shard(
     untouched.assert_equal(str(run))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
-    untouched: Untouched, started: Start, number: signal.Signals
-) -> None:
-    run = untouched.runs / number.name.lower()
-    path = untouched.write(number.name.lower(), train__save_every="1 epoch")
-    process = started("run", path)
-    small.wait_for(reached(run, 4), process)
-    process.send_signal(number)
-    told = small.finish(process, code=130)
-    assert "saving a checkpoint" in told
-    result = storage.read_json(str(run / "result.json"))
-    assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
-    newest = checkpoint.newest(str(run / "checkpoints"))
-    assert newest is not None
-    assert result["error"].endswith(f"the same command goes on from step {checkpoint.step_of(newest)}")
-    assert f"going on from step {checkpoint.step_of(newest)}" in small.finish(started("run", path))
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(untouched: Untouched, started: Start) -> None:
+    run, done = untouched.runs / "signals", 3
+    path = untouched.write("signals", train__save_every="1 epoch")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = started("run", path)
+        small.wait_for(reached(run, done + 1), process)
+        process.send_signal(number)
+        told = small.finish(process, code=130)
+        assert "saving a checkpoint" in told
+        result = storage.read_json(str(run / "result.json"))
+        assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
+        newest = checkpoint.newest(str(run / "checkpoints"))
+        assert newest is not None
+        done = checkpoint.step_of(newest)
+        assert result["error"].endswith(f"the same command goes on from step {done}")
+    assert f"going on from step {done}" in small.finish(started("run", path))
     untouched.assert_equal(str(run))
 
 
@@ -285,6 +302,8 @@ def test_of_two_attempts_the_newer_wins_and_the_older_says_so(
     small.finish(newer)
     untouched.assert_equal(str(run))
     assert storage.read_json(str(run / "run.json"))["status"] == "finished"
+    other = small.finish(started("run", path, "train.early_stopping={metric: loss, patience: 1}"), code=2)
+    assert "train.early_stopping" in other  # another recipe, but no longer another writer
 
 
 def test_ranks_and_readers_that_stand_still_are_found_and_named(

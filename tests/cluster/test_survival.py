@@ -22,20 +22,22 @@ import pytest
 import small
 from cluster.local import Nodes
 from faulty_s3 import FaultyS3
-from rayft import storage
+from group import run_group
+from rayft import stopping, storage
 from rayft.training import checkpoint
+from whole import trained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 LOOK_S = 0.5
 
-STEPS = 169  # 13 epochs of ceil(203 / 16)
 CUT_S = 30
 FIELDS = {
-    "train__epochs": 13,
-    "train__micro_batch_size": 1,
+    "train__max_steps": 1000,  # more than are made
+    "train__epochs": None,
+    "train__schedule": "constant",  # so that losses don't depend on where a run ends
     "train__save_every": "5 steps",
-    "train__evaluate_every": f"{STEPS} steps",
+    "train__evaluate_every": "1000 steps",
     "train__learning_rate": 1e-4,
     "model__dropout": 0.0,
     "deepspeed__zero_stage": 3,
@@ -60,18 +62,20 @@ def plain(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     return {**made, "storage": bucket}
 
 
-@pytest.fixture(scope="module")
-def alone(plain: dict[str, Any], bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], Any]:
-    """Losses and scores of the same run by one worker on one machine."""
-    given = {**plain, "name": "alone", "cluster": {"workers": 1}, "deepspeed": {"zero_stage": 0}}
-    small.finish(small.start("run", small.write_recipe(tmp_path_factory.mktemp("alone"), given)))
-    losses, result = read(storage.join(bucket, "alone"))
-    assert sorted(losses) == list(range(1, STEPS + 1))
-    return losses, result["metrics"]
+def alone(plain: dict[str, Any], steps: int) -> tuple[dict[int, float], dict[str, float]]:
+    """Losses and scores of the same run by one worker on this machine, of so many steps."""
+    fields = {"train": {**plain["train"], "max_steps": steps}, "cluster": {"workers": 1}}
+    (found,) = run_group(
+        trained, 1, {**plain, **fields, "name": f"alone-{steps}", "deepspeed": {"zero_stage": 0}}, True
+    )
+    return dict(enumerate(found["losses"], 1)), found["result"]["metrics"]
 
 
 def read(run: str) -> tuple[dict[int, float], dict[str, Any]]:
-    """Losses by step, of which each stands once, and result.json."""
+    """Losses by step, of which each stands once, and result.json; nothing half-written is left."""
+    folder = storage.join(run, "checkpoints")
+    there = {path.rstrip("/").rpartition("/")[2] for path in storage.folders(folder)}
+    assert there == {path.rpartition("/")[2] for path in checkpoint.committed(folder)}
     rows = [json.loads(line) for line in storage.read_text(storage.join(run, "metrics.jsonl")).splitlines()]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert [step for step, _ in losses] == list(range(1, len(losses) + 1))
@@ -117,16 +121,6 @@ def committed(run: str, step: int) -> Callable[[], bool]:
     return there
 
 
-def assert_equal(run: str, alone: tuple[dict[int, float], Any]) -> None:
-    losses, result = read(run)
-    assert losses == pytest.approx(alone[0], rel=1e-5)
-    assert result["status"] == "finished"
-    assert result["metrics"] == pytest.approx(alone[1], rel=1e-4)
-    folder = storage.join(run, "checkpoints")
-    there = {path.rstrip("/").rpartition("/")[2] for path in storage.folders(folder)}
-    assert there == {path.rpartition("/")[2] for path in checkpoint.committed(folder)}
-
-
 def claimed(run: str, attempt: int) -> Callable[[], bool]:
     return lambda: storage.exists(storage.join(run, "attempts", f"{attempt:06d}.json"))
 
@@ -137,7 +131,7 @@ def saved_by(run: str, attempt: int) -> Callable[[], bool]:
 
 
 def test_machines_leave_come_and_die_and_a_new_head_goes_on(
-    three: Nodes, begun: Begin, plain: dict[str, Any], alone: Any, bucket: str, tmp_path: Path
+    three: Nodes, begun: Begin, plain: dict[str, Any], bucket: str, tmp_path: Path
 ) -> None:
     elastic = {"workers": {"min": 1, "max": 3}}
     path = small.write_recipe(tmp_path, {**plain, "name": "elastic", "cluster": elastic})
@@ -162,15 +156,22 @@ def test_machines_leave_come_and_die_and_a_new_head_goes_on(
     assert told.count("retry") == told.count("retry 1 of 3") == 1  # only what died counts
     for index in range(3):
         three.start(index)
-    assert "going on from step" in small.finish(begun(three, path))
-    assert_equal(run, alone)
+    process = begun(three, path)
+    small.wait_for(saved_by(run, 5), process, every_s=LOOK_S)
+    stopping.request(run, "the test")
+    assert "going on from step" in small.finish(process, 130)
+    losses, result = read(run)
+    assert result["status"] == "stopped"
+    assert losses == pytest.approx(alone(plain, len(losses))[0], rel=1e-5)
 
 
 def test_a_node_that_was_cut_off_for_half_a_minute_adds_nothing_and_comes_back(
-    three: Nodes, begun: Begin, plain: dict[str, Any], alone: Any, bucket: str, tmp_path: Path
+    three: Nodes, begun: Begin, plain: dict[str, Any], bucket: str, tmp_path: Path
 ) -> None:
     """The group waits for it, since it has to be three."""
+    steps = 40
     given = {**plain, "name": "cut", "cluster": {"workers": 3}, "failure": {"timeout_s": 120}}
+    given["train"] = {**plain["train"], "max_steps": steps}
     process = begun(three, small.write_recipe(tmp_path, given))
     run = storage.join(bucket, "cut")
     small.wait_for(committed(run, 10), process, every_s=LOOK_S)
@@ -182,4 +183,8 @@ def test_a_node_that_was_cut_off_for_half_a_minute_adds_nothing_and_comes_back(
     small.wait_for(lambda: not three.nodes[1].alive, process, every_s=LOOK_S)  # Ray had given it up, and tells it so
     three.start(1)  # as a supervisor does
     assert " was lost " in small.finish(process)
-    assert_equal(run, alone)
+    losses, result = read(run)
+    expected, metrics = alone(plain, steps)
+    assert result["status"] == "finished"
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert result["metrics"] == pytest.approx(metrics, rel=1e-4)

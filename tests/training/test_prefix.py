@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from group import run_group
-from rayft import attempts, storage
-from rayft.data.prepare import Prepared, prepare
-from rayft.data.window import Cutter, read_windows, readings
+from rayft import storage
+from rayft.data.prepare import prepare
 from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.training import checkpoint, standin, states
 from rayft.training.prefix import Cost, impossible
-from rayft.training.watch import Watch
-from rayft.training.worker import Run, Setting
 from small import recipe as small_recipe
 from small import small_bert
+from whole import trained_all
 
 
 def small_llama(folder: Path) -> str:
@@ -51,60 +47,6 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[s
     return {"bert": bert, "llama": llama}
 
 
-def trained(plain: dict[str, Any]) -> dict[str, Any]:
-    """Trains on the worker that this is, as under Ray Train but for the feed; losses, scores and what was told."""
-    recipe = Recipe.parse(plain)
-    path = recipe.model.path
-    rank, world = dist.get_rank(), dist.get_world_size()
-    prepared = {split: Prepared.open(folder) for split, folder in plain_folders(recipe).items()}
-    if rank == 0:
-        attempts.claim(recipe.folder, [], attempts.newest(recipe.folder))
-    dist.barrier()
-    config = {"model": path, "start": None, "attempt": 1, "begun": 0.0, "identity": model_identity(path)}
-    told: list[dict[str, Any]] = []
-
-    def feed(run: Run) -> Any:
-        cut, step = Cutter(run.order, world, rank, recipe.train.micro_batch_size), 0
-        shards, folder = prepared["train"].manifest.shards, prepared["train"].folder
-        for reading in readings(folder, shards, run.order, run.position, run.total, world, None):
-            for share in cut(list(read_windows(reading))[rank], step):
-                yield share
-                step += 1
-
-    run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), Setting(exports=False))
-    evaluations = [dict(run.progress.scores) for _ in run.go(feed)]
-    served = run.prefix.rows_served if run.prefix is not None else 0
-    run.close()
-    result = storage.read_json(f"{recipe.folder}/result.json")
-    lines = [json.loads(line) for line in Path(recipe.folder, "metrics.jsonl").read_text().splitlines()]
-    with checkpoint.Checkpoint(checkpoint.newest(f"{recipe.folder}/checkpoints") or "") as saved:
-        steps = saved.state["step"]
-    return {
-        "losses": [line["loss"] for line in lines if "loss" in line],
-        "scores": evaluations,
-        "served": served,
-        "notes": [event["text"] for event in told if event["event"] == "note"],
-        "result": result,
-        "steps": steps,
-    }
-
-
-def plain_folders(recipe: Recipe) -> dict[str, str]:
-    """{split: folder} of what was prepared for the recipe."""
-    found: dict[str, str] = {}
-    for folder in storage.folders(f"{recipe.storage}/prepared"):
-        data = Prepared.open(folder)
-        if data.manifest.facts == task_facts(recipe, data):
-            found[data.manifest.split] = folder
-    return found
-
-
-def task_facts(recipe: Recipe, data: Prepared) -> dict[str, Any]:
-    """The facts of the prepared split where it is of the recipe's task, else something else."""
-    labelled = "labels" in data.manifest.facts
-    return data.manifest.facts if labelled == (recipe.task.type == "text-classification") else {"other": True}
-
-
 def with_fields(plain: dict[str, Any], **fields: Any) -> dict[str, Any]:
     from rayft.recipe import set_field
 
@@ -126,7 +68,7 @@ def test_losses_and_scores_are_the_same_with_and_without_stored_states(
                 name = f"{kind}-{world}-{stage}-{cached}"
                 fields = {"name": name, "model__cache_frozen": cached, "deepspeed__zero_stage": stage}
                 cases.append(with_fields(recipes[kind], **fields))
-    found = run_group(functools.partial(map_cases, cases), world)[0]
+    found = run_group(trained_all, world, cases)[0]
     for off, on in zip(found[::2], found[1::2], strict=True):
         assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
         for mine, theirs in zip(on["scores"], off["scores"], strict=True):
@@ -136,10 +78,6 @@ def test_losses_and_scores_are_the_same_with_and_without_stored_states(
         assert on["result"]["rows"] == off["result"]["rows"] == 2 * 203
 
 
-def map_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [trained(case) for case in cases]
-
-
 @pytest.mark.slow
 def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: dict[str, dict[str, Any]]) -> None:
     lora = {"model__lora": {"r": 2}, "train__epochs": 3, "deepspeed__zero_stage": 0}
@@ -147,24 +85,24 @@ def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: di
         with_fields(recipes["llama"], name=f"lora-{cached}", model__cache_frozen=cached, **lora)
         for cached in ("off", "on")
     ]
-    (off, on) = run_group(functools.partial(map_cases, cases), 1)[0]
+    (off, on) = run_group(trained_all, 1, cases)[0]
     assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
     assert on["served"] > 0
     with checkpoint.Checkpoint(checkpoint.newest(f"{Recipe.parse(cases[1]).folder}/checkpoints") or "") as saved:
         adapted = {name.split("layers.")[1].split(".")[0] for name in saved.state["shapes"] if "lora_" in name}
     assert adapted == {"2"}
     recipe = Recipe.parse(cases[1])
-    folder = plain_folders(recipe)["train"]
-    at = states.states_folder(folder, recipe, model_identity(recipe.model.path), 2, 0)
+    data = prepare(recipe, recipe.model.path)["train"]
+    at = states.states_folder(data.folder, recipe, model_identity(recipe.model.path), 2, 0)
     opened = states.States(at)
     assert opened.rows([0, 1]).shape[0] == 2
-    (data,) = [entry.path for entry in storage.listing(at) if entry.path.endswith(".bin")]
-    content = bytearray(Path(data).read_bytes())
+    (file,) = [entry.path for entry in storage.listing(at) if entry.path.endswith(".bin")]
+    content = bytearray(Path(file).read_bytes())
     content[5] ^= 1
-    Path(data).write_bytes(content)
+    Path(file).write_bytes(content)
     with pytest.raises(Damaged, match="not as they were written"):
-        opened.rows(range(Prepared.open(folder).manifest.rows))
-    Path(data).write_bytes(content[:-4])
+        opened.rows(range(data.manifest.rows))
+    Path(file).write_bytes(content[:-4])
     with pytest.raises(Damaged, match="another size"):
         states.States(at)
 

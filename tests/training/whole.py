@@ -1,0 +1,76 @@
+"""A whole run in a worker group of a test, as under Ray Train but for the feed: each worker reads its rows itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayft import attempts, storage
+from rayft.data.prepare import prepare
+from rayft.data.window import Cutter, Share, read_windows, readings
+from rayft.models import fetch_model, model_identity
+from rayft.recipe import Recipe
+from rayft.training import checkpoint
+from rayft.training.watch import Watch
+from rayft.training.worker import Run, Setting
+
+
+def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
+    """On a worker: trains what `plain` says, whose rows are prepared, from the newest checkpoint in its run's folder.
+
+    Gives `losses`, `scores` of each evaluation, `notes`, the `result`, the last checkpoint's `steps`, how many rows
+    were `served` from stored states. With `exports` the best model is tested and exported.
+    """
+    recipe = Recipe.parse(plain)
+    path = fetch_model(recipe.model.path)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    prepared = prepare(recipe, path)
+    start = checkpoint.newest(f"{recipe.folder}/checkpoints")
+    attempt = attempts.newest(recipe.folder) + 1
+    dist.barrier()
+    if rank == 0:
+        attempts.claim(recipe.folder, [os.path.basename(start)] if start else [], attempt - 1)
+    dist.barrier()
+    config = {
+        "model": path,
+        "start": start,
+        "attempt": attempt,
+        "begun": 0.0,
+        "identity": model_identity(path, recipe.model.revision, recipe.train.seed),
+    }
+    told: list[dict[str, Any]] = []
+
+    def feed(run: Run) -> Iterator[Share]:
+        cut, step = Cutter(run.order, world, rank, recipe.train.micro_batch_size), run.order.step(run.position)
+        data, task = prepared["train"], recipe.task if recipe.task.varies else None
+        for reading in readings(data.folder, data.manifest.shards, run.order, run.position, run.total, world, task):
+            for share in cut(list(read_windows(reading))[rank], step):
+                yield share
+                step += 1
+
+    setting = Setting(exports=exports)
+    run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), setting)
+    evaluations = [dict(run.progress.scores) for _ in run.go(feed)]
+    served = run.prefix.rows_served if run.prefix is not None else 0
+    run.close()
+    rows = [json.loads(line) for line in storage.read_text(f"{recipe.folder}/metrics.jsonl").splitlines()]
+    with checkpoint.Checkpoint(checkpoint.newest(f"{recipe.folder}/checkpoints") or "") as saved:
+        steps = saved.state["step"]
+    return {
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "scores": evaluations,
+        "served": served,
+        "notes": [event["text"] for event in told if event["event"] == "note"],
+        "result": storage.read_json(f"{recipe.folder}/result.json"),
+        "steps": steps,
+    }
+
+
+def trained_all(cases: list[dict[str, Any]], exports: bool = False) -> list[dict[str, Any]]:
+    """On a worker: one run after another."""
+    return [trained(case, exports) for case in cases]
