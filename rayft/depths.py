@@ -84,8 +84,10 @@ def store(
 
     wanted: dict[int, float] = {}
     for depth, share in shares(recipe, len(blocks.blocks)).items():
-        if not prefix.impossible(recipe, depth):
-            wanted[blocks.chained(depth)] = wanted.get(blocks.chained(depth), 0.0) + share
+        frozen = max(depth, blocks.fixed)
+        if not prefix.impossible(recipe, frozen):
+            stored = blocks.chained(recipe.task.steady(frozen))
+            wanted[stored] = wanted.get(stored, 0.0) + share
     if not wanted:
         return None
     stage = int(recipe.deepspeed.zero_stage)

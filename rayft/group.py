@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft import placement, storage
 from rayft.board import Board, Place, standstill
-from rayft.data.feed import Feed
+from rayft.data.feed import Feed, streams
 from rayft.data.prepare import Prepared
 from rayft.errors import RayftError, WorkersLost
 from rayft.failure import Left, cause
@@ -88,6 +88,7 @@ def fit(
 
 def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], start: Start, board: Any) -> TorchTrainer:
     rows, training, cluster = order(recipe, prepared["train"]), prepared["train"], recipe.cluster
+    streamed = start.feeds and streams(recipe.data.stream, training.manifest.shards, recipe.task.varies)
     config = {
         "recipe": recipe.dump(),
         # What only this machine may have a copy of, each machine fetches for itself.
@@ -98,6 +99,7 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
         "begun": start.begun,
         "board": board,
         "feeds": start.feeds,
+        "streams": streamed,
         "identity": start.identity,
         "exports": start.exports,
     }
@@ -127,8 +129,8 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
             failure_config=ray.train.FailureConfig(max_failures=0),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg] # Ray's types are of Train V1
         ),
-        datasets=feed.datasets() if start.feeds else None,
-        dataset_config=feed if start.feeds else None,
+        datasets=feed.datasets() if streamed else None,
+        dataset_config=feed if streamed else None,
     )
 
 

@@ -44,7 +44,12 @@ def fetch_model(path: str) -> str:
 
 
 def without_weights(path: str) -> bool:
-    """Whether the model at `path`, as `fetch_model` gave it, is a config alone: its weights are drawn from the seed."""
+    """Whether the model at `path`, as `fetch_model` gave it, is a config alone: its weights are drawn from the seed.
+
+    A pipeline of several models (model_index.json) has them in folders below.
+    """
+    if os.path.isfile(os.path.join(path, "model_index.json")):
+        return not any(name.endswith(_WEIGHTS) for _, _, names in os.walk(path) for name in names)
     if not os.path.isfile(os.path.join(path, "config.json")):
         return False
     return not any(name.endswith(_WEIGHTS) for name in os.listdir(path))

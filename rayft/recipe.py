@@ -65,7 +65,7 @@ __all__ = [
 # Fields that neither change the model nor what it is trained on.
 _INDIFFERENT = (
     *("name", "storage", "cluster", "deepspeed", "failure", "checkpoints", "tune", "submit"),
-    *("train.micro_batch_size", "train.save_every"),
+    *("train.micro_batch_size", "train.save_every", "data.stream"),
     *("model.cache_frozen", "model.compile", "model.gradient_checkpointing", "model.attention"),
 )
 _ENDS = ("train.epochs", "train.max_steps")

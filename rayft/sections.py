@@ -160,6 +160,8 @@ class Data(Section):
     shuffle: Flag = True
     """False: the source's order throughout, no sorting by length."""
     on_bad_row: Literal["error", "skip"] = "error"
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Whether Ray Data reads prepared rows for the workers; else each reads its own. Auto: unless they are few."""
 
 
 # --- train

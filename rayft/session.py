@@ -50,14 +50,16 @@ def quiet() -> None:
     """
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "ray.data", "ray.train", "deepspeed", "DeepSpeed", "transformers", "torch"):
+    for name in ("ray", "ray.data", "ray.train", "deepspeed", "DeepSpeed", "transformers", "diffusers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -165,7 +165,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     """Trains in this process."""
     import torch
 
-    from rayft.data.window import local_shares
+    from rayft.data.window import Cutter, local_shares
     from rayft.models import fetch_model
     from rayft.session import quiet
     from rayft.training import checkpoint
@@ -187,8 +187,8 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
 
     def feed(run: Run) -> Iterator[Any]:
         data = prepared["train"]
-        size, task = recipe.train.micro_batch_size, recipe.task if recipe.task.varies else None
-        return local_shares(data.folder, data.manifest.shards, run.order, run.position, run.total, size, task)
+        cut, task = Cutter(run.order, 1, 0, recipe.train.micro_batch_size), recipe.task if recipe.task.varies else None
+        return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
 
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
     folder = storage.join(recipe.folder, "checkpoints")

@@ -53,6 +53,7 @@ from rayft.sections import (
                 "columns": {},
                 "shuffle": True,
                 "on_bad_row": "error",
+                "stream": "auto",
             },
         ),
         (

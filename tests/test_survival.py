@@ -122,7 +122,7 @@ def reached(run: Path, step: int) -> Callable[[], bool]:
 
 def test_a_worker_killed_in_a_step(untouched: Untouched, cluster: small.Cluster, started: Start) -> None:
     run, rng = untouched.runs / "worker", random.Random(3)
-    process = started("run", untouched.write("worker"))
+    process = started("run", untouched.write("worker", data__stream="on"))
     for attempt, low in ((1, 4), (2, 14)):
         small.wait_for(lambda n=attempt: storage.exists(str(run / "attempts" / f"{n:06d}.json")), process)
         small.wait_for(reached(run, rng.randint(low, low + 4)), process)
@@ -311,7 +311,7 @@ def test_ranks_and_readers_that_stand_still_are_found_and_named(
 ) -> None:
     """All ranks wait for rows, from a process that is frozen; one rank for another, in a collective; no rank moves."""
     run = untouched.runs / "still"
-    process = started("run", untouched.write("still", failure={"timeout_s": 15}))
+    process = started("run", untouched.write("still", failure={"timeout_s": 15}, data__stream="on"))
     small.wait_for(lambda: bool(cluster.processes("SplitCoordinator")), process)
     for dealer in cluster.processes("SplitCoordinator"):
         dealer.suspend()

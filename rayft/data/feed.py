@@ -4,6 +4,9 @@
 
 A Ray Data execution spans all epochs still to come. With `preserve_order` and blocks of one row each, the split deals
 blocks like cards, whatever the speed of readers and consumers: each worker gets exactly its own, and checks that.
+
+Where there is little to read and nothing to vary, workers read it themselves (`window.local_shares`), in the same
+order: sooner than Ray Data starts the processes that would.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -26,10 +29,18 @@ from rayft.data.window import Cutter, Share, read_windows, readings
 from rayft.tasks.task import Task
 
 READERS = 2  # tasks that read at once
+LITTLE_BYTES = 16 * 2**20  # of a split, which each worker may read whole in every epoch
 AHEAD_BYTES = 64 * 2**20  # what may wait in the object store for slower workers, besides what readers hold
 
 
 # On the driver
+
+
+def streams(wanted: Literal["auto", "on", "off"], shards: Shards, varies: bool) -> bool:
+    """Does Ray Data read for the workers, or do they read themselves? `wanted` is the recipe's `data.stream`."""
+    if wanted == "auto":
+        return varies or sum(shard["bytes"] for shard in shards) > LITTLE_BYTES
+    return wanted == "on"
 
 
 class Feed(DataConfig):

@@ -1,6 +1,6 @@
 """Windows of the order: read from their shards, dealt to the ranks, and cut into the shares of their steps. No Ray.
 
-`feed.py` has windows read by tasks elsewhere, for many workers; `local_shares` reads them where they are used.
+`feed.py` has windows read by tasks elsewhere; `local_shares` reads them where they are used.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def readings(
             yield Reading(parts, own, begin, world, size, group, order.seed, order.shuffle, task)
 
 
-def read_windows(reading: Reading) -> Iterator[pa.Table]:
-    """Yields one block of one row for each rank: its rows of all steps, in their order, and how to cut them.
+def read_windows(reading: Reading, rank: int | None = None) -> Iterator[pa.Table]:
+    """Yields one block of one row for each rank, or for `rank` alone: its rows of all steps, in their order, and how to
+    cut them.
 
     Their column `position` is a row's number in the split.
     """
@@ -116,8 +117,8 @@ def read_windows(reading: Reading) -> Iterator[pa.Table]:
     numbers = np.concatenate([np.arange(first, first + piece.stop - piece.start) for first, piece in begin])
     rows = rows.append_column("position", pa.array(numbers, pa.int64()))
     todo = _batches(reading, rows["length"].to_numpy())
-    for rank in range(world):
-        shares = [batch[share(len(batch), world, rank, reading.group)] for batch in todo]
+    for one in range(world) if rank is None else [rank]:
+        shares = [batch[share(len(batch), world, one, reading.group)] for batch in todo]
         own, spare = rows.take(np.concatenate(shares)), rows.slice(0, 1)
         if task is not None and task.varies:
             own, spare = (varied(table, task, reading.seed, epoch) for table in (own, spare))
@@ -125,7 +126,7 @@ def read_windows(reading: Reading) -> Iterator[pa.Table]:
             {
                 "epoch": [epoch],
                 "step": [parts[0].window.first_step + parts[0].start],
-                "rank": [rank],
+                "rank": [one],
                 "own": [[len(numbers) for numbers in shares]],
                 "total": [[len(numbers) for numbers in todo]],
                 "rows": _value(own),
@@ -200,26 +201,20 @@ class Cutter:
 
 
 def local_shares(
-    folder: str,
-    shards: Shards,
-    order: Order,
-    start: Position,
-    total_steps: int,
-    micro_batch_size: int,
-    task: Task | None,
+    folder: str, shards: Shards, cutter: Cutter, start: Position, total_steps: int, task: Task | None
 ) -> Iterator[Share]:
-    """The shares of a single worker, whose process reads them itself: the next window while it works on this one."""
-    cutter, step = Cutter(order, 1, 0, micro_batch_size), order.step(start)
-    todo = readings(folder, shards, order, start, total_steps, 1, task)
+    """The shares of a worker whose process reads them itself: the next windows while it works on these."""
+    order, rank, step = cutter.order, cutter.rank, cutter.order.step(start)
+    todo = readings(folder, shards, order, start, total_steps, cutter.world, task)
     with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(_only, reading) for _, reading in zip(range(1), todo, strict=False)]
+        ahead = [pool.submit(_only, reading, rank) for _, reading in zip(range(1), todo, strict=False)]
         while ahead:
             block = ahead.pop().result()
-            ahead.extend(pool.submit(_only, reading) for _, reading in zip(range(1), todo, strict=False))
+            ahead.extend(pool.submit(_only, reading, rank) for _, reading in zip(range(1), todo, strict=False))
             for share_of_step in cutter(block, step):
                 yield share_of_step
                 step += 1
 
 
-def _only(reading: Reading) -> pa.Table:
-    return next(read_windows(reading))
+def _only(reading: Reading, rank: int) -> pa.Table:
+    return next(read_windows(reading, rank))

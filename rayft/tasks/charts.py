@@ -48,6 +48,24 @@ def roc(truth: Sequence[bool] | np.ndarray, score: Sequence[float] | np.ndarray)
     return _png(figure)
 
 
+def grid(pictures: Sequence[tuple[str, bytes]]) -> bytes:
+    """Pictures (as PNG) with what each is called below it, four in a row."""
+    import textwrap
+
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    rows = -(-len(pictures) // 4)
+    figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
+    places = figure.subplots(rows, 4, squeeze=False).ravel()
+    for axes in places:
+        axes.set_axis_off()
+    for axes, (name, picture) in zip(places, pictures, strict=False):
+        axes.imshow(np.asarray(Image.open(io.BytesIO(picture))))
+        axes.set_title(textwrap.fill(textwrap.shorten(name, 72, placeholder="…"), 36), fontsize=8, y=-0.18)
+    return _png(figure)
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: nothing is kept open, and no screen is looked for
 

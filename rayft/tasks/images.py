@@ -68,19 +68,23 @@ def load_image_processor(model: Pretrained) -> Any:
 
 def pixels(column: str, value: Any, processor: Any) -> np.ndarray:
     """The picture in a cell as (channels, height, width) uint8 at the model's size; ValueError says what is wrong."""
+    return _at_size(opened(column, value), processor)
+
+
+def opened(column: str, value: Any) -> Any:
+    """The picture in a cell, upright and in RGB, as Pillow has it; ValueError says what is wrong."""
     from PIL import Image, ImageOps
 
     content = file_bytes(column, value)
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            return ImageOps.exif_transpose(file).convert("RGB")
     except Image.DecompressionBombWarning:
         raise ValueError(f"`{column}`: {file_name(value)} has too many pixels for a picture to train on") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         reason = next(iter(str(fault).splitlines()), type(fault).__name__).split(" <")[0].rstrip(".")
         raise ValueError(f"`{column}`: {file_name(value)} is no whole picture: {reason}") from None
-    return _at_size(picture, processor)
 
 
 def picture_shape(processor: Any) -> tuple[int, ...]:

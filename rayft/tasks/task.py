@@ -76,13 +76,14 @@ class Blocks:
     `embeddings` are the modules (or single parameters) below the first block; `blocks` the repeated blocks in order.
     `beside` are modules outside the blocks that go with one of them, as (name, its index). Of a model with an encoder
     and a decoder, the first `encoder` blocks are the encoder's; else that is 0. All other parameters lie above the
-    blocks: final norms, poolers, heads.
+    blocks: final norms, poolers, heads. The first `fixed` blocks never learn, whatever a recipe says.
     """
 
     embeddings: tuple[str, ...]
     blocks: tuple[str, ...]
     beside: tuple[tuple[str, int], ...] = ()
     encoder: int = 0
+    fixed: int = 0
 
     def chained(self, depth: int) -> int:
         """How many of the first `depth` blocks follow each other, each on what the one before it gives."""
@@ -105,8 +106,13 @@ class Task(BaseModel):
 
     @property
     def varies(self) -> bool:
-        """Whether `vary` does something: what lies below the freezing depth may then not be cached."""
+        """Whether `vary` does something."""
         return False
+
+    def steady(self, depth: int) -> int:
+        """How many of the first `depth` blocks see nothing of what `vary` changes: up to there, what frozen blocks give
+        for a row may be stored. By default none, where rows vary."""
+        return 0 if self.varies else depth
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         """Columns that every row needs; with labelled=False those needed for prediction only."""

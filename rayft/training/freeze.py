@@ -40,12 +40,12 @@ def block_of(name: str, blocks: Blocks) -> int:
     return len(blocks.blocks)
 
 
-def depth_at(model: Model, epoch: int, blocks: int) -> int:
-    """The freezing depth in `epoch` (0-based): one block less every `unfreeze_every` epochs, down to 0."""
+def depth_at(model: Model, epoch: int, blocks: Blocks) -> int:
+    """The freezing depth in `epoch` (0-based): one block less every `unfreeze_every` epochs, down to what is fixed."""
     if model.freeze is None:
-        return 0
-    depth = blocks if model.freeze.layers == "all" else model.freeze.layers
-    return max(0, depth - epoch // model.unfreeze_every) if model.unfreeze_every else depth
+        return blocks.fixed
+    depth = len(blocks.blocks) if model.freeze.layers == "all" else model.freeze.layers
+    return max(blocks.fixed, depth - epoch // model.unfreeze_every if model.unfreeze_every else depth)
 
 
 def freeze(network: torch.nn.Module, model: Model, blocks: Blocks, epoch: int = 0) -> Learning:
@@ -59,7 +59,7 @@ def freeze(network: torch.nn.Module, model: Model, blocks: Blocks, epoch: int = 
             f"model.freeze.layers: {model.freeze.layers} counts blocks, and none were found in this model (it may use "
             "one block again and again); use patterns"
         )
-    depth = depth_at(model, epoch, len(blocks.blocks))
+    depth = depth_at(model, epoch, blocks)
     if depth > len(blocks.blocks):
         raise ModelError(
             f"model.freeze.layers: {depth} is more than the model's {len(blocks.blocks)} blocks; "
@@ -172,7 +172,7 @@ def adapted(network: torch.nn.Module, recipe: Recipe, blocks: Blocks, new: Itera
     """`adapt` as the recipe says: blocks below the freezing depth get no adapters."""
     if recipe.model.lora is None:
         return network
-    below = blocks.blocks[: depth_at(recipe.model, 0, len(blocks.blocks))]
+    below = blocks.blocks[: depth_at(recipe.model, 0, blocks)]
     return adapt(network, recipe.model.lora, new, recipe.train.seed, below)
 
 
@@ -231,13 +231,14 @@ def _linear_names(network: torch.nn.Module, heads: list[str]) -> list[str]:
     """Last name parts of linear layers inside the blocks: peft's own shortcut counts heads and output layers too."""
     found = set()
     for name, module in network.named_modules():
-        repeated = any(part.isdigit() for part in name.split("."))
+        parts = name.split(".")
+        repeated = any(part.isdigit() for part in parts)
         if (
             repeated
             and name not in heads
             and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
         ):
-            found.add(name.rpartition(".")[2])
+            found.add(".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1])
     if not found:
         raise ModelError("model.lora: the model has no linear layers inside its blocks; name `targets`")
     return sorted(found)

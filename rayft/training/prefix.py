@@ -44,7 +44,7 @@ def impossible(recipe: Recipe, depth: int) -> str | None:
         return "no block is frozen"
     if recipe.model.unfreeze_every:
         return "model.unfreeze_every changes what is frozen"
-    if recipe.task.varies:
+    if not recipe.task.steady(depth):
         return "rows differ from epoch to epoch"
     if not recipe.task.one_pass:
         return "a row passes through the model more than once"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rayft import attempts, storage
 from rayft.data.order import Position
 from rayft.data.prepare import Prepared
-from rayft.data.window import Share
+from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
@@ -54,7 +54,8 @@ def work(config: dict[str, Any]) -> None:
 
     `config`: `recipe` (dump, its ZeRO stage decided), `model` (what `fetch_model` takes), `prepared` ({split: folder}),
     `attempt`, `start` (the checkpoint to go on from, or None), `begun` (epoch seconds of the command), `board` (the
-    driver's actor, or None), `feeds` (are there steps to make?), `identity` (of the base model), `exports` (see Run).
+    driver's actor, or None), `feeds` (are there steps to make?), `streams` (does Ray Data read their rows?), `identity`
+    (of the base model), `exports` (see Run).
     Leaves checkpoints, metrics, export and result.json in the run's folder; or, asked to leave, a checkpoint and the
     event `left`.
     """
@@ -79,12 +80,15 @@ def work(config: dict[str, Any]) -> None:
 
     with Watch(board, dist.get_rank(), dist.get_world_size()) as watch:
         prepared = {split: Prepared.open(folder) for split, folder in config["prepared"].items()}
-        iterator = ray.train.get_dataset_shard("train") if config["feeds"] else None
+        iterator = ray.train.get_dataset_shard("train") if config["streams"] else None
 
         def feed(run: Run) -> Iterator[Share]:
-            assert iterator is not None
             world, rank, size = dist.get_world_size(), dist.get_rank(), recipe.train.micro_batch_size
-            return iter(Shares(iterator, run.order, run.position, world, rank, size))
+            if iterator is not None:
+                return iter(Shares(iterator, run.order, run.position, world, rank, size))
+            data, task = prepared["train"], recipe.task if recipe.task.varies else None
+            cut = Cutter(run.order, world, rank, size)
+            return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
 
         run = Run(recipe, config, prepared, device, emit, watch, Setting(exports=config["exports"]))
         for _ in run.go(feed if config["feeds"] else None):
@@ -253,7 +257,7 @@ class Run:
         )
         self.prefix = None
         if prefix.impossible(recipe, learning.depth) is None:
-            self.prefix = Prefix(network, self.blocks, learning.depth)
+            self.prefix = Prefix(network, self.blocks, self.task.steady(learning.depth))
         self.engine = engine.build(network, groups, config)
         if recipe.model.compile:
             self.engine.module.compile()
@@ -291,13 +295,13 @@ class Run:
         """The step at which the freezing depth changes next, or the last one."""
         if not self.recipe.model.unfreeze_every:
             return self.total
-        depth = freeze.depth_at(
-            self.recipe.model, self.progress.step // self.order.steps_per_epoch, len(self.blocks.blocks)
-        )
         epoch = self.progress.step // self.order.steps_per_epoch
-        while depth and freeze.depth_at(self.recipe.model, epoch, len(self.blocks.blocks)) == depth:
+        depth = freeze.depth_at(self.recipe.model, epoch, self.blocks)
+        if depth <= self.blocks.fixed:
+            return self.total
+        while freeze.depth_at(self.recipe.model, epoch, self.blocks) == depth:
             epoch += 1
-        return min(self.total, epoch * self.order.steps_per_epoch) if depth else self.total
+        return min(self.total, epoch * self.order.steps_per_epoch)
 
     def _job(self, metrics: Metrics | None) -> Job:
         return Job(

@@ -133,8 +133,8 @@ def saved_by(run: str, attempt: int) -> Callable[[], bool]:
 def test_machines_leave_come_and_die_and_a_new_head_goes_on(
     three: Nodes, begun: Begin, plain: dict[str, Any], bucket: str, tmp_path: Path
 ) -> None:
-    elastic = {"workers": {"min": 1, "max": 3}}
-    path = small.write_recipe(tmp_path, {**plain, "name": "elastic", "cluster": elastic})
+    elastic, streamed = {"workers": {"min": 1, "max": 3}}, {**plain["data"], "stream": "on"}
+    path = small.write_recipe(tmp_path, {**plain, "name": "elastic", "cluster": elastic, "data": streamed})
     run = storage.join(bucket, "elastic")
     process = begun(three, path)
     small.wait_for(committed(run, 5), process, every_s=LOOK_S)

@@ -24,7 +24,7 @@ from rayft.data import feed, read
 from rayft.data.feed import Feed, Shares, Windows, train_dataset
 from rayft.data.order import Chunk, Order, Position
 from rayft.data.read import first_row, strided
-from rayft.data.window import Share, order_of, windows_at_once
+from rayft.data.window import Cutter, Share, local_shares, order_of, windows_at_once
 from rayft.errors import Damaged, TrainingError
 from rayft.tasks.task import Columns, Task
 
@@ -169,6 +169,37 @@ def test_resume_reads_nothing_before_its_window(tmp_path: Path) -> None:
     assert global_batches(by_hand(tmp_path, shards, own, own.steps_per_epoch, 2, start=start))[0] == list(
         range(640, 648)
     )
+
+
+@pytest.mark.parametrize("world", [1, 3, 20])
+def test_workers_that_read_themselves_get_the_same(tmp_path: Path, world: int) -> None:
+    shards = prepare(tmp_path, 1037)
+    own = order(shards, 32)
+    total, start = 2 * own.steps_per_epoch, own.position(5)
+    streamed = by_hand(tmp_path, shards, own, total, 1, start=start)[0]
+    found = [
+        list(local_shares(str(tmp_path), shards, Cutter(own, world, rank, 4), start, total, None))
+        for rank in range(world)
+    ]
+    assert global_batches(found) == global_batches([streamed])
+    assert [share.step for share in found[0]] == list(range(5, total))
+    if world == 3:
+        for mine, theirs in zip(found, by_hand(tmp_path, shards, own, total, 3, start=start), strict=True):
+            assert [ids(share.rows) for share in mine] == [ids(share.rows) for share in theirs]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "varies", "streamed"),
+    [
+        ("auto", 2**20, False, False),
+        ("auto", 2**20, True, True),
+        ("auto", 2**30, False, True),
+        ("on", 1, False, True),
+        ("off", 2**30, True, False),
+    ],
+)
+def test_who_reads_for_the_workers(wanted: Any, size: int, varies: bool, streamed: bool) -> None:
+    assert feed.streams(wanted, [{"bytes": size / 2}] * 2, varies) is streamed
 
 
 def test_a_lost_shard_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers import pipeline as make_pipeline
 
+from diffusion_models import make_pipeline_folder
 from rayft.tasks import find, names
 from rayft.tasks.task import Pretrained, Task
 from speech_models import DIGITS, make_letters, make_listener, make_writer
@@ -45,6 +46,8 @@ CELL_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/blood_cells/val
 LISTENER = "a wav2vec2-bert without a tokenizer"
 LETTERS = "a wav2vec2 whose first layer normalises over time, with letters"
 WRITER = "a Whisper"
+PIPELINE = "a diffusion pipeline"
+EMOJI = Path(__file__).resolve().parents[2] / "jobs/data/blobmoji/validation"
 FACE_PICTURES = Path(__file__).resolve().parents[2] / "jobs/data/london_faces/validation"
 
 TEXTS = {
@@ -119,6 +122,12 @@ FACES = {
 }
 
 
+PROMPTED = {
+    "file_name": [str(path) for path in sorted(EMOJI.glob("*.png"))[:3]],
+    "text": ["running shoe, blob emoji style", "open book", "safety pin, blob emoji style"],
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of task with the fields of its recipe section, rows that are all good, and the model it is loaded from."""
@@ -168,6 +177,8 @@ CASES = (
     Case("speech-recognition", {"language": "english", "max_new_tokens": 8, "max_seconds": 1.0}, DIGITS, WRITER, NOISE),
     Case("face-recognition", {}, FACES, RESNET, FACES["file_name"][0]),
     Case("face-recognition", {"margin": 0.2, "augment": {}}, FACES, VIT, FACES["file_name"][0]),
+    Case("text-to-image", {"sample_steps": 2}, PROMPTED, PIPELINE),
+    Case("text-to-image", {"snr_gamma": 5.0, "sample_steps": 2, "guidance": 1.0, "size": 32}, PROMPTED, PIPELINE),
 )
 
 
@@ -197,6 +208,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ViTModel(ViTConfig(**halves, num_hidden_layers=LAYERS, image_size=32, patch_size=8)).save_pretrained(made[VIT])
     for name in (RESNET, VIT):
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(made[name])
+    made[PIPELINE] = str(tmp_path_factory.mktemp("pipeline"))
+    make_pipeline_folder(made[PIPELINE])
     for name, make in ((LISTENER, make_listener), (LETTERS, make_letters), (WRITER, make_writer)):
         made[name] = str(tmp_path_factory.mktemp("speech"))
         make(made[name], LAYERS)
@@ -340,15 +353,16 @@ def test_loss_teaches_every_parameter_that_a_step_uses(loaded: Loaded) -> None:
     loaded.task.loss(loaded.task.forward(loaded.network, batch), batch).backward()
     gradients = {name: value.grad for name, value in loaded.network.named_parameters() if value.grad is not None}
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
-    for block in loaded.task.blocks(loaded.network).blocks:
+    blocks = loaded.task.blocks(loaded.network)
+    for block in blocks.blocks[blocks.fixed :]:
         assert any(gradient.abs().sum() > 0 for name, gradient in gradients.items() if name.startswith(f"{block}."))
 
 
 def test_blocks_are_the_layers_and_lie_above_the_embeddings(loaded: Loaded) -> None:
     blocks = loaded.task.blocks(loaded.network)
     known = {name for name, _ in [*loaded.network.named_modules(), *loaded.network.named_parameters()]}
-    assert len(blocks.blocks) == LAYERS * (2 if blocks.encoder else 1)
-    assert blocks.embeddings
+    assert len(blocks.blocks) == (1 + 2 + 1 + 2 if blocks.fixed else LAYERS * (2 if blocks.encoder else 1))
+    assert blocks.embeddings or blocks.fixed
     assert {*blocks.blocks, *blocks.embeddings} <= known
 
 

@@ -11,7 +11,7 @@ import transformers as hf
 
 from rayft.errors import ModelError
 from rayft.sections import Lora, Model, Train
-from rayft.tasks.task import stacked_blocks
+from rayft.tasks.task import Blocks, stacked_blocks
 from rayft.training import freeze
 
 BLOCKS = 3
@@ -284,10 +284,13 @@ def test_each_block_learns_at_its_share_of_the_one_above() -> None:
 
 
 def test_gradual_unfreezing_frees_one_block_at_a_time() -> None:
-    gradual = model(freeze="all", unfreeze_every=2)
-    assert [freeze.depth_at(gradual, epoch, 3) for epoch in range(9)] == [3, 3, 2, 2, 1, 1, 0, 0, 0]
-    assert [freeze.depth_at(model(freeze=2), epoch, 3) for epoch in range(3)] == [2, 2, 2]
-    assert freeze.depth_at(model(), 5, 3) == 0
+    gradual, three = model(freeze="all", unfreeze_every=2), Blocks((), ("a", "b", "c"))
+    assert [freeze.depth_at(gradual, epoch, three) for epoch in range(9)] == [3, 3, 2, 2, 1, 1, 0, 0, 0]
+    assert [freeze.depth_at(model(freeze=2), epoch, three) for epoch in range(3)] == [2, 2, 2]
+    assert freeze.depth_at(model(), 5, three) == 0
+    fixed = Blocks((), ("a", "b", "c"), fixed=1)
+    assert [freeze.depth_at(gradual, epoch, fixed) for epoch in range(9)] == [3, 3, 2, 2, 1, 1, 1, 1, 1]
+    assert freeze.depth_at(model(), 0, fixed) == 1
     network = built("bert")
     blocks = stacked_blocks(network)
     counts = [len(freeze.freeze(network, gradual, blocks, epoch).trainable) for epoch in (0, 2, 4, 6)]

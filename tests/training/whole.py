@@ -1,4 +1,4 @@
-"""A whole run in a worker group of a test, as under Ray Train but for the feed: each worker reads its rows itself."""
+"""A whole run in a worker group of a test, as under Ray Train where each worker reads its rows itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rayft import attempts, storage
 from rayft.data.prepare import prepare
-from rayft.data.window import Cutter, Share, read_windows, readings
+from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.training import checkpoint
@@ -46,12 +46,9 @@ def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
     told: list[dict[str, Any]] = []
 
     def feed(run: Run) -> Iterator[Share]:
-        cut, step = Cutter(run.order, world, rank, recipe.train.micro_batch_size), run.order.step(run.position)
         data, task = prepared["train"], recipe.task if recipe.task.varies else None
-        for reading in readings(data.folder, data.manifest.shards, run.order, run.position, run.total, world, task):
-            for share in cut(list(read_windows(reading))[rank], step):
-                yield share
-                step += 1
+        cut = Cutter(run.order, world, rank, recipe.train.micro_batch_size)
+        return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
 
     setting = Setting(exports=exports)
     run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), setting)

@@ -1,0 +1,187 @@
+"""Which picture a text describes: Stable Diffusion learns a style, or a subject.
+
+A row of Blobmoji as it comes:
+
+    {"file_name": "emoji_u1f45f.png", "text": "running shoe, blob emoji style"}
+
+The denoiser learns to tell what noise was laid over a picture (Ho et al. 2020, Denoising Diffusion Probabilistic
+Models; Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models). The encoders of pictures and
+texts stay as they are; what they give for a row never changes, so it is stored where that pays.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from rayft.tasks.charts import grid
+from rayft.tasks.images import opened
+from rayft.tasks.task import Batch, Blocks, Columns, Encoded, Prediction, Pretrained, Task, check_text
+from rayft.tasks.text_to_image.network import Diffusion, diffusion_of, load_diffusion
+from rayft.tasks.text_to_image.processor import Prompter, load_prompter
+from rayft.tasks.text_to_image.sampling import sampled
+
+SHOWN = 16  # pictures in the grid of an evaluation
+
+
+class TextToImage(Task):
+    """`image` holds a picture's path below its metadata file, its URL or its bytes, `text` what it shows.
+
+    `size` is the side of a picture in pixels: it is cut to a square around its middle; null is what the model was
+    trained on. `snr_gamma` weighs steps with little noise down, as Hang et al. 2023 do (Efficient Diffusion Training
+    via Min-SNR Weighting Strategy; they take 5).
+
+    After each evaluation a `sample_share` of its rows is drawn, chosen by a hash of what they hold, in `sample_steps`
+    steps; `guidance` is how much a picture follows its text (Ho and Salimans 2022, Classifier-Free Diffusion Guidance).
+    """
+
+    first_metric: ClassVar[str] = "mse"
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "mse"})
+
+    type: Literal["text-to-image"] = "text-to-image"
+    image: str = "file_name"
+    text: str = "text"
+    size: int | None = Field(default=None, ge=8)
+    snr_gamma: float | None = Field(default=None, gt=0)
+    sample_share: float = Field(default=0.0, ge=0, le=1)
+    sample_steps: int = Field(default=25, ge=1)
+    guidance: float = Field(default=7.5, ge=1)
+
+    @property
+    def varies(self) -> bool:
+        """Noise, and how much of it, is drawn for each row and epoch."""
+        return True
+
+    def steady(self, depth: int) -> int:
+        """Noise comes in behind the encoders, which are the first block."""
+        return min(depth, 1)
+
+    def columns(self, labelled: bool = True) -> tuple[str, ...]:
+        return (self.image, self.text) if labelled else (self.text,)
+
+    def processor(self, model: Pretrained) -> Prompter:
+        """The tokenizer, and the size and schedule of the model."""
+        return load_prompter(model, self.size)
+
+    def arrow_schema(self, evaluation: bool) -> pa.Schema:
+        """`pixels` are 8-bit channels (3, size, size), null in rows without a picture; `draw` seeds a row's noise."""
+        return pa.schema([("pixels", pa.binary()), ("input_ids", pa.list_(pa.int32())), ("draw", pa.int64())])
+
+    def encode(
+        self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
+    ) -> Encoded:
+        """One feature per row; references are the texts."""
+        encoded = Encoded({"pixels": [], "input_ids": [], "draw": []}, [], [], [] if evaluation and labelled else None)
+        for row, text in enumerate(rows[self.text]):
+            try:
+                check_text(self.text, text)
+                picture = processor.pixels(opened(self.image, rows[self.image][row])) if labelled else None
+            except ValueError as fault:
+                encoded.bad[row] = str(fault)
+                continue
+            ids, cut = processor.ids(text)
+            content = hashlib.sha256(text.encode() + (picture or b"")).digest()
+            feature = {"pixels": picture, "input_ids": ids, "draw": int.from_bytes(content[:8], "little") >> 1}
+            for name, values in encoded.features.items():
+                values.append(feature[name])
+            if cut:
+                encoded.truncated.append(row)
+            encoded.rows.append(row)
+            encoded.lengths.append(1)
+            if encoded.references is not None:
+                encoded.references.append(text)
+        return encoded
+
+    def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
+        """Text encoder, autoencoder and denoiser as one network; what a folder has only configs of is drawn."""
+        return load_diffusion(model, processor, self.snr_gamma)
+
+    def blocks(self, model: torch.nn.Module) -> Blocks:
+        """The encoders of texts and pictures, which are fixed, then the denoiser's blocks: down, middle and up."""
+        name = next(name for name, module in model.named_modules() if isinstance(module, Diffusion))
+        return diffusion_of(model).blocks(f"{name}." if name else "")
+
+    def vary(self, features: Columns, rng: np.random.Generator) -> Columns:
+        """Other noise, and another amount of it."""
+        return {**features, "draw": [int(rng.integers(2**63 - 1))]}
+
+    def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:
+        """
+        pixel_values   (n, 3, size, size) float32 from -1 to 1; absent where the features have no pictures
+        input_ids      (n, positions) int64
+        noise          (n, channels, height, width) float32, of the latents' shape
+        timesteps      (n,) int64: how much of the noise is laid over, from 0 (next to none) on
+        """
+        drawn = [processor.drawn(draw) for draw in features["draw"]]
+        batch: Batch = {
+            "input_ids": torch.tensor(features["input_ids"], dtype=torch.int64),
+            "noise": torch.from_numpy(np.stack([noise for noise, _ in drawn])),
+            "timesteps": torch.tensor([timestep for _, timestep in drawn], dtype=torch.int64),
+        }
+        if any(picture is None for picture in features["pixels"]):
+            return batch
+        shape = (-1, 3, processor.size, processor.size)
+        channels = np.frombuffer(b"".join(features["pixels"]), np.uint8).reshape(shape)
+        return {"pixel_values": torch.from_numpy(channels.astype(np.float32) / 127.5 - 1), **batch}
+
+    def items(self, batch: Batch) -> int:
+        """Rows."""
+        return len(batch["timesteps"])
+
+    def padded(self, batch: Batch) -> int:
+        """Nothing is padded."""
+        return 0
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
+        """(squared error of each row, its weight in the loss), both (n,) float32."""
+        return model(**batch)
+
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+        """The mean squared error of the denoiser's answer times the step's weight, summed over rows."""
+        errors, weights = outputs
+        return (errors * weights).sum()
+
+    def predict(
+        self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
+    ) -> list[Prediction]:
+        """{"mse"}: how far the denoiser's answer lies from the truth."""
+        return [{"mse": error} for error in outputs[0].detach().tolist()]
+
+    def asked(self, features: Columns) -> tuple[list[int], Columns]:
+        """Pictures of a share of the rows, chosen by the hash of what they hold."""
+        places = [place for place, draw in enumerate(features["draw"]) if draw < self.sample_share * 2**63]
+        chosen = {name: [features[name][place] for place in places] for name in ("input_ids", "draw")}
+        return places, {"pixels": [None] * len(places), **chosen} if places else {}
+
+    def generate(
+        self, model: torch.nn.Module, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
+    ) -> list[Prediction]:
+        """{"picture"}: a PNG in base64."""
+        pictures = sampled(model, batch, processor, self.sample_steps, self.guidance)
+        return [{"picture": base64.b64encode(picture).decode()} for picture in pictures]
+
+    def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
+        """mse: the mean squared error of the denoiser's answer, at noise drawn once for each row."""
+        return {"mse": float(np.mean([prediction["mse"] for prediction in predictions]))}
+
+    def pictures(self, predictions: list[Prediction], references: list[Any]) -> dict[str, bytes]:
+        """Pictures that the model draws of some of the texts."""
+        drawn = [
+            (text, base64.b64decode(prediction["picture"]))
+            for prediction, text in zip(predictions, references, strict=True)
+            if "picture" in prediction
+        ]
+        return {"samples": grid(drawn[:SHOWN])} if drawn else {}
+
+    def usage(self) -> str:
+        return (
+            "```python\nfrom diffusers import DiffusionPipeline\n\n"
+            'pipeline = DiffusionPipeline.from_pretrained("FOLDER")\n'
+            'pipeline("running shoe, blob emoji style").images[0].save("picture.png")\n```'
+        )
