@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rayft import document, tasks
-from rayft.data.classes import SOUNDS
+from rayft.data.classes import PICTURES, SOUNDS
 from rayft.errors import DataError
 from rayft.tasks.task import Task
 
@@ -32,6 +32,7 @@ _NAMES = {
     "prompt": ("prompt", "instruction", "question", "query", "source"),
     "completion": ("completion", "output", "response", "answer", "reply", "target"),
 }
+_CAPTIONS = ("caption", "prompt", "description")  # of a picture
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text", "text_pair"))
 # What columns are together for, the most telling first.
 _FORMS = (
@@ -51,6 +52,7 @@ _PICTURES = "microsoft/resnet-18"
 _DECODER = "HuggingFaceTB/SmolLM2-135M"
 _CHAT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LISTENER = "facebook/wav2vec2-base"
+_PAINTER = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str) -> str:
@@ -59,7 +61,7 @@ def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], pa
     `sample` holds the first rows of each column; it tells list-valued labels, empty answers and lengths.
     DataError, with the columns found and those that would do, where no task fits.
     """
-    for fields in (*_sounds(columns, sample), *_readings(columns)):
+    for fields in (*_files(columns, sample), *_readings(columns)):
         for name in tasks.names():
             if task := _fitting(tasks.find(name), fields, columns):
                 return "\n".join(_lines(task, fields, sample, path)) + "\n"
@@ -74,16 +76,17 @@ def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], pa
     )
 
 
-def _sounds(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, str]]:
-    """What the columns are for where one holds sounds: their texts, or their labels."""
+def _files(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, str]]:
+    """What the columns are for where one holds sounds or pictures: their texts, or their labels."""
     lower = {column.lower(): column for column in reversed(columns)}
     for column in columns:
-        values = list(sample.get(column, ()))
-        if values and all(str(value).lower().endswith(SOUNDS) for value in values):
-            for role in ("text", "label"):
-                found = next((lower[name] for name in _NAMES[role] if name in lower), None)
-                if found is not None:
-                    yield {"audio": column, role: found}
+        values = [str(value).lower() for value in sample.get(column, ())]
+        for field, endings in (("audio", SOUNDS), ("image", PICTURES)):
+            if values and all(value.endswith(endings) for value in values):
+                for role, names in (("text", (*_NAMES["text"], *_CAPTIONS)), ("label", _NAMES["label"])):
+                    found = next((lower[name] for name in names if name in lower), None)
+                    if found is not None:
+                        yield {field: column, role: found}
 
 
 def _readings(columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -117,8 +120,7 @@ def _fitting(kind: type[Task], fields: Mapping[str, str], columns: Sequence[str]
 
 def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[Any]], path: str) -> Iterator[str]:
     generates = task.packs() is not None
-    encoder = _PICTURES if "image" in type(task).model_fields else _LISTENER if "audio" in fields else _ENCODER
-    model = encoder if not generates else _CHAT if "messages" in fields else _DECODER
+    model = _model(task, fields)
     yield "# Check it with `rayft check`, start it with `rayft run`; `rayft schema` describes every field."
     yield f"name: {_plain(_run_name(path))}  # with `storage` the run's identity: run it again and it resumes"
     yield "task:"
@@ -150,6 +152,17 @@ def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[
     yield "  workers: 1"
     yield "  gpus_per_worker: 0  # 1 where there are GPUs"
     yield "storage: runs  # or s3://bucket/prefix"
+
+
+def _model(task: Task, fields: Mapping[str, str]) -> str:
+    known = type(task).model_fields
+    if "image" in known:
+        return _PAINTER if "text" in known else _PICTURES
+    if "audio" in fields:
+        return _LISTENER
+    if task.packs() is None:
+        return _ENCODER
+    return _CHAT if "messages" in fields else _DECODER
 
 
 def _plain(value: Any) -> str:

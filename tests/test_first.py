@@ -74,6 +74,22 @@ def test_pictures_call_for_a_model_of_pictures() -> None:
     assert "resnet" in recipe_for(["file_name", "label"]).model.path
 
 
+@pytest.mark.parametrize(
+    ("columns", "task"),
+    [
+        (["file_name", "text"], {"type": "text-to-image", "image": "file_name", "text": "text"}),
+        (["path", "caption", "split"], {"type": "text-to-image", "image": "path", "text": "caption"}),
+        (["path", "category"], {"type": "image-classification", "image": "path", "label": "category"}),
+    ],
+    ids=str,
+)
+def test_files_that_are_pictures_are_looked_at(columns: list[str], task: dict[str, Any]) -> None:
+    sample = {name: ["a.PNG", "b.jpg"] if name in ("file_name", "path") else ["one", "two"] for name in columns}
+    recipe = recipe_for(columns, sample)
+    assert {key: recipe.dump()["task"][key] for key in task} == task
+    assert ("stable-diffusion" in recipe.model.path) == (task["type"] == "text-to-image")
+
+
 def test_columns_that_call_for_no_task_are_told_what_would() -> None:
     with pytest.raises(
         DataError, match=r"x\.csv: no task fits the columns height, weight; these would do: .*text \+ label"
