@@ -6,6 +6,7 @@ and steps.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -119,6 +120,7 @@ def prepare_process(cpus: int, local_world: int) -> None:
 
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    gc.freeze()  # what was imported is never garbage: looking through it takes a third of a second each time
 
 
 def _import_uncompiled(module: str) -> None:
