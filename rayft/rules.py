@@ -127,12 +127,16 @@ def weights_mix_what_is_trained_on(*splits: tuple[Source, ...] | None) -> Faults
 
 
 def cache_needs_fixed_depth(
-    cache: str, unfreeze_every: int | None, freeze: Freeze | None, compiled: bool, tune: Tune | None
+    cache: str, unfreeze_every: int | None, freeze: Freeze | None, compiled: bool, tune: Tune | None, task: Any
 ) -> Faults:
     if cache != "on":
         return
     wrong = None
-    if unfreeze_every is not None:
+    if not task.steady(1):
+        wrong = "impossible with rows that differ from epoch to epoch"
+    elif not task.one_pass:
+        wrong = "impossible with a task whose rows pass through the model more than once"
+    elif unfreeze_every is not None:
         wrong = "impossible with `model.unfreeze_every`, which changes what is frozen"
     elif compiled:
         wrong = "impossible with `model.compile`, which would compile anew for what is stored"
@@ -257,7 +261,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("data.validation", "data.test"), weights_mix_what_is_trained_on),
     (("model.unfreeze_every", "model.freeze", "model.lora"), unfreezing_needs_frozen_blocks),
     (
-        ("model.cache_frozen", "model.unfreeze_every", "model.freeze", "model.compile", "tune"),
+        ("model.cache_frozen", "model.unfreeze_every", "model.freeze", "model.compile", "tune", "task"),
         cache_needs_fixed_depth,
     ),
     (("deepspeed.offload", "deepspeed.zero_stage"), offload_needs_sharding),
