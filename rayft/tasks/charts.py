@@ -55,14 +55,18 @@ def grid(pictures: Sequence[tuple[str, bytes]]) -> bytes:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    rows = -(-len(pictures) // 4)
-    figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
-    places = figure.subplots(rows, 4, squeeze=False).ravel()
-    for axes in places:
+    across = min(4, len(pictures))
+    rows = -(-len(pictures) // across)
+    figure = Figure(figsize=(2.5 * across, 2.9 * rows), layout="constrained")
+    places = figure.subplots(rows, across, squeeze=False).ravel()
+    for axes in places[len(pictures) :]:
         axes.set_axis_off()
     for axes, (name, picture) in zip(places, pictures, strict=False):
         axes.imshow(np.asarray(Image.open(io.BytesIO(picture))))
-        axes.set_title(textwrap.fill(textwrap.shorten(name, 72, placeholder="…"), 36), fontsize=8, y=-0.18)
+        below = textwrap.fill(textwrap.shorten(name, 72, placeholder="…"), 36)
+        axes.set(xticks=[], yticks=[], xlabel=below)
+        axes.xaxis.label.set_fontsize(8)
+        axes.spines[:].set_visible(False)
     return _png(figure)
 
 
