@@ -20,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayft import placement, storage
+from rayft import placement, session, storage
 from rayft.board import Board, Place, standstill
 from rayft.data.feed import Feed, streams
 from rayft.data.prepare import Prepared
@@ -196,6 +196,7 @@ class _Group:
         try:
             events, self.places = ray.get(self.board.drain.remote(), timeout=ANSWER_S)
         except ray.exceptions.RayError:  # a busy machine, or the end; the folder has the metrics
+            session.refuse_lost()
             return
         for event in events:
             if event["event"] == "left":  # between worker and driver; what follows from it is shown

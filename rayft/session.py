@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rayft.errors import ClusterError
+from rayft.errors import ClusterError, TrainingError
+
+_local: list[Any] = []  # the processes of a cluster that this process has started
 
 DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a worker to end
 
@@ -36,11 +40,45 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0
             ) from error
     else:
         cpus = max(os.cpu_count() or 1, workers * cpus_per_worker + DATA_CPUS)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+        with _own_process_group() as started:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+        _local.extend(started)
     try:
         yield
     finally:
+        _local.clear()
         ray.shutdown()
+
+
+def refuse_lost() -> None:
+    """Raises TrainingError where a cluster of this process's own has ended: Ray would wait a minute, and then abort."""
+    for process in _local:
+        name, code = os.path.basename(process.args[0]), process.poll()
+        if name in ("gcs_server", "raylet") and code is not None:
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            told = f"Ray's process {name} on this machine has ended ({how})"
+            raise TrainingError(f"{told}; the same command goes on from the last checkpoint")
+
+
+@contextmanager
+def _own_process_group() -> Iterator[list[Any]]:
+    """Processes that Ray starts inside get a process group each, and still end with this process; they are listed.
+
+    Whoever stops a command often signals its whole group (`timeout`, a scheduler, a shell), and a cluster that ends
+    then takes the workers along before they have saved.
+    """
+    services: Any = importlib.import_module("ray._private.services")
+    plain, started = services.ConsolePopen, []
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(plain(*arguments, process_group=0, **options))
+        return started[-1]
+
+    services.ConsolePopen = start
+    try:
+        yield started
+    finally:
+        services.ConsolePopen = plain
 
 
 def quiet() -> None:
