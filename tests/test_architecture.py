@@ -75,6 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.pictures",
         "training.schedule",
         "training.freeze",
+        "training.shared",
         "training.engine",
         "training.checkpoint",
         "training.saver",

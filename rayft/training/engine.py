@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rayft.recipe import Recipe
+from rayft.training import shared
 
 
 def zero_stage(recipe: Recipe, trainable: int, frozen: int, memory: int | None) -> int:
@@ -120,7 +121,21 @@ def prepare_process(cpus: int, local_world: int) -> None:
 
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    if os.environ["DS_ACCELERATOR"] == "cpu" and local_world == torch.distributed.get_world_size() > 1:
+        _share_memory()
     gc.freeze()  # what was imported is never garbage: looking through it takes a third of a second each time
+
+
+_shared: shared.SharedMemory | None = None  # of this process's group, where its ranks are on one machine
+
+
+def _share_memory() -> None:
+    import deepspeed.comm.comm
+
+    global _shared  # noqa: PLW0603 # as the process group is
+    _shared = shared.opened()
+    if _shared is not None:
+        shared.install(deepspeed.comm.comm.cdb, _shared)
 
 
 def _import_uncompiled(module: str) -> None:
@@ -145,8 +160,9 @@ def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[s
 
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
-    if torch.distributed.get_world_size() == 1 and engine.zero_optimization_stage() == 0:
-        engine.enable_backward_allreduce = False  # it would copy every gradient to and fro, for nobody
+    if engine.zero_optimization_stage() == 0 and (_shared is not None or torch.distributed.get_world_size() == 1):
+        # It would copy every gradient to and fro; `reduce_gradients` does without.
+        engine.enable_backward_allreduce = False
     reset_moments(engine)
     return engine
 
@@ -223,12 +239,31 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def gradient_scale(engine: Any) -> int:
+    """What the ranks' gradients are divided by when they are reduced: the engine averages, `reduce_gradients` sums."""
+    return torch.distributed.get_world_size() if engine.enable_backward_allreduce else 1
+
+
+def reduce_gradients(engine: Any) -> None:
+    """After the last backward pass of a step: the sums over the ranks, where the engine has not reduced them itself."""
+    if not engine.enable_backward_allreduce and _shared is not None:
+        shared.sum_gradients(_shared, trainable(engine))
+
+
+def trainable(engine: Any) -> list[torch.Tensor]:
+    """The parameters that learn, in the model's order."""
+    return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+
 def grad_norm(engine: Any, max_norm: float) -> float:
     """Clips at stage 0, before the step, and returns the global gradient norm; 0.0 at other stages (see `step`)."""
     if engine.zero_optimization_stage() > 0:
         return 0.0
-    trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    return float(torch.nn.utils.clip_grad_norm_(trainable, max_norm if max_norm > 0 else float("inf")))
+    learning = trainable(engine)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
+    if 0 < max_norm < float(norm):
+        torch.nn.utils.clip_grads_with_norm_(learning, max_norm, norm)
+    return float(norm)
 
 
 def destroy(engine: Any) -> None:

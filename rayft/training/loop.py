@@ -18,7 +18,7 @@ from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
-from rayft.training.engine import grad_norm
+from rayft.training.engine import grad_norm, gradient_scale, reduce_gradients
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.metrics import Metrics
@@ -120,7 +120,6 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
     The same count carries to all ranks that `save_after` seconds have passed on rank 0, and that any rank should leave.
     Raises NotFinite before the optimizer's step where the loss is NaN or infinite.
     """
-    world = dist.get_world_size()
     saved = time.monotonic()
     while True:
         asked_at = time.monotonic()
@@ -138,9 +137,10 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         rate = learning_rate(job.recipe.train, share.step, job.total_steps)
         for group in job.engine.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        loss = _accumulate(job, batches, world / max(1, items)) / max(1, items)
+        loss = _accumulate(job, batches, gradient_scale(job.engine) / max(1, items)) / max(1, items)
         if not math.isfinite(loss):
             raise NotFinite(number, "loss", "lower train.learning_rate, or look at the rows of that step")
+        reduce_gradients(job.engine)
         norm = grad_norm(job.engine, job.recipe.train.max_grad_norm)
         _finite_gradient(norm, number)
         job.watch.at("updating the weights")

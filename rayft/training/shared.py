@@ -1,0 +1,168 @@
+"""Collectives between the workers of one machine through memory that they share: gloo sends every byte through sockets.
+
+DeepSpeed's collectives over CPU tensors come here (`install`); what does not fit goes on to the process group. Sums are
+taken in the order of the ranks, so they are the same on every run of as many workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MEMORY = Path("/dev/shm")
+ROOM = 32 << 20  # bytes of shared memory for a group; more would leave the processor's caches
+SMALL = 64 << 10  # bytes below which a message costs less than the memory's barriers
+
+
+class Done:
+    """A collective that is over when it returns."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class SharedMemory:
+    """Slots of memory, two sets of one for each rank, which all ranks of the world see.
+
+    A set is written again only two pieces later: a rank that has passed the barrier between has read what it needs.
+    Every rank has to make the same calls, as with any collective. `memory` is one dimension of uint8.
+    """
+
+    def __init__(self, memory: torch.Tensor, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.sets = memory.view(2, world, -1)
+        self.turn = 0
+
+    def all_reduce(self, tensors: list[torch.Tensor]) -> None:
+        """Replaces each tensor (contiguous, on the CPU, of one dtype) by the sum of all ranks'."""
+        for views in self._pieces([tensor.view(-1) for tensor in tensors]):
+            slots = self._share(views)
+            elements = sum(view.numel() for view in views)
+            # Each rank sums a part of the piece, into the first slot: of that part no other rank reads any slot.
+            first, last = elements * self.rank // self.world, elements * (self.rank + 1) // self.world
+            _sum(slots[:, first:last], slots[0, first:last])
+            dist.barrier()
+            _copy(slots[0].split([*_sizes(views), slots.shape[1] - elements])[: len(views)], views)
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Fills `output` with every rank's `tensor`, one after another; both contiguous, on the CPU, of one dtype."""
+        whole, done = output.view(self.world, -1), 0
+        for (view,) in self._pieces([tensor.view(-1)]):
+            slots, after = self._share([view]), done + view.numel()
+            whole[:, done:after] = slots[:, : view.numel()]
+            done = after
+
+    def _pieces(self, flats: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """What fits into a slot at a time, as views."""
+        room = size = self.sets.shape[2] // flats[0].element_size()
+        views: list[torch.Tensor] = []
+        for flat in flats:
+            at = 0
+            while at < flat.numel():
+                views.append(flat[at : at + room])
+                at += views[-1].numel()
+                room -= views[-1].numel()
+                if room == 0:
+                    yield views
+                    views, room = [], size
+        if views:
+            yield views
+
+    def _share(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """Every rank's views, (world, elements), once all have written theirs."""
+        self.turn ^= 1
+        slots = self.sets[self.turn].view(views[0].dtype)
+        _copy(views, slots[self.rank].split([*_sizes(views), slots.shape[1] - sum(_sizes(views))])[: len(views)])
+        dist.barrier()
+        return slots
+
+
+def _sizes(views: list[torch.Tensor]) -> list[int]:
+    return [view.numel() for view in views]
+
+
+def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def _sum(addends: torch.Tensor, into: torch.Tensor) -> None:
+    """The sum over the first dimension, in its order; `into` may be one of the addends."""
+    if len(addends) == 2:
+        torch.add(addends[0], addends[1], out=into)
+    else:
+        into.copy_(sum(addends[1:], addends[0].clone()))
+
+
+def opened(folder: Path = MEMORY) -> SharedMemory | None:
+    """Memory for the world's ranks, all on this machine; collective. None where there is no room for it.
+
+    Its file is unlinked before this returns, so that nothing is left behind by processes that are killed.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = ROOM // (2 * world * mmap.PAGESIZE) * mmap.PAGESIZE * 2 * world
+    path = folder / f"rayft-{uuid.uuid4().hex}"
+    told: list[str | None] = [None]
+    if rank == 0:
+        with contextlib.suppress(OSError), path.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would show later, as a signal
+            told = [str(path)]
+        if told[0] is None:
+            path.unlink(missing_ok=True)
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is None:
+        return None
+    memory = torch.from_file(told[0], shared=True, size=size, dtype=torch.uint8)
+    dist.barrier()
+    if rank == 0:
+        path.unlink()
+    return SharedMemory(memory, rank, world)
+
+
+def sum_gradients(shared: SharedMemory, parameters: Iterable[torch.Tensor]) -> None:
+    """Replaces the gradients of `parameters`, those that have none included, by their sums over the ranks."""
+    alike: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:  # a rank whose rows did not need it; another's may have
+            parameter.grad = torch.zeros_like(parameter)
+        if not parameter.grad.is_contiguous():
+            parameter.grad = parameter.grad.contiguous()
+        alike.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in alike.values():
+        shared.all_reduce(gradients)
+
+
+def install(backend: Any, shared: SharedMemory) -> None:
+    """Makes `backend`, that of DeepSpeed's collectives, use the memory for large tensors of the whole world."""
+    plain = {name: getattr(backend, name) for name in ("all_reduce", "all_gather_into_tensor")}
+
+    def fits(tensor: torch.Tensor, group: Any) -> bool:
+        whole = group is None or dist.get_world_size(group) == shared.world
+        return whole and tensor.is_contiguous() and tensor.numel() * tensor.element_size() >= SMALL
+
+    def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+        if not fits(tensor, group) or getattr(op, "name", str(op)) not in ("SUM", "RedOpType.SUM"):
+            return plain["all_reduce"](tensor, op, group, async_op)
+        shared.all_reduce([tensor])
+        return Done()
+
+    def gather(
+        output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if not fits(input_tensor, group) or not output_tensor.is_contiguous():
+            return plain["all_gather_into_tensor"](output_tensor, input_tensor, group, async_op)
+        shared.all_gather(output_tensor, input_tensor)
+        return Done()
+
+    backend.all_reduce, backend.all_gather_into_tensor = all_reduce, gather
