@@ -137,10 +137,13 @@ def run(
         from rayft.recipe import Recipe
 
         loaded = Recipe.load(recipe, overrides or ())
+        import psutil
+
         from rayft.run import run as train
 
         with Display(answer.console, json) as show:
-            result = train(loaded, show=show, restart=restart, take_over=take_over)
+            given = psutil.Process().create_time()
+            result = train(loaded, show=show, restart=restart, take_over=take_over, begun=given)
             if not show.finished:  # it had finished before
                 show({"event": "finished", "result": result})
         answer.give(result)

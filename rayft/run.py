@@ -20,15 +20,22 @@ Show = Callable[[dict[str, Any]], None]
 
 
 def run(
-    recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = False, exports: bool = True
+    recipe: Recipe,
+    *,
+    show: Show,
+    restart: bool = False,
+    take_over: bool = False,
+    exports: bool = True,
+    begun: float | None = None,
 ) -> dict[str, Any]:
     """Trains what `recipe` says, or goes on where its run stopped; returns what result.json holds.
 
-    With `exports` false it ends with the best evaluation: nothing is tested or exported.
+    With `exports` false it ends with the best evaluation: nothing is tested or exported. The time to the first step
+    counts from `begun`, when the command was given, in seconds since 1970 (None: now).
 
     Raises a RayftError: before anything is started where the run is refused, else after result.json says what failed.
     """
-    begun = time.time()
+    begun = begun or time.time()
     recipe = recipe.resolved()
     show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)

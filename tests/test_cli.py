@@ -26,7 +26,7 @@ class Recipe:
     @staticmethod
     def load(path, overrides=()):
         return [path, *overrides]
-def train(recipe, *, show, restart=False, take_over=False):
+def train(recipe, *, show, restart=False, take_over=False, begun=None):
     from rayft import errors
     show({"event": "note", "text": "training begins"})
     print("a library prints this"); os.system("echo a child prints this")

@@ -11,6 +11,7 @@ PARTS = (
     "task",
     "loading",
     "labels",
+    "logits",
     "texts",
     "files",
     "images",

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,6 +23,7 @@ from transformers import AutoModelForMaskedLM
 
 from rayft.errors import ModelError
 from rayft.tasks.loading import from_pretrained, load_tokenizer, padded
+from rayft.tasks.logits import logits_of
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
 
 IGNORED = -100  # the label of tokens that are not asked for
@@ -148,10 +147,7 @@ class MaskedLM(Task):
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
         """(tokens that are asked for, vocabulary) logits: for the others none are computed, which are most."""
         asked = batch["labels"] != IGNORED
-        head: Any = getattr(model, "module", model)
-        with _only(head.get_output_embeddings(), asked):
-            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        return logits if logits.dim() == 2 else logits[asked]
+        return logits_of(model, asked, {name: value for name, value in batch.items() if name != "labels"})
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """Cross entropy summed over the tokens that are asked for."""
@@ -193,24 +189,6 @@ class MaskedLM(Task):
 
     def pipeline(self) -> str | None:
         return "fill-mask"
-
-
-@contextmanager
-def _only(head: Any, asked: torch.Tensor) -> Iterator[None]:
-    """While open, the layer that gives the logits sees the hidden states (n, l, width) of `asked` (n, l) alone."""
-    if head is None:
-        yield
-        return
-
-    def chosen(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = given[0]
-        return (hidden[asked], *given[1:]) if hidden.shape[:2] == asked.shape else None
-
-    hook = head.register_forward_pre_hook(chosen)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def drawn(words: list[int], share: float, rng: np.random.Generator) -> tuple[list[int], list[float]]:

@@ -250,6 +250,11 @@ def reduce_gradients(engine: Any) -> None:
         shared.sum_gradients(_shared, trainable(engine))
 
 
+def collective_seconds() -> float:
+    """Seconds that exchanges through shared memory have taken in this process so far; DeepSpeed's are among them."""
+    return _shared.seconds if _shared is not None else 0.0
+
+
 def trainable(engine: Any) -> list[torch.Tensor]:
     """The parameters that learn, in the model's order."""
     return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]

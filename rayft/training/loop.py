@@ -18,9 +18,10 @@ from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
-from rayft.training.engine import grad_norm, gradient_scale, reduce_gradients
+from rayft.training.engine import collective_seconds, grad_norm, gradient_scale, reduce_gradients
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
+from rayft.training.laps import Laps
 from rayft.training.metrics import Metrics
 from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
@@ -61,6 +62,8 @@ class Timing:
     steady: list[tuple[float, int, int]] = field(default_factory=list)
     useful: int = 0
     padded: int = 0
+    filling: float = 0.0  # computing the frozen blocks' output
+    laps: Laps = field(default_factory=lambda: Laps(collective_seconds))
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Job:
     watch: Watch
     blocks: Blocks
     prefix: Prefix | None  # what stands in for the frozen blocks
+    laps: Laps
 
     def serve(self, split: str, rows: list[int]) -> None:
         """The next forward pass is over these rows of `split`, by their numbers in it."""
@@ -120,14 +124,17 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
     The same count carries to all ranks that `save_after` seconds have passed on rank 0, and that any rank should leave.
     Raises NotFinite before the optimizer's step where the loss is NaN or infinite.
     """
-    saved = time.monotonic()
+    saved, laps = time.monotonic(), job.laps
     while True:
         asked_at = time.monotonic()
+        laps.to("wait")
         job.watch.at("waiting for rows")
         share = next(shares, None)
         if share is None:
+            laps.to(None)
             return
         waited = time.monotonic() - asked_at
+        laps.to("batch")
         number = share.step + 1
         job.watch.at("agreeing on the batch", number)
         seed_step(job.recipe.train.seed, share.step, job.rank)
@@ -140,7 +147,9 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         loss = _accumulate(job, batches, gradient_scale(job.engine) / max(1, items)) / max(1, items)
         if not math.isfinite(loss):
             raise NotFinite(number, "loss", "lower train.learning_rate, or look at the rows of that step")
+        laps.to("collective")
         reduce_gradients(job.engine)
+        laps.to("optimizer")
         norm = grad_norm(job.engine, job.recipe.train.max_grad_norm)
         _finite_gradient(norm, number)
         job.watch.at("updating the weights")
@@ -150,6 +159,7 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         if save:
             saved = time.monotonic()
         seconds = time.monotonic() - asked_at
+        laps.to(None)
         yield Step(number, share.epoch, loss, rate, rows, tokens, padded, seconds, waited, save > 0, leave > 0)
 
 
@@ -181,7 +191,9 @@ def _count(job: Job, batches: list[Micro], share: Share, late: bool) -> tuple[in
         int(job.watch.leave),
     ]
     shared = torch.tensor(counts, dtype=torch.int64, device=job.device)
+    job.laps.to("collective")
     dist.all_reduce(shared)
+    job.laps.to("batch")
     return tuple(shared.tolist())
 
 
@@ -203,11 +215,14 @@ def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
         job.watch.at("in the forward and backward pass")
         job.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
         job.serve("train", micro.rows)
+        job.laps.to("forward")
         outputs = job.task.forward(job.engine, micro.batch)
         loss = job.task.loss(outputs, micro.batch, job.recipe.train.label_smoothing)
+        job.laps.to("backward")
         job.engine.backward(loss * (scale if micro.real else 0.0), scale_wrt_gas=False)
         if micro.real:
             total += loss.detach().double().cpu()
+    job.laps.to("collective")
     total = total.to(job.device)
     dist.all_reduce(total)
     return float(total)
@@ -274,6 +289,7 @@ def _settle(job: Job, progress: Progress, timing: Timing, save: bool, leave: boo
 
 
 def _record(job: Job, step: Step, timing: Timing) -> None:
+    job.laps.to("logging")
     now = time.time()
     first = timing.first_step is None
     timing.first_step = timing.first_step or now
@@ -297,6 +313,7 @@ def _record(job: Job, step: Step, timing: Timing) -> None:
         job.metrics.write(row)
     told = {"seconds": round(step.seconds, 4), "waited": round(step.waited, 4)}
     job.emit({"event": "step", "steps": job.total_steps, **row, **told})
+    job.laps.to(None)
 
 
 def leading_metric(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,9 +44,11 @@ class SharedMemory:
         self.rank, self.world = rank, world
         self.sets = memory.view(2, world, -1)
         self.turn = 0
+        self.seconds = 0.0  # in calls so far, waiting for the other ranks included
 
     def all_reduce(self, tensors: list[torch.Tensor]) -> None:
         """Replaces each tensor (contiguous, on the CPU, of one dtype) by the sum of all ranks'."""
+        begun = time.perf_counter()
         for views in self._pieces([tensor.view(-1) for tensor in tensors]):
             slots = self._share(views)
             elements = sum(view.numel() for view in views)
@@ -54,14 +57,17 @@ class SharedMemory:
             _sum(slots[:, first:last], slots[0, first:last])
             dist.barrier()
             _copy(slots[0].split([*_sizes(views), slots.shape[1] - elements])[: len(views)], views)
+        self.seconds += time.perf_counter() - begun
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
         """Fills `output` with every rank's `tensor`, one after another; both contiguous, on the CPU, of one dtype."""
+        begun = time.perf_counter()
         whole, done = output.view(self.world, -1), 0
         for (view,) in self._pieces([tensor.view(-1)]):
             slots, after = self._share([view]), done + view.numel()
             whole[:, done:after] = slots[:, : view.numel()]
             done = after
+        self.seconds += time.perf_counter() - begun
 
     def _pieces(self, flats: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """What fits into a slot at a time, as views."""

@@ -275,7 +275,8 @@ class Run:
         self.engine.eval()
         source = Source(self._network, self.engine.module, self.blocks)
         left = self.total - self.progress.step
-        return fill(
+        begun = time.monotonic()
+        filled = fill(
             self.recipe,
             source,
             self.prefix,
@@ -285,6 +286,8 @@ class Run:
             emit=self.emit,
             watch=self.watch,
         )
+        self.timing.filling += time.monotonic() - begun
+        return filled
 
     def _between(self, split: str) -> float:
         """Optimizer steps between two passes over a split."""
@@ -322,6 +325,7 @@ class Run:
             watch=self.watch,
             blocks=self.blocks,
             prefix=self.prefix,
+            laps=self.timing.laps,
         )
 
     def _finish(self) -> dict[str, float] | None:
@@ -401,6 +405,8 @@ class Run:
                 "data_wait": round(timing.waiting / train_s, 4) if train_s > 0 else 0.0,
                 "save_stall_s": round(timing.saving, 3),
                 "evaluate_s": round(timing.evaluating, 3),
+                **timing.laps.shares(),
+                "cache_fill_s": round(timing.filling, 3),
                 "cache_saved_s": round(self.prefix.saved_s, 3) if self.prefix is not None else 0.0,
             },
         }

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -80,8 +79,7 @@ def classification(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], An
 
 def language(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], Any]:
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config["model"]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
 
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]

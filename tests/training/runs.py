@@ -16,6 +16,7 @@ from rayft import attempts, storage
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
 from rayft.training import checkpoint, engine, freeze
+from rayft.training.laps import Laps
 from rayft.training.loop import Job, Progress, Timing, _save, steps
 from rayft.training.saver import Saver
 from rayft.training.watch import Watch
@@ -53,7 +54,7 @@ def job_of(run: Run, folder: str) -> Job:
         steps_per_epoch=run.order.steps_per_epoch, total_steps=run.total, device=torch.device("cpu"), run=folder,
         attempt=run.attempt, emit=lambda event: None, metrics=None,
         saver=Saver(folder, run.attempt, 99, 60, None, lambda step: None), watch=Watch(None, dist.get_rank()),
-        blocks=run.blocks, prefix=None,
+        blocks=run.blocks, prefix=None, laps=Laps(),
     )  # fmt: skip
 
 

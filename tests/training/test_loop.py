@@ -98,6 +98,7 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
     from rayft.recipe import Recipe
     from rayft.tasks.task import Blocks, Pretrained
     from rayft.training import engine, freeze
+    from rayft.training.laps import Laps
     from rayft.training.loop import Job, steps
     from rayft.training.saver import Saver
     from rayft.training.watch import Watch
@@ -135,6 +136,7 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
             watch=Watch(None, dist.get_rank()),
             blocks=Blocks((), ()),
             prefix=None,
+            laps=Laps(),
         )
         group = base.task.coupled()
         batches = rows() if group == 1 else coupled_rows()

@@ -28,10 +28,11 @@ from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.causal_lm.greedy import continuations
-from rayft.tasks.causal_lm.likelihood import IGNORED, per_row, summed_loss
+from rayft.tasks.causal_lm.likelihood import IGNORED, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
 from rayft.tasks.causal_lm.words import pieces
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer
+from rayft.tasks.logits import logits_of
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 
 NOTHING = {"text": "empty, or a single token", "prompt": "empty completion", "messages": "no assistant turn"}
@@ -236,32 +237,32 @@ class CausalLM(Task):
         """Tokens that are predicted."""
         return int((batch["targets"] != IGNORED).sum())
 
-    def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        """`outputs.logits` is (n, l, vocabulary)."""
+    def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """(predicted tokens, vocabulary) logits: for prompts and padding none are computed."""
         inputs = {name: value for name, value in batch.items() if name != "targets"}
+        asked = batch["targets"] != IGNORED
         # Flash attention tells packed sequences apart in a single row only.
-        flat = "position_ids" in inputs and is_flash_attention_requested(inner(model).config)
-        if flat:
+        if "position_ids" in inputs and is_flash_attention_requested(inner(model).config):
             inputs = {name: value.reshape(1, -1) for name, value in inputs.items()}
-        outputs = model(**inputs, use_cache=False)
-        if flat:
-            outputs.logits = outputs.logits.reshape(*batch["input_ids"].shape, -1)
-        return outputs
+            asked = asked.reshape(1, -1)
+        return logits_of(model, asked, inputs, use_cache=False)
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """Cross entropy, summed over the predicted tokens."""
-        return summed_loss(outputs.logits, batch["targets"], label_smoothing)
+        targets = batch["targets"]
+        return summed_loss(outputs, targets[targets != IGNORED], label_smoothing)
 
     def predict(
         self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
     ) -> list[Prediction]:
         """{"nll", "tokens", "correct"}: the summed negative log-likelihood in nats, and how many tokens were predicted
         and how many of these were the most likely."""
-        nll, correct = per_row(outputs.logits, batch["targets"])
-        tokens = (batch["targets"] != IGNORED).sum(dim=1)
+        asked = batch["targets"] != IGNORED
+        nll, right = per_token(outputs, batch["targets"][asked])
+        counts = asked.sum(dim=1).tolist()
         return [
-            {"nll": loss, "tokens": count, "correct": right}
-            for loss, count, right in zip(nll.tolist(), tokens.tolist(), correct.tolist(), strict=True)
+            {"nll": float(losses.sum()), "tokens": count, "correct": int(hits.sum())}
+            for losses, hits, count in zip(nll.split(counts), right.split(counts), counts, strict=True)
         ]
 
     def generate(

@@ -13,15 +13,13 @@ CHUNK = 2**24  # logits that are held in float32 at a time: 64 MiB
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Cross entropy of (n, l, vocabulary) logits and (n, l) targets, summed over the targets; a scalar in float32.
+    """Cross entropy of (tokens, vocabulary) logits and (tokens,) targets, summed; a scalar in float32.
 
     It is taken in chunks of tokens, whose float32 logits are made again for the backward pass instead of kept.
     """
 
     def part(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(
-            logits.float(), targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
-        )
+        return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
     chunks = list(_chunks(logits, targets))
     if len(chunks) == 1 or not logits.requires_grad:
@@ -31,17 +29,16 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: fl
     return torch.stack(parts).sum()
 
 
-def per_row(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row (n,) the summed negative log-likelihood in float64, and how many targets were the most likely."""
+def per_token(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of the (tokens,) targets its negative log-likelihood in float64, and whether it was the most likely."""
     losses, hits = [], []
     for some, wanted in _chunks(logits.detach(), targets):
-        losses.append(cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="none"))
+        losses.append(cross_entropy(some.float(), wanted, reduction="none"))
         hits.append(some.argmax(dim=-1) == wanted)
-    shape = targets.shape
-    return torch.cat(losses).reshape(shape).double().sum(dim=1), torch.cat(hits).reshape(shape).sum(dim=1)
+    return torch.cat(losses).double(), torch.cat(hits)
 
 
 def _chunks(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(tokens, vocabulary) logits and (tokens,) targets; `split`, since its backward pass joins all parts at once."""
     size = max(1, CHUNK // logits.shape[-1])
-    yield from zip(logits.flatten(0, -2).split(size), targets.flatten().split(size), strict=True)
+    yield from zip(logits.split(size), targets.split(size), strict=True)
