@@ -171,7 +171,7 @@ RUNS: dict[str, Callable[[Path], Figures]] = {
 
 @dataclass(frozen=True)
 class Contest:
-    """`figure` of two runs; `more`: more of it is better. `bar` is the ratio that has to be reached, `aim`."""
+    """`figure` of two runs, of which more is better, or less; the ratio that has to be reached, and the one beyond."""
 
     name: str
     mine: str
