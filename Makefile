@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install quickstart test test-fast lint format
+.PHONY: help install quickstart test test-fast lint format bench
 
 help:
 	@echo 'make install     .venv with the pinned packages and rayft itself, editable; quick when up to date'
@@ -12,6 +12,7 @@ help:
 	@echo 'make test        every test'
 	@echo 'make test-fast   the tests that take a few seconds each'
 	@echo 'make lint        formatting, lint and types'
+	@echo 'make bench       every benchmark that this machine can run; writes the README'"'"'s table'
 	@echo 'make format      mend formatting and what lint can mend'
 
 install: $(STAMP)
@@ -42,3 +43,6 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python tests/benchmarks/bench.py

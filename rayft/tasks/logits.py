@@ -10,8 +10,8 @@ import torch
 def logits_of(model: Any, asked: torch.Tensor, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
     """(tokens that are asked for, vocabulary) logits of `model` over `inputs`, in the order of `asked`.
 
-    `asked` is (n, l) booleans. The layer that gives the logits sees the hidden states of those tokens only; a model whose
-    layer can't be found, or is given something else than (n, l, width), computes all, of which the others are left out.
+    `asked` is (n, l) booleans. The layer that gives the logits sees the hidden states of those tokens only; a model
+    whose layer can't be found, or is given something else than (n, l, width), computes all; the others are left out.
     """
     head: Any = getattr(model, "module", model).get_output_embeddings()
     hook = head.register_forward_pre_hook(_chosen(asked)) if head is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -406,10 +407,18 @@ class Run:
                 "save_stall_s": round(timing.saving, 3),
                 "evaluate_s": round(timing.evaluating, 3),
                 **timing.laps.shares(),
+                "peak_memory_gib": round(_peak_memory(self.device) / 2**30, 3),
                 "cache_fill_s": round(timing.filling, 3),
                 "cache_saved_s": round(self.prefix.saved_s, 3) if self.prefix is not None else 0.0,
             },
         }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of this rank's tensors on its GPU, else of this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux gives in KiB
 
 
 def _shard_while_loading(config: dict[str, Any]) -> Any:

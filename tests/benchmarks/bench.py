@@ -1,0 +1,148 @@
+"""Every benchmark that this machine can run, and what comes of it: a table in the README and figures in results.json.
+
+    python tests/benchmarks/bench.py [rounds=3] [only=speed,preparing,sweep,saving,trials,gpu]
+
+Each runs in a process of its own, one after another; nothing else should run beside. The README's table lies between
+two comments and is replaced; results.json lies beside this file. What is left out, by `only` or because the machine
+lacks something, keeps its earlier figures, and is named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README, RESULTS = HERE.parents[1] / "README.md", HERE / "results.json"
+BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
+
+Line = tuple[str, str, str, str, str]  # what, rayft, the other, how many times better, what is asked for
+
+
+@dataclass(frozen=True)
+class Part:
+    """`arguments` of the script, with {rounds}; `lines` make the table's of its JSON; `lacks` says why it can't run."""
+
+    script: str
+    arguments: tuple[str, ...]
+    lines: Callable[[Any], list[Line]]
+    lacks: Callable[[], str | None] = lambda: None
+
+
+def no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "this machine has no GPU"
+
+
+def speed(found: Any) -> list[Line]:
+    return [tuple(line) for line in found["lines"]]  # type: ignore[misc]
+
+
+def preparing(found: Any) -> list[Line]:
+    rates = found["rows_per_s"]
+    own, plain = f"{rates['rayft']:,} rows/s", f"the tokenizer in a pool of processes: {rates['plain']:,}"
+    waited = f"{100 * found['waited_on_s3']:.2f} % of the time"
+    return [
+        ("preparing texts", own, plain, f"{found['ratio']:.2f}", "1"),
+        ("workers wait for rows, S3 answers after 30 ms", waited, "", "", "under 2 %"),
+    ]
+
+
+def sweep(found: Any) -> list[Line]:
+    seconds, asha = found["seconds"], found["asha"]
+    other = "Ray Tune over the trainer"
+    return [
+        (
+            "3 x 3 sweep", f"{seconds['rayft']:.0f} s", f"{other}: {seconds['peer']:.0f} s",
+            f"{found['faster']:.2f}", "4.50 (6.00)",
+        ),
+        (
+            "24 trials, ASHA", f"{asha['seconds']:.0f} s",
+            f"{other}, all to their end: {asha['peer_extrapolated']:.0f} s", f"{asha['faster']:.2f}", "8.00 (12.00)",
+        ),
+    ]  # fmt: skip
+
+
+def saving(found: Any) -> list[Line]:
+    own, waiting = f"{1000 * found['held_up']:.0f} ms", f"training waits: {1000 * found['waiting']:.0f} ms"
+    return [("a save holds up training", own, waiting, f"{1 / found['ratio']:.0f}", "")]
+
+
+def many(found: Any) -> list[Line]:
+    return [("a sweep's own time for a trial, 1,000 trials", f"{found['ms_per_trial']:.0f} ms", "", "", "")]
+
+
+def gpu(found: Any) -> list[Line]:
+    return [tuple(line) for line in found["lines"]]  # type: ignore[misc]
+
+
+PARTS = {
+    "speed": Part("speed.py", ("rounds={rounds}",), speed),
+    "preparing": Part("preparing.py", ("rounds={rounds}",), preparing),
+    "sweep": Part("sweep.py", ("rounds=1", "asha"), sweep),
+    "saving": Part("save_stall.py", ("local",), saving),
+    "trials": Part("many_trials.py", (), many),
+    "gpu": Part("gpu.py", ("rounds={rounds}",), gpu, no_gpu),
+}
+
+
+def run(part: Part, rounds: int) -> Any:
+    """The JSON of the last line that the script prints."""
+    arguments = [argument.format(rounds=rounds) for argument in part.arguments]
+    done = subprocess.run(
+        [sys.executable, str(HERE / part.script), *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{part.script} failed with exit code {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def machine() -> str:
+    name = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| what | rayft | other | times | asked (aim) |", "| --- | --- | --- | --- | --- |"]
+    for name, part in PARTS.items():
+        if name in results:
+            lines += [f"| {' | '.join(line)} |" for line in part.lines(results[name]["found"])]
+    return "\n".join(lines)
+
+
+def written(readme: str, text: str) -> str:
+    """The README with `text` between its two comments."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(*options: str) -> None:
+    given = dict(option.split("=", 1) for option in options)
+    rounds, chosen = int(given.get("rounds", 3)), given.get("only", ",".join(PARTS)).split(",")
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, part in PARTS.items():
+        why = "it was not asked for" if name not in chosen else part.lacks()
+        if why is None:
+            print(f"{name}: running", file=sys.stderr, flush=True)
+            results[name] = {"machine": machine(), "rounds": rounds, "found": run(part, rounds)}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        else:
+            print(f"{name}: left out, {why}", file=sys.stderr, flush=True)
+    README.write_text(written(README.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
