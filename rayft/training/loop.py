@@ -350,19 +350,20 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
         raise KeyError(f"the task has no metric {metric!r}; it has {', '.join(sorted(scores))}")
     value = scores[metric]
     sign = -1.0 if metric in job.task.lower_is_better else 1.0
-    if progress.best is None or sign * value > sign * progress.best["value"]:
-        name = checkpoint.folder_name(progress.step, job.attempt)
+    best, loss = progress.best, scores.get("loss", math.inf)
+    ahead = best is None or sign * value > sign * best["value"]
+    # Few validation rows often give equal scores: the one with the lower loss is the better model then.
+    level = best is not None and value == best["value"] and loss < best["scores"].get("eval_loss", math.inf)
+    if ahead or level:
         progress.best = {
             "step": progress.step,
             "metric": f"eval_{metric}",
             "value": value,
-            "checkpoint": name,
+            "checkpoint": checkpoint.folder_name(progress.step, job.attempt),
             "scores": progress.scores,
         }
-        progress.waited = 0
-        return True, False
-    progress.waited += 1
-    return False, False
+    progress.waited = 0 if ahead else progress.waited + 1
+    return ahead or level, False
 
 
 def _save(job: Job, progress: Progress, timing: Timing) -> None:
