@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 README, RESULTS = HERE.parents[1] / "README.md", HERE / "results.json"
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 
-Line = tuple[str, str, str, str, str]  # what, rayft, the other, how many times better, what is asked for
+Line = tuple[str, str, str, str, str]  # what, rayft, the other, how many times better, the goal
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,13 @@ def machine() -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| what | rayft | other | times | asked (aim) |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| what | rayft | other | times | goal (beyond) |", "| --- | --- | --- | --- | --- |"]
     for name, part in PARTS.items():
         if name in results:
             lines += [f"| {' | '.join(line)} |" for line in part.lines(results[name]["found"])]
-    return "\n".join(lines)
+    rounds = ", ".join(f"{name} {made['rounds']}" for name, made in results.items())
+    machines = "; ".join(sorted({made["machine"] for made in results.values()}))
+    return "\n".join([*lines, "", f"Medians over rounds ({rounds}), on {machines}."])
 
 
 def written(readme: str, text: str) -> str:

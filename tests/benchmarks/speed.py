@@ -208,8 +208,8 @@ CONTESTS = (
     ),
     Contest("all blocks frozen, 3 epochs", "rayft, all frozen", "trainer, all frozen", "train_s", 5, 8, more=False),
     Contest("gsm8k, packed", "rayft, gsm8k", "trainer, gsm8k", "tokens_per_s", 1.4, 1.6),
-    Contest("to the first step, cold", "rayft, ZeRO 2", "trainer, ZeRO 2", "start_s", 1 / 3.5, 1 / 1.75, more=False),
-    Contest("to the first step, warm", "rayft, warm", "trainer, ZeRO 2", "start_s", 0.5, 1, more=False),
+    Contest("to the first step, cold", "rayft, ZeRO 2", "trainer", "start_s", 1 / 3.5, 1 / 1.75, more=False),
+    Contest("to the first step, warm", "rayft, warm", "trainer", "start_s", 0.5, 1, more=False),
 )  # fmt: skip
 
 
