@@ -133,6 +133,7 @@ def opened(folder: Path = MEMORY) -> SharedMemory | None:
     dist.barrier()
     if rank == 0:
         path.unlink()
+    dist.barrier()
     return SharedMemory(memory, rank, world)
 
 
