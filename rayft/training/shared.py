@@ -158,8 +158,8 @@ def install(backend: Any, shared: SharedMemory) -> None:
         whole = group is None or dist.get_world_size(group) == shared.world
         return whole and tensor.is_contiguous() and tensor.numel() * tensor.element_size() >= SMALL
 
-    def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-        if not fits(tensor, group) or getattr(op, "name", str(op)) not in ("SUM", "RedOpType.SUM"):
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if not fits(tensor, group) or op.name != "SUM":
             return plain["all_reduce"](tensor, op, group, async_op)
         shared.all_reduce([tensor])
         return Done()

@@ -42,7 +42,8 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "this machine has no GPU"
 
 
-def speed(found: Any) -> list[Line]:
+def made(found: Any) -> list[Line]:
+    """Of scripts that make their own lines."""
     return [tuple(line) for line in found["lines"]]  # type: ignore[misc]
 
 
@@ -80,17 +81,13 @@ def many(found: Any) -> list[Line]:
     return [("a sweep's own time for a trial, 1,000 trials", f"{found['ms_per_trial']:.0f} ms", "", "", "")]
 
 
-def gpu(found: Any) -> list[Line]:
-    return [tuple(line) for line in found["lines"]]  # type: ignore[misc]
-
-
 PARTS = {
-    "speed": Part("speed.py", ("rounds={rounds}",), speed),
+    "speed": Part("speed.py", ("rounds={rounds}",), made),
     "preparing": Part("preparing.py", ("rounds={rounds}",), preparing),
-    "sweep": Part("sweep.py", ("rounds=1", "asha"), sweep),
-    "saving": Part("save_stall.py", ("local",), saving),
+    "sweep": Part("sweep.py", ("rounds={rounds}", "asha"), sweep),
+    "saving": Part("save_stall.py", ("local", "rounds={rounds}"), saving),
     "trials": Part("many_trials.py", (), many),
-    "gpu": Part("gpu.py", ("rounds={rounds}",), gpu, no_gpu),
+    "gpu": Part("gpu.py", ("rounds={rounds}",), made, no_gpu),
 }
 
 
@@ -118,8 +115,8 @@ def table(results: dict[str, Any]) -> str:
     for name, part in PARTS.items():
         if name in results:
             lines += [f"| {' | '.join(line)} |" for line in part.lines(results[name]["found"])]
-    rounds = ", ".join(f"{name} {made['rounds']}" for name, made in results.items())
-    machines = "; ".join(sorted({made["machine"] for made in results.values()}))
+    rounds = ", ".join(f"{name} {one['rounds'] if PARTS[name].arguments else 1}" for name, one in results.items())
+    machines = "; ".join(sorted({one["machine"] for one in results.values()}))
     return "\n".join([*lines, "", f"Medians over rounds ({rounds}), on {machines}."])
 
 

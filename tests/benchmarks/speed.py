@@ -1,6 +1,6 @@
 """How fast rayft trains, against the Hugging Face Trainer under torchrun and a bare loop as the limit.
 
-    python tests/benchmarks/speed.py [rounds=3] [only=NAME,NAME]
+    python tests/benchmarks/speed.py [rounds=3] ['only=NAME|NAME']
 
 MiniLM on 1,500 rows of banking77 (500 to score on), two processes of one thread, 16 rows each, float32, rate 5e-4; a
 language model of 1 M on 1,200 rows of gsm8k. Every round runs each of RUNS once, in turn, each as a command of its own:
@@ -149,7 +149,6 @@ class Warm:
 
         self.cluster = small.Cluster(folder, cpus=6)
         self.storage = Path(tempfile.mkdtemp(dir=folder))
-        self.folder = folder
 
     def __call__(self, folder: Path) -> Figures:
         return ours(folder, self.storage, self.cluster.leads, train__max_steps=2, deepspeed__zero_stage=2)
