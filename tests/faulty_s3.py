@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 import time
@@ -77,15 +78,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if isinstance(what, float | int):
             time.sleep(what)
-        connection = http.client.HTTPConnection(str(self.s3.upstream.hostname), self.s3.upstream.port, timeout=60)
+        upstream = http.client.HTTPConnection(str(self.s3.upstream.hostname), self.s3.upstream.port, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding",)}
-        connection.request(self.command, self.path, body, headers)
-        answer = connection.getresponse()
-        content = answer.read()
+        with contextlib.closing(upstream):  # also where the client was killed in the middle of its request
+            upstream.request(self.command, self.path, body, headers)
+            answer = upstream.getresponse()
+            content = answer.read()
         kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in KEPT]
         length_of_head = answer.getheader("Content-Length") if self.command == "HEAD" else None
         self._answer(answer.status, kept, content, length_of_head)
-        connection.close()
 
     def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, length: str | None = None) -> None:
         self.send_response(status)
