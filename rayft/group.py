@@ -28,7 +28,7 @@ from rayft.errors import RayftError, WorkersLost
 from rayft.failure import Left, cause
 from rayft.network import GroupConfig
 from rayft.recipe import Recipe
-from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT
+from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT, WORKER_HOOK
 from rayft.training import worker
 from rayft.training.schedule import order, total_steps
 from rayft.training.watch import LEAVE
@@ -127,7 +127,10 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
             name=f"attempt-{start.attempt}-{int(time.time() * 1000)}",
             storage_path=storage.join(recipe.folder, "ray"),
             failure_config=ray.train.FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | MEMORY_ENVIRONMENT},  # type: ignore[call-arg] # Ray's types are of Train V1
+            worker_runtime_env={  # type: ignore[call-arg] # Ray's types are of Train V1
+                "env_vars": WORKER_ENVIRONMENT | MEMORY_ENVIRONMENT,
+                "worker_process_setup_hook": WORKER_HOOK,
+            },
         ),
         datasets=feed.datasets() if streamed else None,
         dataset_config=feed if streamed else None,

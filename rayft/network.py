@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ray.train.torch import TorchConfig
+from rayft import ahead
+
+with ahead.uncollected():  # the first that a controller or worker imports
+    from ray.train.torch import TorchConfig
 
 
 def own_interface(address: str) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rayft import ahead
 from rayft.errors import ClusterError, TrainingError
 
 _local: list[Any] = []  # the processes of a cluster that this process has started
@@ -24,6 +25,7 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0
     A Ray that this process has already joined is used as it is and left running.
     """
     quiet()
+    ahead.imports(*ahead.DRIVER)
     import ray
 
     if ray.is_initialized():
@@ -104,6 +106,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("torch").setLevel(logging.ERROR)
 
+
+WORKER_HOOK = "rayft.ahead.worker"
 
 WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray.tune
 
-from rayft import storage
+from rayft import ahead, storage
 from rayft.errors import RayftError, Stopped, Superseded
 from rayft.models import model_identity
 from rayft.recipe import Recipe
@@ -163,15 +163,16 @@ def _identity(recipe: Recipe, path: str, shared: Shared) -> str:
 
 def _here(recipe: Recipe, shared: Shared) -> Work:
     """Trains in this process."""
-    import torch
+    with ahead.uncollected():
+        import torch
 
-    from rayft.data.window import Cutter, local_shares
-    from rayft.models import fetch_model
-    from rayft.session import quiet
-    from rayft.training import checkpoint
-    from rayft.training.watch import Watch
-    from rayft.training.worker import Run, Setting, pretrained
-    from rayft.warm import own_trainable
+        from rayft.data.window import Cutter, local_shares
+        from rayft.models import fetch_model
+        from rayft.session import quiet
+        from rayft.training import checkpoint
+        from rayft.training.watch import Watch
+        from rayft.training.worker import Run, Setting, pretrained
+        from rayft.warm import own_trainable
 
     quiet()
     alone(recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker > 0)

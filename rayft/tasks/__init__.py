@@ -9,6 +9,7 @@ from rayft.tasks.task import Task
 
 PARTS = (
     "task",
+    "later",
     "loading",
     "labels",
     "logits",
@@ -18,6 +19,7 @@ PARTS = (
     "charts",
     "sound",
     "listening",
+    "padded_norm",
 )  # what tasks are built from
 
 

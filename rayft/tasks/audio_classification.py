@@ -17,12 +17,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field, model_validator
-from transformers import AutoModelForAudioClassification
 
 from rayft.errors import DataError
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor, steady
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.sound import FRAME_S, Wanted, read_sound
@@ -123,7 +122,7 @@ class AudioClassification(Task):
         names: list[str] = facts["labels"]
         config = load_config(model)
         network = from_pretrained(
-            AutoModelForAudioClassification,
+            transformers.AutoModelForAudioClassification,
             model,
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},

@@ -15,14 +15,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import field_validator
-from transformers import AutoModelForImageClassification
 
 from rayft.errors import DataError
 from rayft.tasks.charts import confusion_matrix
 from rayft.tasks.images import Augment, augmented, load_image_processor, normalised, pixels
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 
@@ -136,7 +135,7 @@ class ImageClassification(Task):
         """A head that was trained on the same label names is kept, in the facts' order; any other is drawn anew."""
         names: list[str] = facts["labels"]
         network = from_pretrained(
-            AutoModelForImageClassification,
+            transformers.AutoModelForImageClassification,
             model,
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},

@@ -12,12 +12,11 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoImageProcessor
 
 from rayft.errors import ModelError
 from rayft.tasks.files import file_bytes, file_name
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import told
 from rayft.tasks.task import Pretrained
 
@@ -54,7 +53,7 @@ def load_image_processor(model: Pretrained) -> Any:
     if missing:
         raise ModelError(f"tasks on pictures need {' and '.join(missing)}: pip install 'rayft[images]'")
     with told(model, "image processor"):
-        processor = AutoImageProcessor.from_pretrained(
+        processor = transformers.AutoImageProcessor.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, backend="pil"
         )
     shapes = [_at_size(np.zeros((*size, 3), np.uint8), processor).shape for size in SIZES]

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, BeforeValidator
 
+from rayft.tasks.later import torch
 from rayft.tasks.loading import draw_parameters, gathered
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")

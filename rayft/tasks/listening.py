@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoFeatureExtractor
 
 from rayft.errors import ModelError
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import load_part
 from rayft.tasks.sound import need
 from rayft.tasks.task import Batch, Pretrained
@@ -29,7 +28,7 @@ LEAST_FRAMES = 50
 def load_extractor(model: Pretrained, max_seconds: float) -> Any:
     """The model's feature extractor; ModelError where it takes no sounds, or reads less than `max_seconds`."""
     need("soundfile")
-    extractor = load_part(AutoFeatureExtractor, model, "feature extractor")
+    extractor = load_part(transformers.AutoFeatureExtractor, model, "feature extractor")
     if not getattr(extractor, "sampling_rate", None):
         raise ModelError(f"model.path: the feature extractor of `{model.path}` takes no sounds; a speech model's fits")
     reads = seconds_read(extractor)
@@ -88,6 +87,8 @@ def steady(config: Any) -> dict[str, Any]:
 
 def listen(model: Any, batch: Batch) -> Any:
     """One forward pass; labels are left out. Inputs get the width of the weights."""
+    from rayft.tasks.padded_norm import PaddedGroupNorm
+
     if model.training:  # spans of time that a model masks are drawn by numpy: from what seeds torch
         np.random.seed(int(torch.randint(2**31, ())))
     dtype = next(model.parameters()).dtype
@@ -102,31 +103,10 @@ def listen(model: Any, batch: Batch) -> Any:
 
 def ignore_padding(network: torch.nn.Module) -> None:
     """Makes the group normalisation over time of a wav2vec2's first layer leave out padding; others have none."""
+    from rayft.tasks.padded_norm import PaddedGroupNorm
+
     for layer in network.modules():
         norm, convolution = getattr(layer, "layer_norm", None), getattr(layer, "conv", None)
         if type(norm) is torch.nn.GroupNorm and isinstance(convolution, torch.nn.Conv1d):
             norm.__class__ = PaddedGroupNorm
             norm.kernel, norm.stride = convolution.kernel_size[0], convolution.stride[0]  # type: ignore[assignment]
-
-
-class PaddedGroupNorm(torch.nn.GroupNorm):
-    """Group normalisation with a channel per group, over the frames of the sound; those of padding become 0.
-
-    `samples` (n,) is how long each row's sound is before the convolution of `kernel` and `stride` below.
-    """
-
-    samples: torch.Tensor
-    kernel: int
-    stride: int
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as torch names it
-        """(n, channels, frames) to the same."""
-        frames = (self.samples - self.kernel) // self.stride + 1
-        heard = torch.arange(input.shape[-1], device=input.device) < frames.to(input.device)[:, None]
-        kept, count = heard[:, None].float(), frames.to(input.device)[:, None, None].float()
-        values = input.float()
-        mean = (values * kept).sum(dim=-1, keepdim=True) / count
-        centred = (values - mean) * kept
-        variance = centred.square().sum(dim=-1, keepdim=True) / count
-        normal = centred / torch.sqrt(variance + self.eps)
-        return ((normal * self.weight[:, None] + self.bias[:, None]) * kept).to(input.dtype)

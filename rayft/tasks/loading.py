@@ -8,18 +8,15 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_utils import load_state_dict
 
 from rayft.errors import ModelError
 from rayft.models import without_weights
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.task import Batch, Columns, Pretrained
 
 FOLDER = "a folder as `save_pretrained` writes it fits"
@@ -33,7 +30,7 @@ SIGNS = (
     ),
     (
         "does not recognize this architecture",
-        f"its config.json has a model_type that transformers {transformers.__version__} doesn't know",
+        f"its config.json has a model_type that transformers {version('transformers')} doesn't know",
         "a known one fits, or a model with code of its own",
     ),
     ("Unrecognized model", "it has no config.json with a model_type", FOLDER),
@@ -57,7 +54,7 @@ OFFSET_POSITIONS = frozenset(
 def load_config(model: Pretrained, **fields: Any) -> Any:
     """The model's config with `fields` set; ModelError where there is none that transformers knows."""
     with told(model, "config"):
-        return AutoConfig.from_pretrained(
+        return transformers.AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **fields
         )
 
@@ -82,11 +79,11 @@ def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None =
     if 0 < positions < max_length:  # XLNet says -1, and means no limit
         raise ModelError(f"task.max_length is {max_length}, but {model.path} has only {positions} positions")
     with told(model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         if words and getattr(tokenizer, "add_prefix_space", None) is False:
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 model.path,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
@@ -154,6 +151,8 @@ def _drawing_one_by_one(seed: int) -> Iterator[None]:
     Transformers 5.23 gathers the parameters that are lacking, and then calls the initialisation of modules whose
     parameters are not gathered too, which fails for ResNet, Whisper and wav2vec 2.0.
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -162,7 +161,7 @@ def _drawing_one_by_one(seed: int) -> Iterator[None]:
         named = network.named_parameters()
         draw_parameters(network, [name for name, value in named if not hasattr(value, "_is_hf_initialized")], seed)
 
-    transformers_own: Any = PreTrainedModel
+    transformers_own: Any = transformers.PreTrainedModel
     before = transformers_own._initialize_missing_keys
     transformers_own._initialize_missing_keys = initialise
     try:
@@ -228,6 +227,8 @@ def _head(network: Any) -> tuple[str, ...]:
 
 def _lacking(network: Any, path: str) -> tuple[str, ...]:
     """Names of parameters that the weights in folder `path` lack, by their shapes alone; () for a Hub id, unseen."""
+    from transformers.modeling_utils import load_state_dict
+
     files = sorted(os.listdir(path)) if os.path.isdir(path) else []
     weights = [file for file in files if file.endswith(".safetensors")] or [
         file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")

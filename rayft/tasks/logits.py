@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from rayft.tasks.later import torch
 
 
 def logits_of(model: Any, asked: torch.Tensor, inputs: dict[str, Any], **more: Any) -> torch.Tensor:

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
-from transformers import AutoModelForMaskedLM
 
 from rayft.errors import ModelError
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_tokenizer, padded
 from rayft.tasks.logits import logits_of
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
@@ -114,7 +113,7 @@ class MaskedLM(Task):
         return encoded
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
-        return from_pretrained(AutoModelForMaskedLM, model, pad_token_id=processor.pad_token_id)
+        return from_pretrained(transformers.AutoModelForMaskedLM, model, pad_token_id=processor.pad_token_id)
 
     def vary(self, features: Columns, rng: np.random.Generator) -> Columns:
         """Other words are asked for."""

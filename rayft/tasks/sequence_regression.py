@@ -16,11 +16,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
-from transformers import AutoModelForSequenceClassification
 
 from rayft.tasks.labels import fit_head
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 from rayft.tasks.texts import encode_texts
@@ -73,7 +72,7 @@ class SequenceRegression(Task):
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """A head with one output is kept; any other is drawn anew."""
         network = from_pretrained(
-            AutoModelForSequenceClassification,
+            transformers.AutoModelForSequenceClassification,
             model,
             id2label=dict(enumerate(NAMES)),
             label2id={name: place for place, name in enumerate(NAMES)},

@@ -17,12 +17,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field, field_validator, model_validator
-from transformers import AutoModelForSequenceClassification
 
 from rayft.errors import DataError
 from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 from rayft.tasks.texts import encode_texts
@@ -129,7 +128,7 @@ class TextClassification(Task):
         """A head that was trained on the same label names is kept, in the facts' order; any other is drawn anew."""
         names: list[str] = facts["labels"]
         network = from_pretrained(
-            AutoModelForSequenceClassification,
+            transformers.AutoModelForSequenceClassification,
             model,
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},

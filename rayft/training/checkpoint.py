@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from rayft import attempts, storage
 from rayft.errors import CheckpointError, Damaged, StorageDenied, StorageDown, StorageError, StorageMissing
-from rayft.training.engine import Piece, inner_optimizer, pieces, shape_of
+from rayft.training.engine import Piece, gradient_scaler, inner_optimizer, pieces, shape_of
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NAME = re.compile(r"step-(\d+)-a(\d+)$")
@@ -340,7 +340,7 @@ class Checkpoint:
                     value = self.read(piece.name, kind, piece.start, piece.length)
                     piece.moment(engine, kind).copy_(value)
                 inner.state[piece.flat]["step"].fill_(self.step_of(piece.name))
-        scaler = _scaler(engine)
+        scaler = gradient_scaler(engine)
         if scaler is not None and self.state.get("loss_scale"):
             scaler.load_state_dict(self.state["loss_scale"])
 
@@ -357,13 +357,7 @@ def _whole(parameter: Any) -> Iterator[bool]:
         yield dist.get_rank() == 0
 
 
-def _scaler(engine: Any) -> Any:
-    """The gradient scaler of float16 mixed precision, or None."""
-    own = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    return own or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-
-
 def loss_scale(engine: Any) -> dict[str, Any] | None:
     """The scaler's state, to be stored with a checkpoint."""
-    scaler = _scaler(engine)
+    scaler = gradient_scaler(engine)
     return scaler.state_dict() if scaler is not None else None

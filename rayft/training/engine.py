@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from rayft.recipe import Recipe
-from rayft.training import shared
+from rayft.training import dropout, shared
 
 
 def zero_stage(recipe: Recipe, trainable: int, frozen: int, memory: int | None) -> int:
@@ -116,6 +117,7 @@ def prepare_process(cpus: int, local_world: int) -> None:
     _import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
     logger.setLevel("ERROR")
     if os.environ["DS_ACCELERATOR"] == "cpu":
+        dropout.install()
         # Its shared-memory reduction would be compiled at first use, which takes a compiler and a minute.
         import deepspeed.ops
 
@@ -261,14 +263,29 @@ def trainable(engine: Any) -> list[torch.Tensor]:
 
 
 def grad_norm(engine: Any, max_norm: float) -> float:
-    """Clips at stage 0, before the step, and returns the global gradient norm; 0.0 at other stages (see `step`)."""
+    """The global gradient norm at stage 0, where the next step clips to `max_norm`; 0.0 at other stages.
+
+    It is that of the gradients without a loss scale. They are divided within the optimizer's step, which reads them
+    anyway; with a loss scale, whose scaler does the same with its own number, before it.
+    """
     if engine.zero_optimization_stage() > 0:
         return 0.0
-    learning = trainable(engine)
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
-    if 0 < max_norm < float(norm):
-        torch.nn.utils.clip_grads_with_norm_(learning, max_norm, norm)
+    gradients = [parameter.grad for parameter in trainable(engine) if parameter.grad is not None]
+    scaler = gradient_scaler(engine)
+    norm = torch.nn.utils.get_total_norm(gradients) / (1.0 if scaler is None else scaler.get_scale())
+    clips = 0 < max_norm < float(norm) < math.inf
+    divisor = (norm + 1e-6) / max_norm if clips else None  # as torch.nn.utils.clip_grad_norm_ has it
+    if scaler is None:
+        inner_optimizer(engine).grad_scale = divisor  # type: ignore[attr-defined] # its fused step looks for it
+    elif divisor is not None:
+        torch._foreach_div_(gradients, divisor)
     return float(norm)
+
+
+def gradient_scaler(engine: Any) -> Any:
+    """The gradient scaler of float16 mixed precision, or None."""
+    own = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return own or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
 
 
 def destroy(engine: Any) -> None:

@@ -18,7 +18,7 @@ from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
-from rayft.training.engine import collective_seconds, grad_norm, gradient_scale, reduce_gradients
+from rayft.training.engine import collective_seconds, grad_norm, gradient_scale, gradient_scaler, reduce_gradients
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.laps import Laps
@@ -151,10 +151,10 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         reduce_gradients(job.engine)
         laps.to("optimizer")
         norm = grad_norm(job.engine, job.recipe.train.max_grad_norm)
-        _finite_gradient(norm, number)
+        _finite_gradient(job.engine, norm, number)
         job.watch.at("updating the weights")
         job.engine.step()
-        _finite_gradient(float(job.engine.get_global_grad_norm() or 0.0), number)
+        _finite_gradient(job.engine, float(job.engine.get_global_grad_norm() or 0.0), number)
         job.saver.check()
         if save:
             saved = time.monotonic()
@@ -228,8 +228,12 @@ def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
     return float(total)
 
 
-def _finite_gradient(norm: float, step: int) -> None:
-    if not math.isfinite(norm):
+def _finite_gradient(engine: Any, norm: float, step: int) -> None:
+    """With a loss scale an infinite gradient says that it is too large: it is halved, and the step left out."""
+    if math.isfinite(norm):
+        return
+    scaler = gradient_scaler(engine)
+    if scaler is None or scaler.get_scale() < 1:
         raise NotFinite(step, "gradient norm", "lower train.learning_rate, or set train.max_grad_norm lower")
 
 

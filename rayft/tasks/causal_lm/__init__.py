@@ -18,11 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field, field_validator, model_validator
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils.generic import is_flash_attention_requested
 
 from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
@@ -31,6 +27,7 @@ from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
 from rayft.tasks.causal_lm.words import pieces
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer
 from rayft.tasks.logits import logits_of
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -122,6 +119,8 @@ class CausalLM(Task):
 
         ModelError where the model reads both ways, has fewer positions than `max_length`, or can't tell turns apart.
         """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
         config = load_config(model)
         if getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise ModelError(
@@ -186,7 +185,7 @@ class CausalLM(Task):
 
         ModelError where `pack` is on and the model would let packed sequences see each other.
         """
-        network: Any = from_pretrained(AutoModelForCausalLM, model)
+        network: Any = from_pretrained(transformers.AutoModelForCausalLM, model)
         if self.pack and not keeps_apart(network):
             kind = network.config.model_type
             raise ModelError(f"{model.path} ({kind}) can't keep packed sequences apart; set task.pack=false")
@@ -239,6 +238,8 @@ class CausalLM(Task):
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """(predicted tokens, vocabulary) logits: for prompts and padding none are computed."""
+        from transformers.utils.generic import is_flash_attention_requested
+
         inputs = {name: value for name, value in batch.items() if name != "targets"}
         asked = batch["targets"] != IGNORED
         # Flash attention tells packed sequences apart in a single row only.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-from transformers import masking_utils
+from rayft.tasks.later import torch, transformers
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -30,7 +29,7 @@ def keeps_apart(network: Any) -> bool:
     def asked(*_: Any) -> None:
         raise _Asked
 
-    makers: Any = masking_utils
+    makers: Any = transformers.masking_utils
     original = makers.find_packed_sequence_indices
     makers.find_packed_sequence_indices = asked
     try:

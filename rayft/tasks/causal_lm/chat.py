@@ -8,7 +8,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -50,6 +49,8 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
     leave out past reasoning), each turn comes by itself, as the model would have met it. ValueError where a turn does
     not continue the prompt for it.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     template = tokenizer.get_chat_template()
     if MARKERS.search(template):
         try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
+from rayft.tasks.later import torch, transformers
 
 
 def continuations(
@@ -27,7 +26,7 @@ def continuations(
         tokens[place, width - len(ids) :] = torch.tensor(ids)
         mask[place, width - len(ids) :] = 1
     # What only sampling uses is set to its neutral value, for the model's own settings would be warned about.
-    settings = GenerationConfig(
+    settings = transformers.GenerationConfig(
         do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=new, use_cache=True
     )
     with torch.no_grad():

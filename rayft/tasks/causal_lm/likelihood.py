@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
+from rayft.tasks.later import torch
 
 IGNORED = -100  # the target of a token that predicts nothing
 CHUNK = 2**24  # logits that are held in float32 at a time: 64 MiB
@@ -17,9 +15,12 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: fl
 
     It is taken in chunks of tokens, whose float32 logits are made again for the backward pass instead of kept.
     """
+    from torch.utils.checkpoint import checkpoint
 
     def part(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+        return torch.nn.functional.cross_entropy(
+            logits.float(), targets, reduction="sum", label_smoothing=label_smoothing
+        )
 
     chunks = list(_chunks(logits, targets))
     if len(chunks) == 1 or not logits.requires_grad:
@@ -33,7 +34,7 @@ def per_token(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     """For each of the (tokens,) targets its negative log-likelihood in float64, and whether it was the most likely."""
     losses, hits = [], []
     for some, wanted in _chunks(logits.detach(), targets):
-        losses.append(cross_entropy(some.float(), wanted, reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none"))
         hits.append(some.argmax(dim=-1) == wanted)
     return torch.cat(losses).double(), torch.cat(hits)
 

@@ -16,9 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
-from transformers import AutoModel
 
 from rayft.errors import DataError
 from rayft.models import without_weights
@@ -26,6 +24,7 @@ from rayft.tasks.charts import roc
 from rayft.tasks.face_recognition import arcface, verification
 from rayft.tasks.images import Augment, augmented, load_image_processor, normalised, picture_shape, pixels
 from rayft.tasks.labels import in_order, label_name
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 
@@ -124,10 +123,12 @@ class FaceRecognition(Task):
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """The backbone, and ArcFace's directions: an earlier export's for the same people, else drawn anew."""
-        backbone: Any = from_pretrained(AutoModel, model)
+        from rayft.tasks.face_recognition.recogniser import Recogniser
+
+        backbone: Any = from_pretrained(transformers.AutoModel, model)
         width = arcface.width_of(backbone, picture_shape(processor), model.path)
         heads, drawn = arcface.directions(model, facts["identities"], width)
-        network: Any = arcface.Recogniser(backbone, heads)
+        network: Any = Recogniser(backbone, heads)
         new = () if without_weights(model.path) else tuple(f"backbone.{name}" for name in backbone.rayft_drawn)
         network.rayft_drawn = (*new, "arcface.weight") if drawn else new
         return network

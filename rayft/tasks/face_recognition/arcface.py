@@ -14,11 +14,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rayft.errors import ModelError
+from rayft.tasks.later import torch
 from rayft.tasks.loading import gathered, told
 from rayft.tasks.task import Pretrained
 
@@ -26,46 +25,6 @@ FILE = "arcface.safetensors"  # in a model folder: the directions, and in its he
 DRAWN = 0.01  # standard deviation of directions that are drawn anew; only where they point counts for the loss
 UNKNOWN = -100  # the label of a picture whose person was not among the training rows
 FLAT = 1e-7  # the sine's square is held above it: a root's slope is infinite at 0
-
-
-class Directions(torch.nn.Module):
-    """One direction for each identity; `weight` is (identities, width), of any lengths."""
-
-    def __init__(self, identities: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(identities, width, dtype=dtype))
-
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Cosines (n, identities) of embeddings (n, width) of length 1, both float32."""
-        return torch.nn.functional.linear(embeddings, torch.nn.functional.normalize(self.weight.float()))
-
-
-class Recogniser(torch.nn.Module):
-    """A backbone of transformers and the directions of the identities it is trained on; saved, it is the backbone."""
-
-    base_model_prefix = "backbone"  # transformers and peft ask for it
-
-    def __init__(self, backbone: Any, arcface: Directions) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.arcface = arcface
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`embeddings` (n, width) of length 1 and `cosines` (n, identities), both float32 whatever is mixed below."""
-        pooled = self.backbone(pixel_values=pixel_values).pooler_output
-        with torch.autocast(pooled.device.type, enabled=False):
-            embeddings = torch.nn.functional.normalize(pooled.flatten(1).float())
-            return {"embeddings": embeddings, "cosines": self.arcface(embeddings)}
-
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
-
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        self.backbone.gradient_checkpointing_enable(options)
-
-    def save_pretrained(self, folder: Any) -> None:
-        self.backbone.save_pretrained(folder)
 
 
 def width_of(backbone: Any, shape: Sequence[int], path: str) -> int:
@@ -91,11 +50,13 @@ def width_of(backbone: Any, shape: Sequence[int], path: str) -> int:
     return int(pooled.flatten(1).shape[1])
 
 
-def directions(model: Pretrained, names: Sequence[str], width: int) -> tuple[Directions, bool]:
+def directions(model: Pretrained, names: Sequence[str], width: int) -> tuple[Any, bool]:
     """Directions for the identities `names`, in their order, and whether they were drawn anew from the seed.
 
     A folder that an earlier run exported holds them; they are kept where its identities are the same people.
     """
+    from rayft.tasks.face_recognition.recogniser import Directions
+
     with torch.device("meta" if model.meta else "cpu"):
         made = Directions(len(names), width, getattr(torch, model.dtype))
     stored = _stored(model)
@@ -120,8 +81,10 @@ def _stored(model: Pretrained) -> tuple[list[str], torch.Tensor] | None:
         return json.loads(file.metadata()["identities"]), file.get_tensor("arcface.weight")
 
 
-def save(folder: str, made: Directions, names: Sequence[str]) -> None:
+def save(folder: str, made: Any, names: Sequence[str]) -> None:
     """Writes the directions beside a model, so that training can go on from it with the same people."""
+    from safetensors.torch import save_file
+
     with gathered([made.weight]):
         weight = made.weight.detach().cpu().contiguous()
         save_file({"arcface.weight": weight}, os.path.join(folder, FILE), {"identities": json.dumps(list(names))})

@@ -18,10 +18,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field, ValidationInfo, field_validator
-from transformers import AutoModelForQuestionAnswering
 
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_tokenizer, pad, padded
 from rayft.tasks.question_answering.squad import parse_answers, scores
 from rayft.tasks.question_answering.windows import cut, too_long
@@ -149,7 +148,7 @@ class QuestionAnswering(Task):
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """The two outputs are named, so that a classifier's number of labels does not become this head's width."""
         return from_pretrained(
-            AutoModelForQuestionAnswering,
+            transformers.AutoModelForQuestionAnswering,
             model,
             id2label={0: "start", 1: "end"},
             label2id={"start": 0, "end": 1},

@@ -16,10 +16,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field, model_validator
-from transformers import AutoModel
 
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_tokenizer, pad
 from rayft.tasks.sentence_embedding.folder import write_modules
 from rayft.tasks.sentence_embedding.ranking import ranking_loss, retrieval
@@ -102,7 +101,7 @@ class SentenceEmbedding(Task):
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """The encoder without the pooling layer that some have above it, from which nothing would learn."""
-        network: Any = from_pretrained(AutoModel, model, pad_token_id=processor.pad_token_id)
+        network: Any = from_pretrained(transformers.AutoModel, model, pad_token_id=processor.pad_token_id)
         if getattr(network, "pooler", None) is not None:
             network.pooler = None
             kept = {name for name, _ in network.named_parameters()}

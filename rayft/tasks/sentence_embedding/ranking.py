@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+
+from rayft.tasks.later import torch
 
 TOGETHER = 1024  # anchors that are compared with all candidates at once
 

@@ -16,11 +16,10 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-import torch
 from pydantic import Field, model_validator
-from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, GenerationConfig, GenerationMixin
 
 from rayft.errors import DataError, ModelError
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.listening import ignore_padding, inputs, listen, steady
 from rayft.tasks.loading import draw_parameters, from_pretrained, load_config, pad
 from rayft.tasks.sound import FRAME_S, Sound, Wanted, need, read_sound
@@ -121,7 +120,7 @@ class SpeechRecognition(Task):
         """A head for letters is kept where the model's own tokenizer gives it its meaning, else drawn anew."""
         config = load_config(model)
         if processor.writes:
-            network: Any = from_pretrained(AutoModelForSpeechSeq2Seq, model, **steady(config))
+            network: Any = from_pretrained(transformers.AutoModelForSpeechSeq2Seq, model, **steady(config))
             if self.language is not None and hasattr(network.generation_config, "lang_to_id"):
                 network.generation_config.language = self.language
                 network.generation_config.task = "transcribe"
@@ -130,7 +129,7 @@ class SpeechRecognition(Task):
         fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_zero_infinity": True}
         if processor.own is not None and (config.vocab_size or 0) > len(tokenizer):
             fields.pop("vocab_size")  # the head has room that no letter uses
-        network = from_pretrained(AutoModelForCTC, model, **fields, **steady(config))
+        network = from_pretrained(transformers.AutoModelForCTC, model, **fields, **steady(config))
         ignore_padding(network)
         if not hasattr(network, "_get_feat_extract_output_lengths"):
             raise ModelError(f"{model.path} does not tell how many frames it makes of a sound; wav2vec2's kin does")
@@ -212,7 +211,7 @@ class SpeechRecognition(Task):
         )
         room = network.config.max_target_positions - prompt.shape[1]
         own = network.generation_config
-        settings = GenerationConfig(
+        settings = transformers.GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=min(self.max_new_tokens, room),
@@ -225,7 +224,7 @@ class SpeechRecognition(Task):
         # Whisper's own `generate` finds its prompt by itself; this is the one below it, which takes ours.
         features_in = batch["input_features"].to(next(network.parameters()).dtype)
         with torch.no_grad():
-            written = GenerationMixin.generate(
+            written = transformers.GenerationMixin.generate(
                 network, features_in, decoder_input_ids=prompt, generation_config=settings
             )
         texts = tokenizer.batch_decode(written[:, prompt.shape[1] :], skip_special_tokens=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch
+from rayft.tasks.later import torch
 
 
 def spelled(tokenizer: Any, text: str) -> list[int]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from transformers import AutoTokenizer, Wav2Vec2CTCTokenizer
-
 from rayft.errors import ModelError
+from rayft.tasks.later import transformers
 from rayft.tasks.listening import load_extractor
 from rayft.tasks.loading import load_config, load_part
 from rayft.tasks.task import Pretrained
@@ -72,7 +71,7 @@ def _own_tokenizer(model: Pretrained) -> Any:
         names = ("vocab.json", "tokenizer.json", "tokenizer_config.json")
         if not any(os.path.exists(os.path.join(model.path, name)) for name in names):
             return None
-    tokenizer = load_part(AutoTokenizer, model, "tokenizer")
+    tokenizer = load_part(transformers.AutoTokenizer, model, "tokenizer")
     # What transformers makes where there are no files knows special tokens alone.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
@@ -85,7 +84,7 @@ def made_tokenizer(letters: Sequence[str]) -> Any:
         path = os.path.join(folder, "vocab.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump({token: number for number, token in enumerate(tokens)}, file, ensure_ascii=False)
-        return Wav2Vec2CTCTokenizer(
+        return transformers.Wav2Vec2CTCTokenizer(
             path,
             bos_token=None,
             eos_token=None,

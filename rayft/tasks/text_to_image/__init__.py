@@ -17,15 +17,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
 
 from rayft.tasks.charts import grid
 from rayft.tasks.images import opened
+from rayft.tasks.later import torch
 from rayft.tasks.task import Batch, Blocks, Columns, Encoded, Prediction, Pretrained, Task, check_text
-from rayft.tasks.text_to_image.network import Diffusion, diffusion_of, load_diffusion
 from rayft.tasks.text_to_image.processor import Prompter, load_prompter
-from rayft.tasks.text_to_image.sampling import sampled
 
 SHOWN = 16  # pictures in the grid of an evaluation
 
@@ -100,10 +98,14 @@ class TextToImage(Task):
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """Text encoder, autoencoder and denoiser as one network; what a folder has only configs of is drawn."""
+        from rayft.tasks.text_to_image.network import load_diffusion
+
         return load_diffusion(model, processor, self.snr_gamma)
 
     def blocks(self, model: torch.nn.Module) -> Blocks:
         """The encoders of texts and pictures, which are fixed, then the denoiser's blocks: down, middle and up."""
+        from rayft.tasks.text_to_image.network import Diffusion, diffusion_of
+
         name = next(name for name, module in model.named_modules() if isinstance(module, Diffusion))
         return diffusion_of(model).blocks(f"{name}." if name else "")
 
@@ -163,6 +165,8 @@ class TextToImage(Task):
         self, model: torch.nn.Module, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
     ) -> list[Prediction]:
         """{"picture"}: a PNG in base64."""
+        from rayft.tasks.text_to_image.sampling import sampled
+
         pictures = sampled(model, batch, processor, self.sample_steps, self.guidance)
         return [{"picture": base64.b64encode(picture).decode()} for picture in pictures]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from rayft.errors import ModelError
+from rayft.tasks.later import transformers
 from rayft.tasks.loading import told
 from rayft.tasks.task import Pretrained
 
@@ -75,7 +75,9 @@ def load_prompter(model: Pretrained, size: int | None) -> Prompter:
             f"model.path: `{model.path}` is a {index['_class_name']}; text-to-image trains what is a {KIND}"
         )
     with told(model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model.path, subfolder="tokenizer", revision=model.revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model.path, subfolder="tokenizer", revision=model.revision
+        )
     autoencoder = config_of(AutoencoderKL.load_config, model, "vae")
     denoiser = config_of(UNet2DConditionModel.load_config, model, "unet")
     schedule = config_of(DDPMScheduler.load_config, model, "scheduler")

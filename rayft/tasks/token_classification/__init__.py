@@ -17,12 +17,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
-from transformers import AutoModelForTokenClassification
 
 from rayft.errors import DataError
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name
+from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 from rayft.tasks.token_classification.entities import entities, scores
@@ -125,7 +124,7 @@ class TokenClassification(Task):
         """A head that was trained on the same tags is kept, in the facts' order; any other is drawn anew."""
         names: list[str] = facts["labels"]
         network = from_pretrained(
-            AutoModelForTokenClassification,
+            transformers.AutoModelForTokenClassification,
             model,
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},

@@ -1,0 +1,43 @@
+"""Imports that take seconds, begun before anybody needs them: beside Ray's start, and while other processes start.
+
+torch, transformers and DeepSpeed take four seconds of a processor in each process. Python's garbage collector would
+take one more, looking at modules again and again that are there to stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import threading
+from collections.abc import Iterator
+
+DRIVER = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
+WORKER = (*DRIVER, "rayft.training.worker")
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside; what was made there is never looked at again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def imports(*names: str) -> None:
+    """Imports modules in a thread of their own; whoever needs one before waits for it there."""
+    threading.Thread(target=_import, args=(names,), daemon=True).start()
+
+
+def worker() -> None:
+    """Called by Ray in each process that it starts for workers or trials, before the process gets anything to do."""
+    imports(*WORKER)
+
+
+def _import(names: tuple[str, ...]) -> None:
+    with uncollected(), contextlib.suppress(ImportError):  # who needs it says what is missing
+        for name in names:
+            importlib.import_module(name)
