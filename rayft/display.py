@@ -167,7 +167,7 @@ class Display:
     def _trial(self, event: Event) -> None:
         """What a sweep says of a trial: a row of its table, and a line when it has ended."""
         self.trials[event["trial"]] = event
-        if event["status"] == "running":
+        if event["status"] in ("running", "waiting"):
             return
         told = [fields_text(event["fields"]), f"{event['metric']} {number(event['best'])}"]
         if event["rows"]:
@@ -177,13 +177,13 @@ class Display:
         self._line(f"trial {event['trial']} {event['status']}: {self.separator.join(told)}", _STYLES[event["status"]])
 
     def _table(self) -> Table:
-        """The trials that run, and the best of those that have ended."""
+        """The trials that run, and the best of the others."""
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("trial", "state", "fields", "score", "best", "rows", "seconds"):
             table.add_column(title, justify="left" if title in ("state", "fields") else "right")
         running = [event for event in self.trials.values() if event["status"] == "running"]
-        ended = [event for event in self.trials.values() if event["status"] != "running" and event["best"] is not None]
-        best = sorted(ended, key=lambda event: event["best"] * (-1 if event["maximize"] else 1))[:BEST_TRIALS]
+        others = [event for event in self.trials.values() if event["status"] != "running" and event["best"] is not None]
+        best = sorted(others, key=lambda event: event["best"] * (-1 if event["maximize"] else 1))[:BEST_TRIALS]
         for event in running + best:
             table.add_row(
                 str(event["trial"]), event["status"], fields_text(event["fields"]), number(event["value"]),

@@ -32,6 +32,7 @@ class Sampler:
         self.tune = tune
         self._study = _study(tune, maximize) if tune.sampler == "optuna" else None
         self._asked: dict[int, Any] = {}
+        self._told: set[int] = set()
 
     def propose(self, number: int) -> Fields:
         """The fields of trial `number` (from 0)."""
@@ -43,9 +44,13 @@ class Sampler:
         return {name: _suggested(asked, name, space) for name, space in sorted(self.tune.search.items())}
 
     def tell(self, number: int, fields: Fields, value: float | None) -> None:
-        """What came of a trial; `value` None where it failed. Trials of an earlier start are told too."""
-        if self._study is None:
+        """What came of a trial; `value` None where it failed. Trials of an earlier start are told too.
+
+        Only what is told of a trial first counts.
+        """
+        if self._study is None or number in self._told:
             return
+        self._told.add(number)
         import optuna
 
         failed = value is None or not math.isfinite(value)

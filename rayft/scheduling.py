@@ -12,8 +12,8 @@ from typing import Any
 
 import ray.tune
 from ray.tune import Callback, Stopper
+from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
     FIFOScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
@@ -22,11 +22,11 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from rayft import trials
+from rayft.rungs import Rungs
 from rayft.trial import number_of
 from rayft.trials import Known
 
 UNIT = "rows"
-REDUCTION = 3  # ASHA keeps the best third at each rung (Li et al. 2018)
 
 
 class _OfThisProcess:
@@ -45,8 +45,8 @@ class Proposals(_OfThisProcess, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         found = self.sweep.fields()
-        if found is None:
-            return Searcher.FINISHED
+        if found is None:  # what runs may yet let another trial go on
+            return None if self.sweep.running else Searcher.FINISHED
         number, fields = found
         return {"number": number, "fields": fields}
 
@@ -72,6 +72,8 @@ class Chosen:
 def chosen(sweep: Any) -> Chosen:
     """Population based training has its whole population from the beginning; all else is proposed one by one."""
     left = sweep.total - len(sweep.ended)
+    if sweep.tune.scheduler == "asha":  # a trial is proposed again whenever it goes on
+        return Chosen(Proposals(sweep), None, -1)
     if sweep.tune.scheduler != "pbt":
         return Chosen(Proposals(sweep), None, left)
     found = dict(sweep.fields() for _ in range(left))
@@ -112,6 +114,11 @@ class Watcher(_OfThisProcess, Callback):
             status = "finished"
         elif self.sweep.asked():  # ended with the sweep: it goes on when that does
             return
+        elif trial.status == Tried.PAUSED:
+            number = number_of(trial.config, trial.trial_id)
+            self._show(trial, "waiting", last)
+            self.sweep.wait(number, last)
+            return
         else:
             status = "stopped"
         self._end(trial, status, last)
@@ -126,10 +133,7 @@ class Watcher(_OfThisProcess, Callback):
         self._show(trial, status, last)
 
     def _show(self, trial: Any, status: str, last: dict[str, Any]) -> None:
-        told = {name: last.get(name) for name in ("value", "best", "rows", "seconds", "error")}
-        goal = {"metric": self.sweep.metric, "maximize": self.sweep.maximize}
-        event = {"event": "trial", "status": status, **goal, **told}
-        self.sweep.show({**event, "trial": number_of(trial.config, trial.trial_id), "fields": trial.config["fields"]})
+        self.sweep.tell(number_of(trial.config, trial.trial_id), trial.config["fields"], status, last)
 
 
 class Asked(_OfThisProcess, Stopper):
@@ -145,18 +149,36 @@ class Asked(_OfThisProcess, Stopper):
         return bool(self.sweep.asked())
 
 
+class Halving(_OfThisProcess, FIFOScheduler):
+    """Lets a trial wait at a rung unless it is among the best there.
+
+    For Tune one that waits has ended: the sweep proposes it again when it is to go on, and it does from its checkpoint.
+    """
+
+    def __init__(self, sweep: Any) -> None:
+        super().__init__()
+        self.sweep = sweep
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        number = number_of(trial.config, trial.trial_id)
+        came = self.sweep.rungs.note(number, result[UNIT], result["value"])
+        return TrialScheduler.PAUSE if came and not self.sweep.rungs.promoted(number) else TrialScheduler.CONTINUE
+
+    def choose_trial_to_run(self, controller: Any) -> Any:
+        for trial in list(controller.get_live_trials()):
+            if trial.status == Tried.PAUSED:  # its checkpoint is written, and its process free
+                controller.stop_trial(trial)
+        return super().choose_trial_to_run(controller)
+
+
 def scheduler(sweep: Any) -> TrialScheduler:
     """Tune's scheduler for the recipe, which has heard of the trials that ended before."""
-    kind, rows = sweep.tune.scheduler, _rows(sweep)
+    kind, rows = sweep.tune.scheduler, lengths(sweep)
     goal: Any = {"metric": "value", "mode": "max" if sweep.maximize else "min"}
     made: TrialScheduler
     if kind == "asha":
-        first = max(1, int(rows["first"]))
-        made = AsyncHyperBandScheduler(
-            time_attr=UNIT, max_t=max(first, rows["all"]), grace_period=first, reduction_factor=REDUCTION,
-            stop_last_trials=False, **goal,
-        )  # fmt: skip
-    elif kind == "median":
+        return Halving(sweep)
+    if kind == "median":
         made = MedianStoppingRule(
             time_attr=UNIT, grace_period=rows["first"], min_samples_required=3, min_time_slice=0, **goal
         )
@@ -169,7 +191,7 @@ def scheduler(sweep: Any) -> TrialScheduler:
         )
     else:
         made = FIFOScheduler()
-    if kind in ("asha", "median"):
+    if kind == "median":
         for trial in sweep.ended:
             _tell(made, trial, sweep)
     return made
@@ -197,7 +219,20 @@ class _Stub:
         self.trial_id = trial_id
 
 
-def _rows(sweep: Any) -> dict[str, int]:
+def rungs(sweep: Any) -> Rungs | None:
+    """ASHA's rungs, with the trials that have come to them before; None for other schedulers."""
+    if sweep.tune.scheduler != "asha":
+        return None
+    rows, source = lengths(sweep), sweep.prepared["train"].manifest.source_rows
+    made = Rungs.below(rows["all"], rows["first"], sweep.maximize)
+    for trial in sweep.known.values():
+        for row in trials.evaluations(trial.folder):
+            if sweep.metric in row:
+                made.note(trial.number, round(row["epoch"] * source), row[sweep.metric])
+    return made
+
+
+def lengths(sweep: Any) -> dict[str, int]:
     """Source rows seen at the first evaluation, and in all."""
     from rayft.training.schedule import order, total_steps
 

@@ -27,6 +27,12 @@ from rayft.takeover import take_over
 from rayft.trials import trial_recipe
 
 FINISHED = "finished"
+
+
+class Keep(Exception):  # an order, not an error
+    """Thrown into a trial's work: it saves where it stands, and ends."""
+
+
 ASK_S = 2.0  # between two requests to a run of several workers to stop
 
 
@@ -123,9 +129,15 @@ class Trial(ray.tune.Trainable):
         self.work.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Where this trial's newest checkpoint lies: what passes through Tune is the pointer."""
+        """Where this trial's newest checkpoint lies: what passes through Tune is the pointer.
+
+        With ASHA a trial is saved to wait: its work ends, so that any process may go on with it.
+        """
         from rayft.training import checkpoint
 
+        if self.sweep.tune is not None and self.sweep.tune.scheduler == "asha":
+            with contextlib.suppress(Keep, StopIteration):
+                self.work.throw(Keep())
         return {"checkpoint": checkpoint.newest(storage.join(self.recipe.folder, "checkpoints"))}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -166,7 +178,6 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     with ahead.uncollected():
         import torch
 
-        from rayft.data.window import Cutter, local_shares
         from rayft.models import fetch_model
         from rayft.session import quiet
         from rayft.training import checkpoint
@@ -186,11 +197,6 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         found = shared.warm.load(how) if shared.warm is not None else None
         return recipe.task.load(how, facts, processor) if found is None else found
 
-    def feed(run: Run) -> Iterator[Any]:
-        data = prepared["train"]
-        cut, task = Cutter(run.order, 1, 0, recipe.train.micro_batch_size), recipe.task if recipe.task.varies else None
-        return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
-
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
     folder = storage.join(recipe.folder, "checkpoints")
     keys = {split: data.manifest.key for split, data in prepared.items()}
@@ -205,18 +211,29 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
         run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
         try:
-            for _ in run.go(feed):
+            for _ in run.go(_feed):
                 run.saver.finish()  # a trial that waits writes nothing: it may be stopped, deleted, or copied from
                 if not run.done:
                     yield _evaluated(run)
             record.status = FINISHED
             yield _evaluated(run, finished=True)
+        except Keep:
+            run.keep()
         except Exception as error:
             record.end("failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}")
             raise
         finally:
             run.close()
             checkpoint.sweep(folder, attempt)
+
+
+def _feed(run: Any) -> Iterator[Any]:
+    """The shares of one worker, read by itself."""
+    from rayft.data.window import Cutter, local_shares
+
+    data, task = run.prepared["train"], run.task if run.task.varies else None
+    cut = Cutter(run.order, 1, 0, run.recipe.train.micro_batch_size)
+    return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
 
 
 def prepares(names: Iterable[str]) -> bool:

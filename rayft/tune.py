@@ -20,6 +20,7 @@ from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.run import decided, prepared_for, shown_plan
+from rayft.rungs import Rungs
 from rayft.sampling import Sampler
 from rayft.search import Tune
 from rayft.stopping import Stop
@@ -151,7 +152,8 @@ class Sweep:
     begun: float
     show: Show
     known: dict[int, Known] = field(default_factory=dict)
-    _running: set[int] = field(default_factory=set)
+    running: set[int] = field(default_factory=set)
+    _spent: dict[int, tuple[float, float]] = field(default_factory=dict)
     _deleted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -169,6 +171,7 @@ class Sweep:
         self.known = {trial.number: trial for trial in trials.known(self.folder)}
         self.sampler = Sampler(self.tune, self.maximize)
         self.cache: depths.Stored | None = None
+        self.rungs: Rungs | None = None
         self.over_at = self.begun + 60 * self.tune.budget.minutes if self.tune.budget else None
         for trial in self.ended:
             self.sampler.tell(trial.number, trial.fields, trial.value if trial.status != "failed" else None)
@@ -181,6 +184,8 @@ class Sweep:
         """Runs what is left of the trials; the result, with the best one tested and exported."""
         if len(self.ended) < self.total:
             self._trials()
+            if not self.asked():
+                self._end_waiting()
         # One may have come to its end and not been heard of.
         self.known |= {trial.number: trial for trial in trials.known(self.folder) if trial.status is not None}
         if self.record.superseded is not None:
@@ -232,7 +237,8 @@ class Sweep:
         trainable = ray.tune.with_resources(
             ray.tune.with_parameters(Trial, shared=shared), ray.tune.PlacementGroupFactory([bundle])
         )
-        self.show({"event": "stage", "name": "trials", "done": len(self.ended), "total": self.total})
+        self._progress()
+        self.rungs = scheduling.rungs(self)
         with tempfile.TemporaryDirectory(prefix="rayft-tune-") as scratch:
             chosen = scheduling.chosen(self)
             tuner = ray.tune.Tuner(
@@ -277,19 +283,35 @@ class Sweep:
         return late or self.stop.asked() is not None or self.record.superseded is not None
 
     def fields(self) -> tuple[int, dict[str, Any]] | None:
-        """The number and fields of the next trial: one that had begun before, or a new one; None where all are."""
-        waiting = [trial for trial in self.known.values() if trial.status is None and trial.number not in self._running]
-        if waiting:
-            trial = min(waiting, key=lambda trial: trial.number)
-        elif len(self.known) < self.total:
-            number = len(self.known)
+        """The number and fields of the trial to run next: one that goes on, or a new one; None where there is none."""
+        number = self._next()
+        if number is None:
+            return None
+        if number not in self.known:
             fields = self.sampler.propose(number)
             trials.propose(self.folder, number, fields)
-            trial = self.known[number] = Known(number, fields, trials.folder_of(self.folder, number))
-        else:
-            return None
-        self._running.add(trial.number)
-        return trial.number, trial.fields
+            self.known[number] = Known(number, fields, trials.folder_of(self.folder, number))
+        self.running.add(number)
+        return number, self.known[number].fields
+
+    @property
+    def waiting(self) -> list[int]:
+        """Trials that have begun and neither ended nor run now."""
+        return [n for n, trial in sorted(self.known.items()) if trial.status is None and n not in self.running]
+
+    def _next(self) -> int | None:
+        waiting, new = self.waiting, len(self.known) if len(self.known) < self.total else None
+        if self.rungs is None:
+            return waiting[0] if waiting else new
+        for number in waiting:  # interrupted before they came to a rung
+            if self.rungs.height(number) < 0:
+                return number
+        chosen = self.rungs.next(waiting)
+        chosen = new if chosen is None else chosen
+        whole = any(trial.status == "finished" for trial in self.ended)
+        if chosen is None and waiting and not self.running and not whole:  # one has to come to its end
+            return self.rungs.foremost(waiting)
+        return chosen
 
     def begin(self, number: int, fields: dict[str, Any]) -> None:
         """A trial starts, or goes on, maybe with the fields that population based training now gives it."""
@@ -301,13 +323,59 @@ class Sweep:
     def end(self, number: int, status: str, last: dict[str, Any]) -> None:
         """A trial has ended: its result, what the sampler learns from it, and which checkpoints are still wanted."""
         trial = self.known[number]
-        trials.end(trial, status, last, self.metric)
+        self.running.discard(number)
+        trials.end(trial, status, self._summed(number, last), self.metric)
         self.sampler.tell(number, trial.fields, trial.value if status != "failed" else None)
         trials.hparams(trial, self.metric)
         if self.tune.scheduler != "pbt":  # there another trial may go on from any of them
             with contextlib.suppress(StorageError):  # all of it is tried again when no trial writes any more
                 self._delete_unwanted()
-        self.show({"event": "stage", "name": "trials", "done": len(self.ended), "total": self.total})
+        self._progress()
+
+    def wait(self, number: int, last: dict[str, Any]) -> None:
+        """A trial waits until others have come as far; the sampler learns from what it has come to so far."""
+        self.running.discard(number)
+        summed = self._summed(number, last)
+        self._spent[number] = summed["seconds"], summed["saved_s"]
+        self.sampler.tell(number, self.known[number].fields, last["best"])
+        self._progress()
+
+    def _progress(self) -> None:
+        done = len(self.ended) + len(self.waiting if self.rungs is not None else ())
+        self.show({"event": "stage", "name": "trials", "done": done, "total": self.total})
+
+    def _end_waiting(self) -> None:
+        """What still waits when no trial may go on any more, was stopped there."""
+        for number in self.waiting:
+            trial = self.known[number]
+            found = [row for row in trials.evaluations(trial.folder) if self.metric in row]
+            if not found:
+                continue
+            values = [row[self.metric] for row in found]
+            source = self.prepared["train"].manifest.source_rows
+            last = {
+                "best": max(values) if self.maximize else min(values),
+                "value": values[-1],
+                "step": found[-1]["step"],
+                "rows": round(found[-1]["epoch"] * source),
+                "scores": {name: value for name, value in found[-1].items() if name.startswith("eval_")},
+            }
+            self.tell(number, trial.fields, "stopped", last)
+            self.end(number, "stopped", last)
+
+    def _summed(self, number: int, last: dict[str, Any]) -> dict[str, Any]:
+        """`last` with the seconds of all times that the trial has run."""
+        seconds, saved = self._spent.get(number, (0.0, 0.0))
+        more = {"seconds": (last.get("seconds") or 0.0) + seconds, "saved_s": (last.get("saved_s") or 0.0) + saved}
+        return {**last, **{name: round(value, 3) for name, value in more.items()}}
+
+    def tell(self, number: int, fields: dict[str, Any], status: str, last: dict[str, Any]) -> None:
+        """Shows how a trial fares."""
+        told = {name: last.get(name) for name in ("value", "best", "rows", "error")}
+        seconds = self._summed(number, last)["seconds"] if "seconds" in last or number in self._spent else None
+        goal = {"metric": self.metric, "maximize": self.maximize}
+        event = {"event": "trial", "status": status, **goal, **told, "seconds": seconds}
+        self.show({**event, "trial": number, "fields": fields})
 
     def _delete_unwanted(self) -> None:
         """The checkpoints of trials that have ended and are not the best."""

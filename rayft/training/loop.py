@@ -286,7 +286,7 @@ def _settle(job: Job, progress: Progress, timing: Timing, save: bool, leave: boo
     # Only with an evaluation: a run that ended impatient and is asked for more goes on until the next one.
     progress.finished = due_now and not progress.pending and (progress.step == job.total_steps or not patient)
     if save or better or leave or progress.finished:
-        _save(job, progress, timing)
+        save_checkpoint(job, progress, timing)
     if leave:
         job.saver.finish()
     return not leave
@@ -370,7 +370,8 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
     return ahead or level, False
 
 
-def _save(job: Job, progress: Progress, timing: Timing) -> None:
+def save_checkpoint(job: Job, progress: Progress, timing: Timing) -> None:
+    """Begins to save a checkpoint of where the run stands; see `Saver`."""
     begun = time.monotonic()
     job.watch.at("copying a checkpoint")
     state = {

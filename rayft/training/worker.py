@@ -21,7 +21,7 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
 from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
 from rayft.training.evaluate import Network, evaluate
-from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, train
+from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, save_checkpoint, train
 from rayft.training.metrics import Metrics
 from rayft.training.prefix import Source, fill
 from rayft.training.saver import Saver
@@ -204,6 +204,13 @@ class Run:
     def _saved(self, step: int) -> None:
         seconds = round(time.monotonic() - self.saver.begun, 3)
         self.emit({"event": "saved", "step": step, "seconds": seconds})
+
+    def keep(self) -> None:
+        """Commits a checkpoint of where the run stands, unless there is one; after an evaluation."""
+        newest = checkpoint.newest(self.saver.folder)
+        if newest is None or checkpoint.step_of(newest) < self.progress.step:
+            save_checkpoint(self._job(None), self.progress, self.timing)
+            self.saver.finish()
 
     def close(self) -> None:
         """Frees the engine, when no checkpoint of it is on its way any more."""
