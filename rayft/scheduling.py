@@ -21,7 +21,6 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from rayft import trials
 from rayft.rungs import Rungs
 from rayft.trial import number_of
 from rayft.trials import Known
@@ -44,9 +43,9 @@ class Proposals(_OfThisProcess, Searcher):
         self.sweep = sweep
 
     def suggest(self, trial_id: str) -> Any:
-        found = self.sweep.fields()
+        found = self.sweep.roster.propose()
         if found is None:  # what runs may yet let another trial go on
-            return None if self.sweep.running else Searcher.FINISHED
+            return None if self.sweep.roster.running else Searcher.FINISHED
         number, fields = found
         return {"number": number, "fields": fields}
 
@@ -71,12 +70,12 @@ class Chosen:
 
 def chosen(sweep: Any) -> Chosen:
     """Population based training has its whole population from the beginning; all else is proposed one by one."""
-    left = sweep.total - len(sweep.ended)
+    left = sweep.roster.total - len(sweep.roster.ended)
     if sweep.tune.scheduler == "asha":  # a trial is proposed again whenever it goes on
         return Chosen(Proposals(sweep), None, -1)
     if sweep.tune.scheduler != "pbt":
         return Chosen(Proposals(sweep), None, left)
-    found = dict(sweep.fields() for _ in range(left))
+    found = dict(sweep.roster.propose() for _ in range(left))
     fields = {name: ray.tune.sample_from(_Of(found, name)) for name in sweep.tune.search}
     numbers = sorted(found)
     return Chosen(None, {"place": ray.tune.grid_search(list(range(left))), "numbers": numbers, "fields": fields}, 1)
@@ -100,7 +99,7 @@ class Watcher(_OfThisProcess, Callback):
         self.sweep = sweep
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.sweep.begin(number_of(trial.config, trial.trial_id), trial.config["fields"])
+        self.sweep.roster.begin(number_of(trial.config, trial.trial_id), trial.config["fields"])
         self._show(trial, "running", {})
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -117,7 +116,7 @@ class Watcher(_OfThisProcess, Callback):
         elif trial.status == Tried.PAUSED:
             number = number_of(trial.config, trial.trial_id)
             self._show(trial, "waiting", last)
-            self.sweep.wait(number, last)
+            self.sweep.roster.wait(number, last)
             return
         else:
             status = "stopped"
@@ -129,11 +128,11 @@ class Watcher(_OfThisProcess, Callback):
         self._end(trial, "failed", {**(trial.last_result or {}), "error": text})
 
     def _end(self, trial: Any, status: str, last: dict[str, Any]) -> None:
-        self.sweep.end(number_of(trial.config, trial.trial_id), status, last)
+        self.sweep.roster.end(number_of(trial.config, trial.trial_id), status, last)
         self._show(trial, status, last)
 
     def _show(self, trial: Any, status: str, last: dict[str, Any]) -> None:
-        self.sweep.tell(number_of(trial.config, trial.trial_id), trial.config["fields"], status, last)
+        self.sweep.roster.tell(number_of(trial.config, trial.trial_id), trial.config["fields"], status, last)
 
 
 class Asked(_OfThisProcess, Stopper):
@@ -161,8 +160,10 @@ class Halving(_OfThisProcess, FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number = number_of(trial.config, trial.trial_id)
-        came = self.sweep.rungs.note(number, result[UNIT], result["value"])
-        return TrialScheduler.PAUSE if came and not self.sweep.rungs.promoted(number) else TrialScheduler.CONTINUE
+        came = self.sweep.roster.rungs.note(number, result[UNIT], result["value"])
+        return (
+            TrialScheduler.PAUSE if came and not self.sweep.roster.rungs.promoted(number) else TrialScheduler.CONTINUE
+        )
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         for trial in list(controller.get_live_trials()):
@@ -192,7 +193,7 @@ def scheduler(sweep: Any) -> TrialScheduler:
     else:
         made = FIFOScheduler()
     if kind == "median":
-        for trial in sweep.ended:
+        for trial in sweep.roster.ended:
             _tell(made, trial, sweep)
     return made
 
@@ -202,12 +203,10 @@ def _tell(made: TrialScheduler, trial: Known, sweep: Any) -> None:
     controller: Any = SimpleNamespace(get_live_trials=list)
     stub: Any = _Stub(f"before-{trial.number}")
     made.on_trial_add(controller, stub)
-    source = sweep.prepared["train"].manifest.source_rows
     result: dict[str, Any] = {}
-    for row in trials.evaluations(trial.folder):
-        if sweep.metric in row:
-            result = {UNIT: round(row["epoch"] * source), "value": row[sweep.metric]}
-            made.on_trial_result(controller, stub, result)
+    for rows, score, _ in sweep.roster.evaluations(trial):
+        result = {UNIT: rows, "value": score}
+        made.on_trial_result(controller, stub, result)
     if result:
         made.on_trial_complete(controller, stub, result)
 
@@ -223,12 +222,11 @@ def rungs(sweep: Any) -> Rungs | None:
     """ASHA's rungs, with the trials that have come to them before; None for other schedulers."""
     if sweep.tune.scheduler != "asha":
         return None
-    rows, source = lengths(sweep), sweep.prepared["train"].manifest.source_rows
-    made = Rungs.below(rows["all"], rows["first"], sweep.maximize)
-    for trial in sweep.known.values():
-        for row in trials.evaluations(trial.folder):
-            if sweep.metric in row:
-                made.note(trial.number, round(row["epoch"] * source), row[sweep.metric])
+    length = lengths(sweep)
+    made = Rungs.below(length["all"], length["first"], sweep.maximize)
+    for trial in sweep.roster.every:
+        for rows, score, _ in sweep.roster.evaluations(trial):
+            made.note(trial.number, rows, score)
     return made
 
 

@@ -6,22 +6,20 @@ with those that had begun, and proposes the rest.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rayft import depths, placement, storage, trials
-from rayft.errors import RayftError, RunRefused, Stopped, StorageError, SweepStopped, TrainingError
+from rayft.errors import RayftError, RunRefused, Stopped, SweepStopped, TrainingError
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.roster import Roster
 from rayft.run import decided, prepared_for, shown_plan
-from rayft.rungs import Rungs
-from rayft.sampling import Sampler
 from rayft.search import Tune
 from rayft.stopping import Stop
 from rayft.tasks.task import Blocks
@@ -151,13 +149,8 @@ class Sweep:
     stop: Stop
     begun: float
     show: Show
-    known: dict[int, Known] = field(default_factory=dict)
-    running: set[int] = field(default_factory=set)
-    _spent: dict[int, tuple[float, float]] = field(default_factory=dict)
-    _deleted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        from rayft.sampling import trials as count
         from rayft.training.loop import leading_metric
 
         assert self.recipe.tune is not None
@@ -167,31 +160,19 @@ class Sweep:
         if self.tune.mode not in (None, natural):
             raise RunRefused(f"tune.mode: {self.tune.mode} is the worse end of eval_{metric}; null or {natural} fits")
         self.metric, self.maximize = f"eval_{metric}", natural == "max"
-        self.folder, self.total = self.recipe.folder, count(self.tune)
-        self.known = {trial.number: trial for trial in trials.known(self.folder)}
-        self.sampler = Sampler(self.tune, self.maximize)
+        self.folder, source_rows = self.recipe.folder, self.prepared["train"].manifest.source_rows
+        self.roster = Roster(self.folder, self.tune, self.metric, self.maximize, source_rows, self.show)
         self.cache: depths.Stored | None = None
-        self.rungs: Rungs | None = None
         self.over_at = self.begun + 60 * self.tune.budget.minutes if self.tune.budget else None
-        for trial in self.ended:
-            self.sampler.tell(trial.number, trial.fields, trial.value if trial.status != "failed" else None)
-
-    @property
-    def ended(self) -> list[Known]:
-        return [trial for _, trial in sorted(self.known.items()) if trial.status is not None]
 
     def run(self) -> dict[str, Any]:
         """Runs what is left of the trials; the result, with the best one tested and exported."""
-        if len(self.ended) < self.total:
-            self._trials()
-            if not self.asked():
-                self._end_waiting()
-        # One may have come to its end and not been heard of.
-        self.known |= {trial.number: trial for trial in trials.known(self.folder) if trial.status is not None}
+        roster = self.roster
+        self.run_trials()
+        roster.read()  # one may have come to its end and not been heard of
         if self.record.superseded is not None:
             raise self.record.superseded
-        self._deleted.clear()
-        self._delete_unwanted()
+        roster.delete_unwanted(again=True)
         asked = self.stop.asked()
         best = self.write()
         if asked is not None:
@@ -202,8 +183,8 @@ class Sweep:
             )
             raise SweepStopped(asked, so_far)
         if best is None:
-            reasons = sorted({trial.error or "no score" for trial in self.ended})
-            raise TrainingError(f"none of {len(self.ended)} trials has a score: {'; '.join(reasons[:3])}")
+            reasons = sorted({trial.error or "no score" for trial in roster.ended})
+            raise TrainingError(f"none of {len(roster.ended)} trials has a score: {'; '.join(reasons[:3])}")
         from rayft.finish import finish
 
         self.show({"event": "stage", "name": "testing and exporting the best trial"})
@@ -215,18 +196,28 @@ class Sweep:
 
     # -- trials
 
-    def _trials(self) -> None:
+    def run_trials(self) -> None:
+        """Runs what is left of the trials, until all have ended or the sweep is asked to."""
+        roster = self.roster
+        if len(roster.ended) < roster.total:
+            self._run_trials()
+            roster.running.clear()
+            if roster.rungs is not None and not self.asked():
+                roster.end_waiting()
+
+    def _run_trials(self) -> None:
         import ray.tune
 
         from rayft import scheduling
         from rayft.trial import Shared, Trial
 
-        running = min(at_once(self.recipe), self.total - len(self.ended))
+        running = min(at_once(self.recipe), self.roster.total - len(self.roster.ended))
         single = self.recipe.cluster.max_workers == 1
         warm = self._warm() if single else None
         if warm is not None and not depths_vary_with_rows(self.tune):
+            total, blocks = self.roster.total, self._blocks(warm)
             self.cache = depths.store(
-                self.recipe, self.prepared, self.identity, warm, self._blocks(warm), self.total, running, self.show
+                self.recipe, self.prepared, self.identity, warm, blocks, total, running, self.show
             )
         folders = {split: data.folder for split, data in self.prepared.items()}
         shared = Shared(self.recipe.dump(), folders, self.identity, warm)
@@ -237,8 +228,8 @@ class Sweep:
         trainable = ray.tune.with_resources(
             ray.tune.with_parameters(Trial, shared=shared), ray.tune.PlacementGroupFactory([bundle])
         )
-        self._progress()
-        self.rungs = scheduling.rungs(self)
+        self.roster.rungs = scheduling.rungs(self)
+        self.roster.progress()
         with tempfile.TemporaryDirectory(prefix="rayft-tune-") as scratch:
             chosen = scheduling.chosen(self)
             tuner = ray.tune.Tuner(
@@ -282,110 +273,6 @@ class Sweep:
         late = self.over_at is not None and time.time() > self.over_at
         return late or self.stop.asked() is not None or self.record.superseded is not None
 
-    def fields(self) -> tuple[int, dict[str, Any]] | None:
-        """The number and fields of the trial to run next: one that goes on, or a new one; None where there is none."""
-        number = self._next()
-        if number is None:
-            return None
-        if number not in self.known:
-            fields = self.sampler.propose(number)
-            trials.propose(self.folder, number, fields)
-            self.known[number] = Known(number, fields, trials.folder_of(self.folder, number))
-        self.running.add(number)
-        return number, self.known[number].fields
-
-    @property
-    def waiting(self) -> list[int]:
-        """Trials that have begun and neither ended nor run now."""
-        return [n for n, trial in sorted(self.known.items()) if trial.status is None and n not in self.running]
-
-    def _next(self) -> int | None:
-        waiting, new = self.waiting, len(self.known) if len(self.known) < self.total else None
-        if self.rungs is None:
-            return waiting[0] if waiting else new
-        for number in waiting:  # interrupted before they came to a rung
-            if self.rungs.height(number) < 0:
-                return number
-        chosen = self.rungs.next(waiting)
-        chosen = new if chosen is None else chosen
-        whole = any(trial.status == "finished" for trial in self.ended)
-        if chosen is None and waiting and not self.running and not whole:  # one has to come to its end
-            return self.rungs.foremost(waiting)
-        return chosen
-
-    def begin(self, number: int, fields: dict[str, Any]) -> None:
-        """A trial starts, or goes on, maybe with the fields that population based training now gives it."""
-        trial = self.known[number]
-        if trial.fields != fields:
-            trial.fields = dict(fields)
-            trials.propose(self.folder, number, trial.fields)
-
-    def end(self, number: int, status: str, last: dict[str, Any]) -> None:
-        """A trial has ended: its result, what the sampler learns from it, and which checkpoints are still wanted."""
-        trial = self.known[number]
-        self.running.discard(number)
-        trials.end(trial, status, self._summed(number, last), self.metric)
-        self.sampler.tell(number, trial.fields, trial.value if status != "failed" else None)
-        trials.hparams(trial, self.metric)
-        if self.tune.scheduler != "pbt":  # there another trial may go on from any of them
-            with contextlib.suppress(StorageError):  # all of it is tried again when no trial writes any more
-                self._delete_unwanted()
-        self._progress()
-
-    def wait(self, number: int, last: dict[str, Any]) -> None:
-        """A trial waits until others have come as far; the sampler learns from what it has come to so far."""
-        self.running.discard(number)
-        summed = self._summed(number, last)
-        self._spent[number] = summed["seconds"], summed["saved_s"]
-        self.sampler.tell(number, self.known[number].fields, last["best"])
-        self._progress()
-
-    def _progress(self) -> None:
-        done = len(self.ended) + len(self.waiting if self.rungs is not None else ())
-        self.show({"event": "stage", "name": "trials", "done": done, "total": self.total})
-
-    def _end_waiting(self) -> None:
-        """What still waits when no trial may go on any more, was stopped there."""
-        for number in self.waiting:
-            trial = self.known[number]
-            found = [row for row in trials.evaluations(trial.folder) if self.metric in row]
-            if not found:
-                continue
-            values = [row[self.metric] for row in found]
-            source = self.prepared["train"].manifest.source_rows
-            last = {
-                "best": max(values) if self.maximize else min(values),
-                "value": values[-1],
-                "step": found[-1]["step"],
-                "rows": round(found[-1]["epoch"] * source),
-                "scores": {name: value for name, value in found[-1].items() if name.startswith("eval_")},
-            }
-            self.tell(number, trial.fields, "stopped", last)
-            self.end(number, "stopped", last)
-
-    def _summed(self, number: int, last: dict[str, Any]) -> dict[str, Any]:
-        """`last` with the seconds of all times that the trial has run."""
-        seconds, saved = self._spent.get(number, (0.0, 0.0))
-        more = {"seconds": (last.get("seconds") or 0.0) + seconds, "saved_s": (last.get("saved_s") or 0.0) + saved}
-        return {**last, **{name: round(value, 3) for name, value in more.items()}}
-
-    def tell(self, number: int, fields: dict[str, Any], status: str, last: dict[str, Any]) -> None:
-        """Shows how a trial fares."""
-        told = {name: last.get(name) for name in ("value", "best", "rows", "error")}
-        seconds = self._summed(number, last)["seconds"] if "seconds" in last or number in self._spent else None
-        goal = {"metric": self.metric, "maximize": self.maximize}
-        event = {"event": "trial", "status": status, **goal, **told, "seconds": seconds}
-        self.show({**event, "trial": number, "fields": fields})
-
-    def _delete_unwanted(self) -> None:
-        """The checkpoints of trials that have ended and are not the best."""
-        best = trials.best_of(self.ended, self.maximize)
-        for other in self.ended:
-            folder = storage.join(other.folder, "checkpoints")
-            if best is not None and other.number != best.number and folder not in self._deleted:
-                storage.delete(folder)
-                self._deleted.add(folder)
-
     # -- the answer
 
     def _recipe_of(self, trial: Known) -> Recipe:
@@ -393,16 +280,15 @@ class Sweep:
 
     def write(self) -> Known | None:
         """best.yaml and trials.parquet; the best trial, None where none has a score."""
-        every = [trial for _, trial in sorted(self.known.items())]
-        trials.write_table(self.folder, every)
-        best = trials.best_of(self.ended, self.maximize)
+        trials.write_table(self.folder, self.roster.every)
+        best = self.roster.best
         if best is not None:
             alone = self._recipe_of(best).model_copy(update={"name": f"{self.recipe.name}-best"})
             storage.write_text(storage.join(self.folder, "best.yaml"), alone.to_yaml())
         return best
 
     def _result(self, status: str, best: Known | None, export: str | None, scores: dict[str, float]) -> dict[str, Any]:
-        ended = self.ended
+        ended = self.roster.ended
         cache = None
         if self.cache is not None:
             saved = round(sum(trial.saved_s for trial in ended), 3)

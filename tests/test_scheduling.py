@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from rayft import scheduling, trials
+from rayft.roster import Roster
 from rayft.search import Tune
 from rayft.trial import number_of
 
@@ -39,10 +39,16 @@ def sweep(home: Path, scheduler: str, scores: list[list[float]]) -> Any:
         "train": {"epochs": 9, "global_batch_size": 10, "micro_batch_size": 10},
     }
     tune = Tune.model_validate(
-        {"search": {"train.learning_rate": {"choice": [1.0]}}, "trials": 20, "scheduler": scheduler}
+        {
+            "search": {"train.learning_rate": {"choice": [1.0]}},
+            "sampler": "random",
+            "trials": 20,
+            "scheduler": scheduler,
+        }
     )
+    roster = Roster(str(home), tune, METRIC, True, 100, lambda event: None)
     return SimpleNamespace(
-        tune=tune, maximize=True, metric=METRIC, ended=known, recipe=Recipe.parse(plain),
+        tune=tune, maximize=True, metric=METRIC, roster=roster, recipe=Recipe.parse(plain),
         prepared={"train": SimpleNamespace(manifest=manifest)},
     )  # fmt: skip
 
@@ -58,15 +64,63 @@ def decisions(made: TrialScheduler, scores: list[float]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "median"])
-def test_a_scheduler_that_starts_again_has_heard_of_the_trials_before(tmp_path: Path, scheduler: str) -> None:
-    before = [[0.5, 0.6, 0.7], [0.6, 0.7, 0.8], [0.55, 0.6, 0.65]]
-    made = scheduling.scheduler(sweep(tmp_path / "a", scheduler, before))
+BEFORE = [[0.5, 0.6, 0.7], [0.6, 0.7, 0.8], [0.55, 0.6, 0.65]]
+
+
+def test_the_median_rule_that_starts_again_has_heard_of_the_trials_before(tmp_path: Path) -> None:
+    made = scheduling.scheduler(sweep(tmp_path / "a", "median", BEFORE))
     assert decisions(made, [0.1])[-1] == TrialScheduler.STOP
-    made = scheduling.scheduler(sweep(tmp_path / "b", scheduler, before))
+    made = scheduling.scheduler(sweep(tmp_path / "b", "median", BEFORE))
     assert decisions(made, [0.9]) == [TrialScheduler.CONTINUE]
-    fresh = scheduling.scheduler(sweep(tmp_path / "c", scheduler, []))
+    fresh = scheduling.scheduler(sweep(tmp_path / "c", "median", []))
     assert decisions(fresh, [0.1]) == [TrialScheduler.CONTINUE]
+
+
+def halving(of: Any) -> Any:
+    of.roster.rungs = scheduling.rungs(of)
+    return scheduling.scheduler(of)
+
+
+def arrives(made: Any, number: int, score: float) -> str:
+    """What is decided of a trial with that score after its first epoch."""
+    tried: Any = SimpleNamespace(config={"number": number}, trial_id=f"of-{number}")
+    return str(made.on_trial_result(None, tried, {"rows": 100, "value": score}))
+
+
+def test_asha_that_starts_again_has_heard_of_the_trials_before(tmp_path: Path) -> None:
+    assert arrives(halving(sweep(tmp_path / "a", "asha", BEFORE)), 3, 0.58) == TrialScheduler.PAUSE
+    assert arrives(halving(sweep(tmp_path / "b", "asha", BEFORE)), 3, 0.9) == TrialScheduler.CONTINUE
+    assert arrives(halving(sweep(tmp_path / "c", "asha", [])), 0, 0.9) == TrialScheduler.PAUSE  # alone it waits
+
+
+def test_a_trial_that_waited_goes_on_when_it_is_among_the_best_third(tmp_path: Path) -> None:
+    of = sweep(tmp_path, "asha", [])
+    made, roster = halving(of), of.roster
+    last = {"best": 0.5, "value": 0.5, "rows": 100, "step": 10, "scores": {METRIC: 0.5}, "seconds": 2.0}
+    for number, score in enumerate((0.3, 0.5, 0.4)):
+        assert roster.propose() == (number, {"train.learning_rate": 1.0})
+        assert arrives(made, number, score) == TrialScheduler.PAUSE
+        roster.wait(number, last | {"best": score, "value": score})
+    assert roster.waiting == [0, 1, 2]
+    assert roster.propose() == (1, {"train.learning_rate": 1.0})
+    assert roster.propose() == (3, {"train.learning_rate": 1.0})
+    assert roster.best.number == 1
+    roster.wait(1, last | {"best": 0.7, "seconds": 3.0})
+    assert (roster.known[1].seconds, roster.known[1].value) == (5.0, 0.7)  # of both times
+
+
+def test_one_trial_comes_to_its_end_where_no_third_is_left(tmp_path: Path) -> None:
+    of = sweep(tmp_path, "asha", [])
+    of.roster.total = 2
+    made = halving(of)
+    last = {"best": 0.5, "value": 0.5, "rows": 100, "step": 10, "scores": {}, "seconds": 2.0}
+    for number in range(2):
+        of.roster.propose()
+        arrives(made, number, 0.1 * number)
+    of.roster.wait(0, last)
+    assert of.roster.propose() is None  # the other one runs
+    of.roster.wait(1, last)
+    assert of.roster.propose() == (1, {"train.learning_rate": 1.0})
 
 
 def test_a_trials_number_follows_from_tunes_own_where_configs_are_copied() -> None:

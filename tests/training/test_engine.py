@@ -102,6 +102,8 @@ LEARNED: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "frozen": [(0, {"model__freeze": 1})],
     "bfloat16 frozen": [(stage, {"model__dtype": "bfloat16", "model__freeze": 1}) for stage in range(4)],
     "lora": [(0, {"model__lora": "{r: 3}"})],
+    # On a GPU, says the recipe; a scaler of losses works here as well.
+    "float16": [(stage, {"model__dtype": "float16", "cluster__gpus_per_worker": 1}) for stage in (0, 2)],
     "bfloat16 lora": [(stage, {"model__dtype": "bfloat16", "model__lora": "{r: 3}"}) for stage in range(4)],
     # What DeepSpeed does unless told otherwise, so that the test below is known to see it.
     "narrow reduction": [
@@ -144,6 +146,17 @@ def test_bfloat16_stays_close_to_float32(learned: dict[str, list[dict[str, Any]]
         assert result["losses"] != whole, stage
         assert result["learning"] == result["masters"] == {"torch.float32"}, stage
         assert result["frozen"] == ({"torch.float32" if stage == 3 else "torch.bfloat16"} if kind else set()), stage
+
+
+@pytest.mark.slow
+def test_a_loss_scale_that_is_too_large_is_halved_and_its_steps_left_out(
+    learned: dict[str, list[dict[str, Any]]],
+) -> None:
+    """It begins at 65,536, by which gradients overflow; the losses of left-out steps stay where they were."""
+    whole = learned["float32"][0]["losses"]
+    for result in learned["float16"]:
+        assert result["losses"][0] == pytest.approx(whole[0], rel=0.02)
+        assert all(loss == pytest.approx(whole[0], rel=0.2) for loss in result["losses"])
 
 
 @pytest.mark.slow
