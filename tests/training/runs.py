@@ -17,7 +17,7 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
 from rayft.training import checkpoint, engine, freeze
 from rayft.training.laps import Laps
-from rayft.training.loop import Job, Progress, Timing, _save, steps
+from rayft.training.loop import Job, Progress, Timing, save_checkpoint, steps
 from rayft.training.saver import Saver
 from rayft.training.watch import Watch
 from rayft.training.worker import Run, Setting, pretrained
@@ -80,7 +80,7 @@ def save(run: Run, folder: str) -> str:
             attempts.claim(folder, [], 0)
     dist.barrier()
     job = job_of(run, folder)
-    _save(job, run.progress, run.timing)
+    save_checkpoint(job, run.progress, run.timing)
     job.saver.finish()
     dist.barrier()
     return storage.join(folder, "checkpoints", checkpoint.folder_name(run.progress.step, run.attempt))
