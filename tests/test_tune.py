@@ -183,8 +183,9 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
     assert [row["error"] for row in rows] == [None] * 4
     assert result["trials"] == {"finished": 4, "stopped": 0, "failed": 0}
     assert result["best"]["value"] == min(row["score"] for row in rows)
-    first = trials.evaluations(trials.folder_of(result["run"], 0))[0]["eval_loss"]
-    assert rows[0]["score"] < 0.9 * first  # which its own rate could not have moved
+    # Which of the two whose own rates move nothing is the worst when the others are heard of, nobody knows.
+    began = [trials.evaluations(trials.folder_of(result["run"], number))[0]["eval_loss"] for number in (0, 2)]
+    assert min(rows[0]["score"], rows[2]["score"]) < 0.9 * min(began)
     ends = [Recipe.load(f"{trials.folder_of(result['run'], row['trial'])}/recipe.yaml") for row in rows]
     assert [row[RATE] for row in rows] == [recipe.train.learning_rate for recipe in ends]
 
