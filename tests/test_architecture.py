@@ -91,6 +91,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.overfitting",
         "training.standin",
         "training.prefix",
+        "training.timing",
         "training.loop",
         "training.worker",
     ),

@@ -18,7 +18,7 @@ from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
-from rayft.training.engine import collective_seconds, grad_norm, gradient_scale, gradient_scaler, reduce_gradients
+from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.laps import Laps
@@ -26,6 +26,7 @@ from rayft.training.metrics import Metrics
 from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
 from rayft.training.standin import Prefix
+from rayft.training.timing import Timing
 from rayft.training.watch import Watch
 
 Emit = Callable[[dict[str, Any]], None]
@@ -45,25 +46,6 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)
     cohorts: dict[str, int] = field(default_factory=dict)  # parameter -> the epoch in which it began to learn
     finished: bool = False
-
-
-@dataclass
-class Timing:
-    """Seconds of this attempt, for result.json."""
-
-    begun: float = field(default_factory=time.time)
-    first_step: float | None = None
-    last_step: float | None = None
-    waiting: float = 0.0
-    evaluating: float = 0.0
-    evaluating_between: float = 0.0  # the part of it before the last step
-    saving: float = 0.0
-    # (seconds, source rows, tokens) of each step; rates leave out the first five
-    steady: list[tuple[float, int, int]] = field(default_factory=list)
-    useful: int = 0
-    padded: int = 0
-    filling: float = 0.0  # computing the frozen blocks' output
-    laps: Laps = field(default_factory=lambda: Laps(collective_seconds))
 
 
 @dataclass(frozen=True)
@@ -294,24 +276,13 @@ def _settle(job: Job, progress: Progress, timing: Timing, save: bool, leave: boo
 
 def _record(job: Job, step: Step, timing: Timing) -> None:
     job.laps.to("logging")
-    now = time.time()
-    first = timing.first_step is None
-    timing.first_step = timing.first_step or now
-    timing.last_step = now
-    timing.evaluating_between = timing.evaluating
-    timing.waiting += 0.0 if first else step.waited
-    timing.useful += step.tokens
-    timing.padded += step.padded
-    timing.steady.append((step.seconds, step.rows, step.tokens))
-    recent = timing.steady[5:][-20:] or timing.steady[-1:]
-    seconds = sum(entry[0] for entry in recent)
+    timing.stepped(step.seconds, step.waited, step.rows, step.tokens, step.padded)
     row = {
         "step": step.number,
         "epoch": round(step.number / job.steps_per_epoch, 6),
         "loss": step.loss,
         "learning_rate": step.learning_rate,
-        "rows_per_s": round(sum(entry[1] for entry in recent) / seconds, 2),
-        "tokens_per_s": round(sum(entry[2] for entry in recent) / seconds, 1),
+        **timing.recent(),
     }
     if job.metrics is not None:
         job.metrics.write(row)

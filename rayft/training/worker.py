@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
 from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
 from rayft.training.evaluate import Network, evaluate
-from rayft.training.loop import Emit, Job, Progress, Timing, leading_metric, save_checkpoint, train
+from rayft.training.loop import Emit, Job, Progress, leading_metric, save_checkpoint, train
 from rayft.training.metrics import Metrics
 from rayft.training.prefix import Source, fill
 from rayft.training.saver import Saver
 from rayft.training.schedule import order, total_steps
 from rayft.training.standin import Prefix
+from rayft.training.timing import Timing
 from rayft.training.watch import Watch
 
 Load = Callable[[Pretrained, dict[str, Any], Any], Any]
@@ -389,10 +389,7 @@ class Run:
         return round(self.progress.step / self.order.steps_per_epoch * self.prepared["train"].manifest.source_rows)
 
     def _result(self, scores: dict[str, float]) -> dict[str, Any]:
-        timing, best = self.timing, self.progress.best or {}
-        steady = timing.steady[5:] or timing.steady
-        seconds = sum(entry[0] for entry in steady) or 1.0
-        train_s = (timing.last_step or 0.0) - (timing.first_step or 0.0) - timing.evaluating_between
+        best, saved_s = self.progress.best or {}, self.prefix.saved_s if self.prefix is not None else 0.0
         return {
             "run": self.recipe.folder,
             "status": "finished",
@@ -404,28 +401,8 @@ class Run:
             "best": {"step": best["step"], "metric": f"eval_{leading_metric(self.recipe)}", "value": best["value"]},
             "export": storage.join(self.recipe.folder, "export") if self.setting.exports else None,
             "pipeline": self.task.pipeline(),
-            "timing": {
-                "first_step_s": round((timing.first_step or time.time()) - self.begun, 3),
-                "train_s": round(train_s, 3),
-                "rows_per_s": round(sum(entry[1] for entry in steady) / seconds, 2),
-                "tokens_per_s": round(sum(entry[2] for entry in steady) / seconds, 1),
-                "useful_tokens": round(timing.useful / timing.padded, 4) if timing.padded else None,
-                "data_wait": round(timing.waiting / train_s, 4) if train_s > 0 else 0.0,
-                "save_stall_s": round(timing.saving, 3),
-                "evaluate_s": round(timing.evaluating, 3),
-                **timing.laps.shares(),
-                "peak_memory_gib": round(_peak_memory(self.device) / 2**30, 3),
-                "cache_fill_s": round(timing.filling, 3),
-                "cache_saved_s": round(self.prefix.saved_s, 3) if self.prefix is not None else 0.0,
-            },
+            "timing": self.timing.figures(self.begun, self.device, saved_s),
         }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of this rank's tensors on its GPU, else of this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux gives in KiB
 
 
 def _shard_while_loading(config: dict[str, Any]) -> Any:

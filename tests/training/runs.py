@@ -17,8 +17,9 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
 from rayft.training import checkpoint, engine, freeze
 from rayft.training.laps import Laps
-from rayft.training.loop import Job, Progress, Timing, save_checkpoint, steps
+from rayft.training.loop import Job, Progress, save_checkpoint, steps
 from rayft.training.saver import Saver
+from rayft.training.timing import Timing
 from rayft.training.watch import Watch
 from rayft.training.worker import Run, Setting, pretrained
 from test_loop import STEPS, Processor, recipe, rows, shares_of
