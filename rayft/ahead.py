@@ -27,9 +27,11 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def imports(*names: str) -> None:
-    """Imports modules in a thread of their own; whoever needs one before waits for it there."""
-    threading.Thread(target=_import, args=(names,), daemon=True).start()
+def imports(*names: str) -> threading.Thread:
+    """Imports modules in a thread, which is begun; whoever needs one before waits for it there."""
+    thread = threading.Thread(target=_import, args=(names,), daemon=True)
+    thread.start()
+    return thread
 
 
 def worker() -> None:

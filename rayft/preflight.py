@@ -150,7 +150,7 @@ class _Check:
         from rayft.session import cluster
 
         placed = self.recipe.cluster
-        with cluster(placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker):
+        with cluster(placed.max_workers, placed.cpus_per_worker):
             nodes = placement.living_nodes()
             have = {name: int(sum(node["Resources"].get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
             self.report["cluster"] = {

@@ -52,7 +52,7 @@ def run(
         record.refuse_other_model(identity)
     from rayft.session import cluster
 
-    with cluster(recipe.cluster.max_workers, recipe.cluster.cpus_per_worker, recipe.cluster.gpus_per_worker):
+    with cluster(recipe.cluster.max_workers, recipe.cluster.cpus_per_worker):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)

@@ -19,13 +19,22 @@ DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a wo
 
 
 @contextmanager
-def cluster(workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0) -> Iterator[None]:
+def cluster(workers: int = 1, cpus_per_worker: int = 1) -> Iterator[None]:
     """Joins the cluster of `RAY_ADDRESS`, or starts a local one with room for the workers and the readers beside them.
 
     A Ray that this process has already joined is used as it is and left running.
     """
     quiet()
-    ahead.imports(*ahead.DRIVER)
+    importing = ahead.imports(*ahead.DRIVER)
+    try:
+        with _joined(workers * cpus_per_worker):
+            yield
+    finally:
+        importing.join()  # a process that ends in the middle of an import may crash
+
+
+@contextmanager
+def _joined(cpus: int) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
@@ -41,9 +50,9 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1, gpus_per_worker: int = 0
                 f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine"
             ) from error
     else:
-        cpus = max(os.cpu_count() or 1, workers * cpus_per_worker + DATA_CPUS)
+        room = max(os.cpu_count() or 1, cpus + DATA_CPUS)
         with _own_process_group() as started, _inherited(MEMORY_ENVIRONMENT):
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+            ray.init(address="local", num_cpus=room, include_dashboard=False, **options)
         _local.extend(started)
     try:
         yield

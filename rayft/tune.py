@@ -64,7 +64,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     quiet()
     os.environ.update(ENVIRONMENT)
     placed = recipe.cluster
-    with cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker, placed.gpus_per_worker):
+    with cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)
