@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,7 @@ def _worth(
     between = every.count if every.unit == "epoch" else every.count / per_epoch
     often = {"train": epochs, "validation": epochs / between}
     base: Pretrained = warm.base
-    model = network(warm)
+    model = network(warm, recipe)
     task, facts = recipe.task, prepared["train"].manifest.facts
     given = Network(model, task, task.processor(base), facts, torch.device("cpu"))
     found = task.blocks(model)
@@ -168,7 +169,7 @@ def _worth(
             for split in rows:
                 kept[split][depth] = missing[split][depth]
             seconds = max(seconds, cost.rows * cost.seconds)  # one pass gives all depths on its way to the deepest
-        model = network(warm)
+        model = network(warm, recipe)
         given = Network(model, task, given.processor, facts, given.device)
     return kept, seconds
 
@@ -178,28 +179,38 @@ def _frozen(recipe: Recipe, depth: int) -> Model:
     return recipe.model.model_copy(update={"freeze": Freeze(layers=depth), "lora": None})
 
 
-def network(warm: Any) -> Any:
+def network(warm: Any, recipe: Recipe) -> Any:
     """The sweep's pretrained network, from the object store."""
     import ray
 
+    from rayft.training.first_token import read_first
     from rayft.warm import unpacked
 
-    return unpacked(ray.get(warm.reference))
+    model = unpacked(ray.get(warm.reference))
+    read_first(recipe.task, model, recipe.task.blocks(model))
+    return model
 
 
 def _compute(
     recipe: Recipe, prepared: dict[str, Prepared], wanted: dict[str, dict[int, str]], warm: Any, world: int
 ) -> None:
-    """By `world` tasks, or by this process where that is 0."""
+    """By `world` tasks, or where that is 0 by this process: a thread for each processor, with a network of its own.
+
+    Multiplications as small as these gain little from several threads each.
+    """
     import ray
 
     from rayft.training import states
+    from rayft.trial import alone
 
     attempt, cluster = states.new_attempt(), recipe.cluster
     folders = {split: data.folder for split, data in prepared.items()}
-    tasks = [Task(recipe.dump(), folders, wanted, attempt, warm, rank, max(1, world)) for rank in range(max(1, world))]
+    count = world or os.cpu_count() or 1
+    tasks = [Task(recipe.dump(), folders, wanted, attempt, warm, rank, count) for rank in range(count)]
     if world == 0:
-        parts = [part(tasks[0], os.cpu_count() or 1)]
+        alone(1, gpu=False, trains=False)
+        with ThreadPoolExecutor(count) as pool:
+            parts = list(pool.map(lambda task: part(task, 1), tasks))
     else:
         apart = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_retries=0)(part)
         parts = ray.get([apart.remote(task, cluster.cpus_per_worker) for task in tasks])
@@ -222,7 +233,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     recipe = Recipe.parse(task.recipe)
     alone(threads, recipe.cluster.gpus_per_worker > 0, trains=False)
     device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
-    model = network(task.warm)
+    model = network(task.warm, recipe)
     blocks = recipe.task.blocks(model)
     deepest = max(depth for found in task.targets.values() for depth in found)
     freeze.freeze(model, _frozen(recipe, deepest), blocks)

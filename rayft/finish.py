@@ -52,6 +52,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
 
     from rayft.training import checkpoint, export, freeze, pictures
     from rayft.training.evaluate import Network, evaluate
+    from rayft.training.first_token import read_first
     from rayft.training.watch import Watch
     from rayft.training.worker import pretrained
     from rayft.trial import alone
@@ -68,6 +69,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
         network = task.load(base, facts, processor)
         if recipe.model.lora is not None:
             network = freeze.adapted(network, recipe, task.blocks(network), export.new_parameters(network))
+        read_first(task, network, task.blocks(network))
         with checkpoint.Checkpoint(best) as saved:
             saved.load_weights(network)
         device = torch.device("cuda" if gpu else "cpu")

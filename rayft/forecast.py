@@ -48,6 +48,7 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     from rayft.session import quiet
     from rayft.training import freeze
     from rayft.training.evaluate import Network
+    from rayft.training.first_token import read_first
     from rayft.training.standin import captured
     from rayft.training.worker import pretrained
 
@@ -65,6 +66,7 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     tables = list(itertools.islice(stream, BUFFERED))  # sorted by length
     table = tables[len(tables) // 2]
     batch, blocks = network.batch(table), task.blocks(model)
+    read_first(task, model, blocks)
     least = min(wanted, default=0)
     frozen = recipe.model.model_copy(update={"freeze": Freeze(layers=least), "lora": None})
     learning = freeze.freeze(model, frozen, blocks).trainable

@@ -313,6 +313,8 @@ def _first_line(error: Exception) -> str:
 
 def load(model: Model) -> tuple[Any, Any]:
     """Processor and network, in evaluation mode. ModelError where the folder lacks weights that the task needs."""
+    from rayft.training.first_token import read_first
+
     path = fetch_model(model.folder)
     source = Pretrained(path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
     try:
@@ -324,5 +326,6 @@ def load(model: Model) -> tuple[Any, Any]:
         raise ModelError(f"{model.folder} can't be loaded: {_first_line(error)}") from error
     if lacking := tuple(getattr(network, "rayft_drawn", ())):
         raise ModelError(f"{model.folder}: its weights lack {', '.join(lacking[:5])}; export it again")
+    read_first(model.task, network, model.task.blocks(network))
     network.eval()
     return processor, network

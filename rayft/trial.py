@@ -177,6 +177,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     """Trains in this process."""
     with ahead.uncollected():
         import torch
+        import transformers.modeling_utils  # noqa: F401 # by the network that comes out of the object store
 
         from rayft.models import fetch_model
         from rayft.session import quiet

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +44,11 @@ class _Pickler(cloudpickle.Pickler):
         return _restored, (len(self.tensors) - 1, *kind, isinstance(value, torch.nn.Parameter))
 
 
-_open: list[list[Any]] = []  # the tensors of the network that is being unpacked
+_open = threading.local()  # `tensors`: those of the network that is being unpacked
 
 
 def _restored(number: int, dtype: str, shape: tuple[int, ...], learns: bool, parameter: bool) -> torch.Tensor:
-    content = _open[-1][number]
+    content = _open.tensors[number]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the memory is read-only; nobody writes there
         flat = torch.from_numpy(content) if len(content) else torch.empty(0, dtype=torch.uint8)
@@ -65,11 +66,11 @@ def packed(network: torch.nn.Module) -> Packed:
 
 def unpacked(given: Packed) -> torch.nn.Module:
     """The network, whose tensors are views of `given`: read-only memory where Ray mapped it."""
-    _open.append([np.asarray(content) for content in given.tensors])
+    _open.tensors = [np.asarray(content) for content in given.tensors]
     try:
         network: torch.nn.Module = pickle.loads(given.outline)
     finally:
-        _open.pop()
+        del _open.tensors
     return network
 
 

@@ -81,6 +81,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.laps",
         "training.shared",
         "training.dropout",
+        "training.first_token",
         "training.engine",
         "training.checkpoint",
         "training.saver",

@@ -33,6 +33,7 @@ class SequenceRegression(Task):
 
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"mse"}
     first_metric: ClassVar[str] = "spearman"
+    reads_first: ClassVar[bool] = True
 
     type: Literal["sequence-regression"] = "sequence-regression"
     text: str = "text"

@@ -31,6 +31,7 @@ class TextClassification(Task):
     """`labels` fixes the label names and their order; without it they are those of the training rows, sorted."""
 
     first_metric: ClassVar[str] = "accuracy"
+    reads_first: ClassVar[bool] = True
 
     type: Literal["text-classification"] = "text-classification"
     text: str = "text"

@@ -20,6 +20,7 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
 from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
 from rayft.training.evaluate import Network, evaluate
+from rayft.training.first_token import read_first
 from rayft.training.loop import Emit, Job, Progress, leading_metric, save_checkpoint, train
 from rayft.training.metrics import Metrics
 from rayft.training.prefix import Source, fill
@@ -250,6 +251,7 @@ class Run:
             network = freeze.adapted(network, recipe, self.task.blocks(network), export.new_parameters(network))
         self.blocks = self.task.blocks(network)
         learning = freeze.freeze(network, recipe.model, self.blocks, epoch)
+        read_first(self.task, network, self.blocks)
         self.setting.own(network)
         for name in learning.trainable:
             self.progress.cohorts.setdefault(name, epoch)
