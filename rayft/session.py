@@ -52,7 +52,13 @@ def _joined(cpus: int) -> Iterator[None]:
     else:
         room = max(os.cpu_count() or 1, cpus + DATA_CPUS)
         with _own_process_group() as started, _inherited(MEMORY_ENVIRONMENT):
-            ray.init(address="local", num_cpus=room, include_dashboard=False, **options)
+            try:
+                ray.init(address="local", num_cpus=room, include_dashboard=False, **options)
+            except Exception as error:
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+                raise ClusterError(
+                    f"Ray did not start on this machine ({why}); where that was only too busy, try the same again"
+                ) from error
         _local.extend(started)
     try:
         yield
