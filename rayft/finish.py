@@ -51,10 +51,10 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
     import torch
 
     from rayft.training import checkpoint, export, freeze, pictures
+    from rayft.training.attempt import pretrained
     from rayft.training.evaluate import Network, evaluate
     from rayft.training.first_token import read_first
     from rayft.training.watch import Watch
-    from rayft.training.worker import pretrained
     from rayft.trial import alone
 
     recipe = Recipe.parse(plain)

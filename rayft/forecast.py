@@ -47,10 +47,10 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     from rayft.models import fetch_model
     from rayft.session import quiet
     from rayft.training import freeze
+    from rayft.training.attempt import pretrained
     from rayft.training.evaluate import Network
     from rayft.training.first_token import read_first
     from rayft.training.standin import captured
-    from rayft.training.worker import pretrained
 
     quiet()
     recipe = Recipe.parse(plain)

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,8 +182,8 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         from rayft.models import fetch_model
         from rayft.session import quiet
         from rayft.training import checkpoint
+        from rayft.training.attempt import Run, Setting, pretrained
         from rayft.training.watch import Watch
-        from rayft.training.worker import Run, Setting, pretrained
         from rayft.warm import own_trainable
 
     quiet()
@@ -212,7 +212,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
         run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
         try:
-            for _ in run.go(_feed):
+            for _ in run.go(Run.own_shares):
                 run.saver.finish()  # a trial that waits writes nothing: it may be stopped, deleted, or copied from
                 if not run.done:
                     yield _evaluated(run)
@@ -226,15 +226,6 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         finally:
             run.close()
             checkpoint.sweep(folder, attempt)
-
-
-def _feed(run: Any) -> Iterator[Any]:
-    """The shares of one worker, read by itself."""
-    from rayft.data.window import Cutter, local_shares
-
-    data, task = run.prepared["train"], run.task if run.task.varies else None
-    cut = Cutter(run.order, 1, 0, run.recipe.train.micro_batch_size)
-    return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
 
 
 def prepares(names: Iterable[str]) -> bool:

@@ -94,6 +94,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.prefix",
         "training.timing",
         "training.loop",
+        "training.attempt",
         "training.worker",
     ),
     (

@@ -1,4 +1,4 @@
-"""Training in a worker group of a test, as `worker.Run` builds and `loop.steps` steps it; no evaluation, no export."""
+"""Training in a worker group of a test, as `attempt.Run` builds and `loop.steps` steps it; no evaluation, no export."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rayft import attempts, storage
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
 from rayft.training import checkpoint, engine, freeze
+from rayft.training.attempt import Run, Setting, pretrained
 from rayft.training.laps import Laps
 from rayft.training.loop import Job, Progress, save_checkpoint, steps
 from rayft.training.saver import Saver
 from rayft.training.timing import Timing
 from rayft.training.watch import Watch
-from rayft.training.worker import Run, Setting, pretrained
 from test_loop import STEPS, Processor, recipe, rows, shares_of
 
 OWN = {"labels": ["LABEL_0", "LABEL_1", "LABEL_2"]}  # the model's: its head stays

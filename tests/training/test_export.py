@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rayft import storage
 from rayft.recipe import Recipe
 from rayft.training import checkpoint, freeze
+from rayft.training.attempt import pretrained
 from rayft.training.export import DETAILS, export, new_parameters
-from rayft.training.worker import pretrained
 from small import small_bert
 
 FACTS = {"labels": ["ham", "spam"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ import torch.distributed as dist
 
 from rayft import attempts, storage
 from rayft.data.prepare import prepare
-from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.training import checkpoint
+from rayft.training.attempt import Run, Setting
 from rayft.training.watch import Watch
-from rayft.training.worker import Run, Setting
 
 
 def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
     """
     recipe = Recipe.parse(plain)
     path = fetch_model(recipe.model.path)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     prepared = prepare(recipe, path)
     start = checkpoint.newest(f"{recipe.folder}/checkpoints")
     attempt = attempts.newest(recipe.folder) + 1
@@ -44,15 +42,9 @@ def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
         "identity": model_identity(path, recipe.model.revision, recipe.train.seed),
     }
     told: list[dict[str, Any]] = []
-
-    def feed(run: Run) -> Iterator[Share]:
-        data, task = prepared["train"], recipe.task if recipe.task.varies else None
-        cut = Cutter(run.order, world, rank, recipe.train.micro_batch_size)
-        return local_shares(data.folder, data.manifest.shards, cut, run.position, run.total, task)
-
     setting = Setting(exports=exports)
     run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), setting)
-    evaluations = [dict(run.progress.scores) for _ in run.go(feed)]
+    evaluations = [dict(run.progress.scores) for _ in run.go(Run.own_shares)]
     served = run.prefix.rows_served if run.prefix is not None else 0
     run.close()
     rows = [json.loads(line) for line in storage.read_text(f"{recipe.folder}/metrics.jsonl").splitlines()]
