@@ -2,7 +2,7 @@
 
     chunks (row groups), permuted per epoch:   c7 c2 c9 c0 ...
     cut into windows of whole global batches:  [ window 0 ][ window 1 ] ... [ last ]
-    a window's rows, shuffled, sorted by length, cut into global batches, and these shuffled again
+    a window's rows, shuffled, sorted by length, about, cut into global batches, and these shuffled again
     a global batch's rows, dealt to the ranks: rank r of n takes r, r+n, ...; where a task couples rows, groups of them
 
 Rows of like length meet in a batch, so that little is padding and no rank waits for a longer share. The number of ranks
@@ -24,9 +24,13 @@ from rayft.errors import DataError
 
 WINDOW_ROWS = 4096  # enough rows of like length to meet; small enough to be read whole by one task
 WINDOW_BYTES = 64 * 2**20
+ALIKE = 20  # lengths that differ by one part of so many count as equal
 WINDOWS = 1024  # of an epoch, about, where the bytes allow: each costs 1 ms when an execution starts
 
-_CHUNKS, _ROWS, _INCOMPLETE, _BATCHES, _VARY = range(5)  # what random numbers are drawn for: streams that never overlap
+_UNIT = 2**16  # what a length of 1 is scaled to, before it is put into a class
+_CHUNKS, _ROWS, _INCOMPLETE, _BATCHES, _VARY, _LENGTHS = range(
+    6
+)  # what random numbers are drawn for: streams that never overlap
 
 
 class Chunk(NamedTuple):
@@ -169,12 +173,26 @@ def batches(window: Window, lengths: np.ndarray, size: int, seed: int, shuffle: 
     if not shuffle:
         return np.split(np.arange(rows), range(size, rows, size))
     shuffled = _permutation(rows, seed, _ROWS, *key)
-    ordered = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    classes = _classes(lengths[shuffled], int(_philox(seed, _LENGTHS, *key).random_raw()))
+    ordered = shuffled[np.argsort(classes, kind="stable")]
     # The epoch's incomplete batch lies anywhere among the lengths: at their end it would always get the longest.
     sizes = np.full(window.steps, size)
     sizes[_permutation(window.steps, seed, _INCOMPLETE, *key)[0]] -= window.steps * size - rows
     cut = np.split(ordered, np.cumsum(sizes)[:-1])
     return [cut[i] for i in _permutation(window.steps, seed, _BATCHES, *key)]
+
+
+def _classes(lengths: np.ndarray, draw: int) -> np.ndarray:
+    """For each length the number of its class: lengths of a class differ by a twentieth at most.
+
+    Where each row has a length of its own, as sounds have, sorting by the length itself would give the same batches in
+    every epoch. Where the classes begin is drawn: `draw` is a random word. In integers, so that no platform differs.
+    """
+    scaled = lengths.astype(np.int64) * (_UNIT + draw % (_UNIT // ALIKE))
+    bounds = [_UNIT]
+    while bounds[-1] <= scaled.max(initial=0):
+        bounds.append(bounds[-1] + bounds[-1] // ALIKE)
+    return np.searchsorted(np.array(bounds), scaled, side="right")
 
 
 class _Layout:

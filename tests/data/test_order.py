@@ -7,7 +7,18 @@ import itertools
 import numpy as np
 import pytest
 
-from rayft.data.order import WINDOW_BYTES, WINDOWS, Chunk, Order, Position, Window, micro_batches, row_generator, share
+from rayft.data.order import (
+    WINDOW_BYTES,
+    WINDOWS,
+    Chunk,
+    Order,
+    Position,
+    Window,
+    _classes,
+    micro_batches,
+    row_generator,
+    share,
+)
 from rayft.errors import DataError
 
 ROWS = (1, 3, 517, 1037, 5000)
@@ -90,9 +101,35 @@ def test_rows_of_like_length_meet_and_no_length_comes_first() -> None:
     order = make(4096, 32)
     batches = epoch_batches(order, 0)
     spread = [np.ptp(length_of(batch)) for batch in batches]
-    assert max(spread) <= 3
+    assert max(spread) <= 8
+    assert np.mean(spread) < 5
     means = np.array([length_of(batch).mean() for batch in batches])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25
+
+
+def test_rows_of_lengths_of_their_own_meet_others_in_each_epoch() -> None:
+    order, pairs = make(1024, 16), []
+    for epoch in range(4):
+        (window,) = order.windows(epoch)
+        rows = row_numbers(order, window)
+        batches = [rows[batch] for batch in order.batches(window, 4000 + 10 * rows)]
+        pairs.append({pair for batch in batches for pair in itertools.combinations(sorted(batch.tolist()), 2)})
+    assert all(len(one & other) < len(one) / 2 for one, other in itertools.combinations(pairs, 2))
+
+
+def test_short_lengths_are_classes_of_their_own() -> None:
+    for draw in (0, 1, 2**63, 2**64 - 1):
+        assert len(set(_classes(np.arange(1, 21), draw))) == 20
+
+
+def test_lengths_of_a_class_differ_by_a_twentieth_at_most() -> None:
+    lengths = np.arange(1, 40_000)
+    for draw in (0, 12345, 2**64 - 1):
+        classes = _classes(lengths, draw)
+        assert np.all(np.diff(classes) >= 0)
+        for number in np.unique(classes):
+            own = lengths[classes == number]
+            assert own.max() <= own.min() * 21 / 20
 
 
 def test_the_incomplete_batch_is_not_always_the_longest_rows() -> None:
