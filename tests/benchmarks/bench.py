@@ -115,9 +115,11 @@ def table(results: dict[str, Any]) -> str:
     for name, part in PARTS.items():
         if name in results:
             lines += [f"| {' | '.join(line)} |" for line in part.lines(results[name]["found"])]
-    rounds = ", ".join(f"{name} {one['rounds'] if PARTS[name].arguments else 1}" for name, one in results.items())
-    machines = "; ".join(sorted({one["machine"] for one in results.values()}))
-    return "\n".join([*lines, "", f"Medians over rounds ({rounds}), on {machines}."])
+    rounds: dict[str, list[str]] = {}
+    for name, one in results.items():
+        rounds.setdefault(one["machine"], []).append(f"{name} {one['rounds'] if PARTS[name].arguments else 1}")
+    measured = "; ".join(f"{', '.join(names)} on {where}" for where, names in rounds.items())
+    return "\n".join([*lines, "", f"Medians over rounds: {measured}."])
 
 
 def written(readme: str, text: str) -> str:
