@@ -34,7 +34,7 @@ with cluster():
 def test_a_signal_to_the_commands_group_spares_its_cluster_and_a_lost_cluster_is_told() -> None:
     environment = {"PATH": "/usr/bin:/bin", "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[True, True] Ray's process raylet on this machine has ended (by SIGKILL); the same")
 
@@ -43,7 +43,7 @@ def test_a_cluster_that_does_not_start_is_one_sentence() -> None:
     script = "from rayft.session import cluster\nwith cluster():\n    raise SystemExit('it started')"
     environment = {"PATH": "/usr/bin:/bin", "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/proc/nowhere"}
     done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=300, env=environment
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("rayft.errors.ClusterError: Ray did not start on this machine (")
