@@ -36,7 +36,8 @@ def test_a_signal_to_the_commands_group_spares_its_cluster_and_a_lost_cluster_is
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[True, True] Ray's process raylet on this machine has ended (by SIGKILL); the same")
+    # Ray may tell of its raylet's end on its own, before or behind.
+    assert "[True, True] Ray's process raylet on this machine has ended (by SIGKILL); the same" in done.stdout
 
 
 def test_a_cluster_that_does_not_start_is_one_sentence() -> None:
