@@ -141,7 +141,7 @@ def _worth(
     between = every.count if every.unit == "epoch" else every.count / per_epoch
     often = {"train": epochs, "validation": epochs / between}
     base: Pretrained = warm.base
-    model = network(warm, recipe)
+    model = network(warm)
     task, facts = recipe.task, prepared["train"].manifest.facts
     given = Network(model, task, task.processor(base), facts, torch.device("cpu"))
     found = task.blocks(model)
@@ -169,7 +169,7 @@ def _worth(
             for split in rows:
                 kept[split][depth] = missing[split][depth]
             seconds = max(seconds, cost.rows * cost.seconds)  # one pass gives all depths on its way to the deepest
-        model = network(warm, recipe)
+        model = network(warm)
         given = Network(model, task, given.processor, facts, given.device)
     return kept, seconds
 
@@ -179,16 +179,13 @@ def _frozen(recipe: Recipe, depth: int) -> Model:
     return recipe.model.model_copy(update={"freeze": Freeze(layers=depth), "lora": None})
 
 
-def network(warm: Any, recipe: Recipe) -> Any:
+def network(warm: Any) -> Any:
     """The sweep's pretrained network, from the object store."""
     import ray
 
-    from rayft.training.first_token import read_first
     from rayft.warm import unpacked
 
-    model = unpacked(ray.get(warm.reference))
-    read_first(recipe.task, model, recipe.task.blocks(model))
-    return model
+    return unpacked(ray.get(warm.reference))
 
 
 def _compute(
@@ -233,7 +230,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     recipe = Recipe.parse(task.recipe)
     alone(threads, recipe.cluster.gpus_per_worker > 0, trains=False)
     device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
-    model = network(task.warm, recipe)
+    model = network(task.warm)
     blocks = recipe.task.blocks(model)
     deepest = max(depth for found in task.targets.values() for depth in found)
     freeze.freeze(model, _frozen(recipe, deepest), blocks)

@@ -266,7 +266,7 @@ class Sweep:
         return Warm(base, ray.put(packed(network)))
 
     def _blocks(self, warm: Any) -> Blocks:
-        return self.recipe.task.blocks(depths.network(warm, self.recipe))
+        return self.recipe.task.blocks(depths.network(warm))
 
     def asked(self) -> bool:
         """Is it time to end: a request, another process's take-over, or the budget's end?"""

@@ -28,9 +28,8 @@ ALIKE = 20  # lengths that differ by one part of so many count as equal
 WINDOWS = 1024  # of an epoch, about, where the bytes allow: each costs 1 ms when an execution starts
 
 _UNIT = 2**16  # what a length of 1 is scaled to, before it is put into a class
-_CHUNKS, _ROWS, _INCOMPLETE, _BATCHES, _VARY, _LENGTHS = range(
-    6
-)  # what random numbers are drawn for: streams that never overlap
+# What random numbers are drawn for: streams that never overlap.
+_CHUNKS, _ROWS, _INCOMPLETE, _BATCHES, _VARY, _LENGTHS = range(6)
 
 
 class Chunk(NamedTuple):

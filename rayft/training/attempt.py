@@ -211,7 +211,8 @@ class Run:
             network = freeze.adapted(network, recipe, self.task.blocks(network), export.new_parameters(network))
         self.blocks = self.task.blocks(network)
         learning = freeze.freeze(network, recipe.model, self.blocks, epoch)
-        read_first(self.task, network, self.blocks)
+        if learning.depth < len(self.blocks.blocks):  # else what the last block gives may be stored, of every token
+            read_first(self.task, network, self.blocks)
         self.setting.own(network)
         for name in learning.trainable:
             self.progress.cohorts.setdefault(name, epoch)

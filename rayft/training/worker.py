@@ -22,7 +22,7 @@ def work(config: dict[str, Any]) -> None:
     `config`: `recipe` (dump, its ZeRO stage decided), `model` (what `fetch_model` takes), `prepared` ({split: folder}),
     `attempt`, `start` (the checkpoint to go on from, or None), `begun` (epoch seconds of the command), `board` (the
     driver's actor, or None), `feeds` (are there steps to make?), `streams` (does Ray Data read their rows?), `identity`
-    (of the base model), `exports` (see Run).
+    (of the base model), `exports` (see Setting).
     Leaves checkpoints, metrics, export and result.json in the run's folder; or, asked to leave, a checkpoint and the
     event `left`.
     """
