@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 REDUCTION = 3  # the best third goes on
+LAST = 0.9  # of a trial's length: who has come so far may as well end
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Rungs:
     def below(cls, whole: int, first: int, maximize: bool) -> Rungs:
         """Those at `first` rows, three times as many and so on, below the `whole` length of a trial."""
         rows, least = [], max(1, first)
-        while least < whole:
+        while least < LAST * whole:
             rows.append(least)
             least *= REDUCTION
         return cls(tuple(rows), maximize)

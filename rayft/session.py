@@ -51,7 +51,7 @@ def _joined(cpus: int) -> Iterator[None]:
             ) from error
     else:
         room = max(os.cpu_count() or 1, cpus + DATA_CPUS)
-        with _own_process_group() as started, _inherited(MEMORY_ENVIRONMENT):
+        with _own_process_group() as started, _bare(), _inherited(MEMORY_ENVIRONMENT):
             try:
                 ray.init(address="local", num_cpus=room, include_dashboard=False, **options)
             except Exception as error:
@@ -96,6 +96,23 @@ def _own_process_group() -> Iterator[list[Any]]:
         yield started
     finally:
         services.ConsolePopen = plain
+
+
+@contextmanager
+def _bare() -> Iterator[None]:
+    """A Ray that starts inside has what tasks and actors need, and neither dashboard nor autoscaler nor log monitor.
+
+    Nobody would look at them; they would take four seconds of a processor, and Ray waits for the dashboard's address.
+    """
+    node: Any = importlib.import_module("ray._private.node").Node
+    plain = {name: getattr(node, name) for name in ("start_api_server", "start_monitor", "start_log_monitor")}
+    for name in plain:
+        setattr(node, name, lambda *arguments, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in plain.items():
+            setattr(node, name, method)
 
 
 @contextmanager

@@ -12,9 +12,16 @@ from rayft.rungs import Rungs
 
 @pytest.mark.parametrize(
     ("whole", "first", "rows"),
-    [(2000, 254, (254, 762)), (900, 100, (100, 300)), (901, 100, (100, 300, 900)), (100, 100, ()), (3, 0, (1,))],
+    [
+        (2000, 254, (254, 762)),
+        (900, 100, (100, 300)),
+        (901, 100, (100, 300)),  # 900 are as good as all
+        (1001, 100, (100, 300, 900)),
+        (100, 100, ()),
+        (3, 0, (1,)),
+    ],
 )
-def test_rungs_are_three_times_as_far_apart_and_below_the_end(whole: int, first: int, rows: tuple[int, ...]) -> None:
+def test_rungs_are_three_times_as_far_apart_and_well_below_the_end(whole: int, first: int, rows: tuple[int, ...]) -> None:
     assert Rungs.below(whole, first, maximize=True).rows == rows
 
 
@@ -60,7 +67,7 @@ def test_one_comes_to_its_end_where_there_are_too_few_for_a_third() -> None:
 
 
 def test_a_trial_that_is_evaluated_late_comes_to_several_rungs_at_once() -> None:
-    rungs = Rungs.below(1000, 100, maximize=True)
+    rungs = Rungs.below(1100, 100, maximize=True)
     assert rungs.note(0, 350, 0.4)
     assert (rungs.height(0), [len(seen) for seen in rungs.seen]) == (1, [1, 1, 0])
 
