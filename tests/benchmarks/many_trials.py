@@ -4,7 +4,7 @@
 
 A trial gives eight scores at once, so that all of the time is the sweep's own: proposing, Ray Tune, its actors that are
 used again, result.json, TensorBoard's HParams, and the table at the end. Prints one JSON line: seconds in all and
-milliseconds per trial, and what then takes to write the report and its size.
+milliseconds per trial, the driver's memory at its largest (MB), and what then takes to write the report and its size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -98,6 +99,7 @@ def main(*options: str) -> None:
             sweep.run_trials()
             sweep.write()
             seconds = time.monotonic() - begun
+        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
         ray.shutdown()
         ended = [one.status for one in trials.known(recipe.folder)]
         begun = time.monotonic()
@@ -106,6 +108,7 @@ def main(*options: str) -> None:
             "trials": {status: ended.count(status) for status in set(ended) if status},
             "seconds": round(seconds, 1),
             "ms_per_trial": round(1000 * seconds / len(ended), 1),
+            "driver_mb": round(driver / 1000),
             "report_s": round(time.monotonic() - begun, 1),
             "report_bytes": report["bytes"],
         }
