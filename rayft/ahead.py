@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 DRIVER = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
-WORKER = (*DRIVER, "rayft.training.worker")
+WORKER = (*DRIVER, "rayft.training.worker", "rayft.network")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayft import placement, session, storage
+from rayft import placement, prestart, session, storage
 from rayft.board import Board, Place, standstill
 from rayft.data.feed import Feed, streams
 from rayft.data.prepare import Prepared
@@ -28,7 +28,6 @@ from rayft.errors import RayftError, WorkersLost
 from rayft.failure import Left, cause
 from rayft.network import GroupConfig
 from rayft.recipe import Recipe
-from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT, WORKER_HOOK
 from rayft.training import worker
 from rayft.training.schedule import order, total_steps
 from rayft.training.watch import LEAVE
@@ -86,6 +85,19 @@ def fit(
         storage.delete(storage.join(recipe.folder, "ray"))
 
 
+class _Trainer(TorchTrainer):
+    """Without two processes that Ray Train starts and that have nothing to do here."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """One hands out datasets. The other frees what is reserved where Ray's job outlives the one who started this:
+        a trial of a sweep; what a driver leaves is freed with its job."""
+        idle = set() if self.datasets else {"DatasetsCallback"}
+        if ray.get_runtime_context().get_actor_id() is None:
+            idle.add("PlacementGroupCleanerCallback")
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc] # Ray's types are of Train V1
+        return [callback for callback in callbacks if type(callback).__name__ not in idle]
+
+
 def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], start: Start, board: Any) -> TorchTrainer:
     rows, training, cluster = order(recipe, prepared["train"]), prepared["train"], recipe.cluster
     streamed = start.feeds and streams(recipe.data.stream, training.manifest.shards, recipe.task.varies)
@@ -110,7 +122,7 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
     # Only where rows vary: with the task, torch and transformers come into every process that reads.
     task = recipe.task if recipe.task.varies else None
     feed = Feed(training.folder, training.manifest.shards, rows, steps, lambda: position, task)
-    return TorchTrainer(
+    return _Trainer(
         worker.work,
         train_loop_config=config,
         torch_config=GroupConfig(
@@ -127,10 +139,7 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
             name=f"attempt-{start.attempt}-{int(time.time() * 1000)}",
             storage_path=storage.join(recipe.folder, "ray"),
             failure_config=ray.train.FailureConfig(max_failures=0),
-            worker_runtime_env={  # type: ignore[call-arg] # Ray's types are of Train V1
-                "env_vars": WORKER_ENVIRONMENT | MEMORY_ENVIRONMENT,
-                "worker_process_setup_hook": WORKER_HOOK,
-            },
+            worker_runtime_env=prestart.environment(cluster),  # type: ignore[call-arg] # Ray's types are of Train V1
         ),
         datasets=feed.datasets() if streamed else None,
         dataset_config=feed if streamed else None,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import placement, storage
+from rayft import placement, prestart, storage
 from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
 from rayft.failure import AGAIN, Left, decide
 from rayft.gauges import Gauges
@@ -55,6 +55,7 @@ def run(
     with cluster(recipe.cluster.max_workers, recipe.cluster.cpus_per_worker):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
+        prestart.workers(recipe.cluster)
         prepared = prepared_for(recipe, model_path, show)
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start

@@ -139,8 +139,6 @@ def quiet() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
-WORKER_HOOK = "rayft.ahead.worker"
-
 WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
@@ -153,6 +151,7 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for notices itself; it would be one more process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon Ray Train sees that workers have ended
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it, so that workers started ahead fit
     "DEEPSPEED_LOG_LEVEL": "error",
 }
 

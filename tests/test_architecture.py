@@ -121,6 +121,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "jobs",
         "following",
         "placement",
+        "prestart",
         "group",
         "run",
         "verify",

@@ -21,7 +21,7 @@ from rayft.rungs import Rungs
         (3, 0, (1,)),
     ],
 )
-def test_rungs_are_three_times_as_far_apart_and_well_below_the_end(whole: int, first: int, rows: tuple[int, ...]) -> None:
+def test_rungs_are_thrice_as_far_apart_and_well_below_the_end(whole: int, first: int, rows: tuple[int, ...]) -> None:
     assert Rungs.below(whole, first, maximize=True).rows == rows
 
 

@@ -1,0 +1,72 @@
+"""Processes for a run's workers, started while the driver still prepares, so that their imports run beside its own.
+
+Ray starts an actor's process when the actor is made; that of a worker then imports for seconds. But a raylet can be
+asked to start processes for a runtime environment, and gives them to the first actors that want the same one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from typing import Any
+
+from rayft.sections import Cluster
+from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT
+
+KEPT_S = 120  # how long a process waits to be taken
+ANSWER_S = 5.0
+# What Ray calls when a process has started. (The runtime environment's own field for it counts for whole jobs alone.)
+HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "rayft.ahead.worker"}
+
+
+def environment(cluster: Cluster) -> dict[str, Any]:
+    """The runtime environment of a run's workers, and of nothing else.
+
+    Those with GPUs import nothing ahead: a process that looks for GPUs before Ray says which are its own sees all.
+    """
+    return {"env_vars": WORKER_ENVIRONMENT | MEMORY_ENVIRONMENT | ({} if cluster.gpus_per_worker else HOOK)}
+
+
+def workers(cluster: Cluster) -> None:
+    """Has processes for a run's workers started, where Ray's cluster is this one machine: elsewhere nobody knows yet
+    where they will be. Where that fails they start later, as all do."""
+    import grpc
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) != 1 or cluster.gpus_per_worker:
+        return
+    try:
+        _ask(nodes[0], cluster)
+    except (grpc.RpcError, ImportError, AttributeError, TypeError, ValueError) as error:  # Ray promises none of this
+        logging.getLogger(__name__).debug("no processes were started ahead: %s", error)
+
+
+def _ask(node: dict[str, Any], cluster: Cluster) -> None:
+    import ray
+
+    messages: Any = importlib.import_module("ray.core.generated.node_manager_pb2")
+    services: Any = importlib.import_module("ray.core.generated.node_manager_pb2_grpc")
+    channels: Any = importlib.import_module("ray._private.grpc_utils")
+    request = messages.PrestartWorkersRequest(
+        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+        runtime_env_info=wanted(cluster),
+        keep_alive_duration_secs=KEPT_S,
+        num_workers=cluster.max_workers,
+    )
+    with channels.init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        services.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_S)
+
+
+def wanted(cluster: Cluster) -> Any:
+    """The runtime environment as Ray knows it of the workers that Ray Train's controller starts: letter by letter."""
+    from ray.runtime_env import RuntimeEnv
+
+    groups: Any = importlib.import_module("ray.train.v2._internal.execution.worker_group.worker_group")
+    private: Any = importlib.import_module("ray._private.utils")
+    info = private.get_runtime_env_info(RuntimeEnv(**groups.WorkerGroup._get_worker_runtime_env(environment(cluster))))
+    # Where the controller's own environment is added to it, Ray writes it anew.
+    written = json.loads(info.serialized_runtime_env)
+    info.serialized_runtime_env = json.dumps(written, sort_keys=True, separators=(",", ":"))
+    return info
