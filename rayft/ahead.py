@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 DRIVER = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
-WORKER = (*DRIVER, "rayft.training.worker", "rayft.network")
+WORKER = (*DRIVER, "rayft.network", "rayft.training.worker")
 
 
 @contextlib.contextmanager
@@ -35,11 +35,14 @@ def imports(*names: str) -> threading.Thread:
 
 
 def worker() -> None:
-    """Called by Ray in each process that it starts for workers or trials, before the process gets anything to do."""
-    imports(*WORKER)
+    """Called by Ray in each process that it starts for workers, before the process gets anything to do.
+
+    Not beside it: of modules that import each other, as Ray Train's, two threads may see half.
+    """
+    _import(WORKER)
 
 
 def _import(names: tuple[str, ...]) -> None:
-    with uncollected(), contextlib.suppress(ImportError):  # who needs it says what is missing
+    with uncollected(), contextlib.suppress(Exception):  # who needs it says what is missing
         for name in names:
             importlib.import_module(name)
