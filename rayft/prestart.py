@@ -11,6 +11,7 @@ import json
 import logging
 from typing import Any
 
+from rayft import placement
 from rayft.sections import Cluster
 from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT
 
@@ -32,18 +33,17 @@ def workers(cluster: Cluster) -> None:
     """Has processes for a run's workers started, where Ray's cluster is this one machine: elsewhere nobody knows yet
     where they will be. Where that fails they start later, as all do."""
     import grpc
-    import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = placement.living_nodes()
     if len(nodes) != 1 or cluster.gpus_per_worker:
         return
     try:
-        _ask(nodes[0], cluster)
+        _ask(nodes[0], cluster, min(cluster.max_workers, placement.room(cluster)))
     except (grpc.RpcError, ImportError, AttributeError, TypeError, ValueError) as error:  # Ray promises none of this
         logging.getLogger(__name__).debug("no processes were started ahead: %s", error)
 
 
-def _ask(node: dict[str, Any], cluster: Cluster) -> None:
+def _ask(node: dict[str, Any], cluster: Cluster, count: int) -> None:
     import ray
 
     messages: Any = importlib.import_module("ray.core.generated.node_manager_pb2")
@@ -53,7 +53,7 @@ def _ask(node: dict[str, Any], cluster: Cluster) -> None:
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
         runtime_env_info=wanted(cluster),
         keep_alive_duration_secs=KEPT_S,
-        num_workers=cluster.max_workers,
+        num_workers=count,
     )
     with channels.init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
         services.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_S)
