@@ -144,7 +144,8 @@ class Display:
             self._enter("training")
         self.pace.add(now, step)
         left = self.pace.left(steps) if step < steps else None
-        rates = [(event.get("rows_per_s"), "rows/s"), (event.get("tokens_per_s"), "tokens/s")]
+        rows, tokens = event.get("rows_per_s"), event.get("tokens_per_s")
+        rates = [(rows, "rows/s"), (tokens if tokens != rows else None, "tokens/s")]  # a picture is no sequence
         figures = [f"epoch {event['epoch']:.2f}", f"loss {number(event['loss'])}"]
         figures += [f"learning rate {event['learning_rate']:.3g}"]
         figures += [f"{rate:,.0f} {unit}" for rate, unit in rates if rate is not None]

@@ -151,6 +151,12 @@ def test_what_is_not_known_yet_is_left_out() -> None:
     assert lines == ["data: 1 row", "plan: 40 steps of 32 rows, 1 worker, ZeRO auto"]
 
 
+def test_rows_of_one_item_each_have_no_second_rate() -> None:
+    (line,) = (line for line in shown(iter([(0, step(4, tokens_per_s=61.2))])) if line.startswith("step"))
+    assert "61 rows/s" in line
+    assert "tokens" not in line
+
+
 def test_failed_result_says_why() -> None:
     result = {
         "status": "failed",

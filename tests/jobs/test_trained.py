@@ -6,26 +6,36 @@ in tests/test_run.py, tests/test_plain_ray.py and beyond.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from group import run_group
 from rayft.data.prepare import prepare
+from rayft.data.source import fragments, read
+from rayft.inference import Answering, Block, Model
 from rayft.models import fetch_model
 from rayft.recipe import Recipe, set_field
+from rayft.training.attempt import pretrained
 from small import ROOT, small_bert
 from whole import trained_all
 
 STEPS = 20
 FEW, HALF = 4, 2  # of steps where weights are sharded
 ROWS = 32
+PREDICTED = 4
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.yaml"))
 SMALL = {  # what makes a job small, beside what all have
@@ -45,6 +55,10 @@ ASKED = {  # what the exported model of a job is asked, where that is no questio
     "audio_classification": NOISE,
     "speech_recognition": NOISE,
     "face_recognition": str(ROOT / "jobs/data/london_faces/test/014/neutral.jpg"),
+}
+ALONE = Path(__file__).with_name("alone.py")
+SHOWN = {  # rows that are predicted, where the job's own rows would not ask for anything
+    "masked_lm": {"answer": ["Take one [MASK] a day.", "The [MASK] of the [MASK] is rare.", "[MASK] is a disease."]},
 }
 
 
@@ -192,3 +206,71 @@ def test_a_run_that_stopped_half_way_goes_on_bit_equal(job: str, sharded: dict[s
     untouched, again = sharded[job]
     assert again["losses"] == untouched["losses"][HALF:]
     assert again["scores"][-1] == untouched["scores"][-1]
+
+
+@pytest.fixture(scope="module")
+def asked(small_jobs: dict[str, dict[str, Any]], alone: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{job: its exported model's folder, some rows, and what rayft predicts for them}"""
+    return {job: predicted(job, Recipe.parse(small_jobs[job]), alone[job]["result"]["export"]) for job in small_jobs}
+
+
+def predicted(job: str, recipe: Recipe, folder: str) -> dict[str, Any]:
+    task = recipe.task
+    if task.type == "speech-recognition":
+        _make_it_spell(Path(folder))
+    facts = json.loads((Path(folder) / "rayft.json").read_text())["facts"]
+    source = recipe.data.validation[0]
+    piece = fragments([source])[0]
+    rows = next(read(piece, source, recipe.data.columns, task.columns(labelled=False), (), PREDICTED))
+    if job in SHOWN:
+        rows.columns, count = SHOWN[job], len(SHOWN[job]["answer"])
+        rows.numbers, rows.lines = rows.numbers[:count], rows.lines[:count]
+    (answers,) = Answering(Model(folder, task, facts), labelled=False)(Block(piece, rows, []))
+    assert not answers.bad
+    given = dict(rows.columns)
+    if task.type == "text-to-image":
+        processor = task.processor(pretrained(recipe, folder))
+        drawn = task.encode(rows.columns, processor, facts, evaluation=True, labelled=False).features["draw"]
+        given["noise"] = [processor.drawn(draw)[0].tolist() for draw in drawn]
+    found = [answers.predictions[place] for place in range(answers.rows)]
+    return {"folder": folder, "task": task.model_dump(), "rows": given, "predictions": found}
+
+
+def _make_it_spell(folder: Path) -> None:
+    """After so few steps a recogniser gives blanks alone: they are made less probable than letters."""
+    blank = json.loads((folder / "config.json").read_text())["pad_token_id"]
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.bias"][blank] -= 20
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def answered(asked: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """{job: what its exported model predicts for the same rows in a process that has no rayft}"""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "asked.json").write_text(json.dumps(list(asked.values())))
+    subprocess.run([sys.executable, str(ALONE), str(folder / "asked.json"), str(folder / "answers.json")], check=True)
+    return dict(zip(asked, json.loads((folder / "answers.json").read_text()), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_the_exported_model_predicts_the_same_without_rayft(
+    job: str, asked: dict[str, dict[str, Any]], answered: dict[str, Any]
+) -> None:
+    own, others = asked[job]["predictions"], answered[job]
+    assert len(own) == len(others) > 1
+    for mine, plain in zip(own, others, strict=True):
+        for name, value in plain.items():
+            assert value
+            if name == "picture":
+                pixels, expected = (np.asarray(_picture(one), np.int16) for one in (value, mine[name]))
+                assert np.abs(pixels - expected).max() <= 1
+            elif name in ("score", "scores", "embedding"):
+                assert value == pytest.approx(mine[name], abs=1e-5)
+            else:
+                assert value == mine[name]
+
+
+def _picture(encoded: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
