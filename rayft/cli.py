@@ -81,13 +81,17 @@ def init(
         if output != "-" and not force and storage.exists(output):
             raise RunRefused(f"{output} exists; name another file with --output, or replace it with --force")
         from rayft.data import source
-        from rayft.first import first_recipe
+        from rayft.first import first_recipe, split_column
         from rayft.recipe import Source
 
         train = _train_split(data)
         if train != data:
             answer.say(f"note: {data} holds several splits; {train} is trained on")
-        text = first_recipe(*source.peek(source.fragments([Source(path=train)])[0]), train)
+        pieces = source.fragments([Source(path=train)])
+        columns, sample = source.peek(pieces[0])
+        if column := split_column(columns):
+            sample[column] = source.distinct(pieces, column)
+        text = first_recipe(columns, sample, train)
         if output == "-":
             answer.give({"output": None, "recipe": text}, text.rstrip("\n"))
             return

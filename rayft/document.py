@@ -5,6 +5,7 @@ Scalars follow YAML 1.2, not PyYAML's 1.1: `1e-4` is a number, `on` and `no` are
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,9 +77,10 @@ def read(text: str) -> Document:
     return document
 
 
-def write(value: Any) -> str:
-    """YAML text that `read` reads back to an equal value."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def write(value: Any, one_line: bool = False) -> str:
+    """YAML text that `read` reads back to an equal value; with `one_line` in braces and brackets."""
+    style: dict[str, Any] = {"width": math.inf, "default_flow_style": True} if one_line else {"width": 120}
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -32,6 +32,8 @@ _NAMES = {
     "prompt": ("prompt", "instruction", "question", "query", "source"),
     "completion": ("completion", "output", "response", "answer", "reply", "target"),
 }
+_SPLIT = ("split", "subset", "partition")  # a column that says which rows are for what
+_SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _CAPTIONS = ("caption", "prompt", "description")  # of a picture
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text", "text_pair"))
 # What columns are together for, the most telling first.
@@ -58,7 +60,8 @@ _PAINTER = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str) -> str:
     """The commented text of a recipe that trains on the data at `path`, which has `columns`.
 
-    `sample` holds the first rows of each column; it tells list-valued labels, empty answers and lengths.
+    `sample` holds the first rows of each column; it tells list-valued labels, empty answers and lengths. Of the
+    `split_column` it holds all values.
     DataError, with the columns found and those that would do, where no task fits.
     """
     for fields in (*_files(columns, sample), *_readings(columns)):
@@ -137,11 +140,9 @@ def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[
     else:
         yield "  freeze: 0  # N: the embeddings and the first N blocks stay as they are; all: only the head learns"
     yield "data:"
-    yield f"  train: {_plain(path)}"
-    for split in ("validation", "test"):
-        beside = _beside(path, split)
-        missing = "cut from train, 10 %" if split == "validation" else "no test scores"
-        yield f"  {split}: {_plain(beside)}" if beside else f"  {split}: null  # {missing}"
+    sources = _sources(sample, path)
+    for split, missing in (("train", ""), ("validation", "cut from train, 10 %"), ("test", "no test scores")):
+        yield f"  {split}: {sources[split]}" if split in sources else f"  {split}: null  # {missing}"
     yield "train:"
     yield "  epochs: 3"
     yield "  global_batch_size: 32  # rows per optimizer step, over all workers"
@@ -200,16 +201,33 @@ def _run_name(path: str) -> str:
     """A name from the data's: of its folder where the file is only called after its split."""
     parts = [part for part in re.split(r"[/\\:]+", path) if part not in ("", ".", "..")]
     stems = [re.sub(r"(\.(csv|tsv|jsonl?|parquet|txt|gz))+$", "", part) for part in parts]
-    while len(stems) > 1 and (re.fullmatch(r"(train|training|data)([-_.].*)?", stems[-1]) or "*" in stems[-1]):
+    while len(stems) > 1 and (re.fullmatch(r"(train|training|data|metadata)([-_.].*)?", stems[-1]) or "*" in stems[-1]):
         stems.pop()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stems[-1] if stems else "").strip("-.")
     return name if name and name != "prepared" else "first-run"
 
 
+def split_column(columns: Iterable[str]) -> str | None:
+    """The column whose values say which rows are for training, validation and test, if there is one."""
+    return next((column for column in columns if column.lower() in _SPLIT), None)
+
+
+def _sources(sample: Mapping[str, Sequence[Any]], path: str) -> dict[str, str]:
+    """The data section's entries: rows by a column that names their split, or files that lie beside each other."""
+    column = split_column(sample)
+    words = {str(value).lower(): value for value in sample[column]} if column else {}
+    found = {split: next((words[name] for name in names if name in words), None) for split, names in _SPLITS.items()}
+    if found["train"] is not None:
+        parts = {split: {"path": path, "where": {column: value}} for split, value in found.items() if value is not None}
+        return {split: document.write(part, one_line=True).rstrip() for split, part in parts.items()}
+    beside = {"train": path, **{split: _beside(path, split) for split in ("validation", "test")}}
+    return {split: _plain(other) for split, other in beside.items() if other is not None}
+
+
 def _beside(path: str, split: str) -> str | None:
     """The local file or folder of another split, if it lies beside the train split and is named like it."""
     folder, name = os.path.split(path.rstrip("/"))
-    for word in {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}[split]:
+    for word in _SPLITS[split]:
         other = os.path.join(folder, re.sub(r"\btrain(ing)?\b", word, name))
         if other != path.rstrip("/") and "://" not in path and os.path.exists(other):
             return other

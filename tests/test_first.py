@@ -120,6 +120,7 @@ def test_empty_answers_make_it_unanswerable() -> None:
     [
         ("sms spam/train.csv", "sms-spam"),
         ("rows.jsonl.gz", "rows"),
+        ("data/faces/metadata.csv", "faces"),
         ("s3://bucket/reviews/train/*.parquet", "reviews"),
         ("hf://owner/nli:train", "nli"),
         ("train.csv", "train"),
@@ -140,6 +141,23 @@ def test_other_splits_that_lie_beside_are_taken(tmp_path: Path) -> None:
     assert [data.validation[0].path, data.test[0].path] == [str(tmp_path / "dev.csv"), str(tmp_path / "test.csv")]
     alone = recipe_for(["text"], path=str(tmp_path / "dev.csv")).data
     assert (alone.validation, alone.test) == (None, None)
+
+
+def test_a_column_that_names_the_split_keeps_test_rows_out_of_training() -> None:
+    sample = {"text": ["a", "b"], "label": ["x", "y"], "Split": ["train", "dev", "test, kept apart", "test"]}
+    recipe = recipe_for(list(sample), sample, path="all, of it.csv")
+    data = recipe.data
+    assert data.validation is not None
+    assert data.test is not None
+    parts = [data.train[0], data.validation[0], data.test[0]]
+    assert [part.where for part in parts] == [{"Split": "train"}, {"Split": "dev"}, {"Split": "test"}]
+    assert {part.path for part in parts} == {"all, of it.csv"}
+
+
+def test_a_column_of_other_values_names_no_split() -> None:
+    sample = {"text": ["a"], "label": ["x"], "split": ["stock", "fork"]}
+    data = recipe_for(list(sample), sample).data
+    assert (data.train[0].where, data.validation, data.test) == ({}, None, None)
 
 
 def test_odd_names_are_quoted() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from rayft import storage
 from rayft.data import source
-from rayft.data.source import Rows, fragments, identity, peek, read, row_id
+from rayft.data.source import Rows, distinct, fragments, identity, peek, read, row_id
 from rayft.errors import DataError
 from rayft.recipe import Source
 
@@ -185,6 +185,16 @@ def test_a_look_at_the_first_rows_leaves_out_bad_ones(tmp_path: Path) -> None:
     assert peek(piece, 3) == (["text", "n"], {"text": ["a", "c"], "n": ["1", "3"]})
     (piece,) = fragments([Source(path=str(written(tmp_path / "b.jsonl", '{"a": 1}\n{"b": 2}\n')))])
     assert peek(piece) == (["a", "b"], {"a": [1, None], "b": [None, 2]})
+
+
+def test_values_of_a_column_are_found_behind_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"{row},{'train' if row < 150 else 'test'}" for row in range(200)]
+    written(tmp_path / "a.csv", "\n".join(["text,split", *rows]) + "\nbroken\n")
+    written(tmp_path / "b.csv", "text,split\n1,dev\n")
+    pieces = fragments([Source(path=str(tmp_path))])
+    assert distinct(pieces, "split") == ["train", "test", "dev"]
+    monkeypatch.setattr(source, "PART_BYTES", 100)
+    assert distinct(pieces, "split") == ["train", "dev"]
 
 
 def test_row_ids_are_in_the_order_of_file_and_row() -> None:
