@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
 import re
+import ssl
+import urllib.error
+import urllib.request
 
 from rayft import storage
 from rayft.copies import local_copy
@@ -15,6 +19,7 @@ from rayft.errors import ModelError
 # Weights, config, tokenizer and a model's own code; not model cards, nor other formats of the same weights.
 _CONTENT = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab")
 _WEIGHTS = (".safetensors", ".bin")
+HUB_TRIES, HUB_TIMEOUT_S = 2, 5.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 UNTRAINED = "model.path: `{}` holds a config and no weights: they are drawn from train.seed, nothing is pretrained"
@@ -41,6 +46,29 @@ def fetch_model(path: str) -> str:
             "like owner/name"
         )
     return path
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face Hub can be reached, asked once in a process.
+
+    Where it can't, its library looks into its cache alone from then on. It would do so in any case, but only after it
+    has asked six times, for half a minute and with a line each, for every single file.
+    """
+    from huggingface_hub import constants
+
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    for _ in range(0 if constants.HF_HUB_OFFLINE else HUB_TRIES):
+        try:
+            with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except OSError as error:
+            if isinstance(getattr(error, "reason", None), ssl.SSLError):
+                return True  # which certificates count is for the library to say
+    constants.HF_HUB_OFFLINE = True
+    return False
 
 
 def without_weights(path: str) -> bool:

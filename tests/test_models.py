@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
+import json
 import multiprocessing
 import os
 import shutil
+import socket
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from rayft import models, storage
 from rayft.errors import ModelError
+from small import small_bert
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +176,56 @@ def test_a_folder_without_a_model_has_no_identity(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="holds no model"):
         models.model_identity(str(tmp_path / "empty"))
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+    """A server in the Hub's place, which knows nothing."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    models.hub_answers.cache_clear()
+    yield server
+    server.shutdown()
+    server.server_close()
+    models.hub_answers.cache_clear()
+
+
+def test_a_hub_that_answers_whatever_is_asked(endpoint: http.server.HTTPServer) -> None:
+    assert models.hub_answers()
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_is_not_there_is_asked_no_more(endpoint: http.server.HTTPServer) -> None:
+    endpoint.shutdown()
+    endpoint.server_close()
+    assert not models.hub_answers()
+    assert constants.HF_HUB_OFFLINE
+
+
+CACHED = """
+from rayft.tasks.loading import load_tokenizer
+from rayft.tasks.task import Pretrained
+print(load_tokenizer(Pretrained("owner/tiny"), 16)("a b").input_ids)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "models--owner--tiny"
+    small_bert(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path),
+            "HF_ENDPOINT": "http://127.0.0.1:" + str(closed.getsockname()[1]),
+        }
+        told = subprocess.run(
+            [sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True, check=True
+        )
+    assert json.loads(told.stdout) == [101, 1037, 1038, 102]
+    assert "Retrying" not in told.stderr

@@ -13,6 +13,7 @@ from typing import Any
 from rayft import storage
 from rayft.data.formats import Row, Table
 from rayft.errors import DataError
+from rayft.models import hub_answers
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,14 @@ def _named(value: Any, feature: Any) -> Any:
 
 
 def _builder(data: HubData) -> Any:
+    answers = os.path.isdir(data.name) or hub_answers()  # before `datasets` is there, which asks once whether to ask it
     import datasets
 
     try:
         return datasets.load_dataset_builder(data.name, data.config, revision=data.commit)
     except (ConnectionError, OSError, ValueError) as error:
+        if not answers:
+            raise DataError(
+                f"{data} can't be loaded: the Hub doesn't answer, and its cache on this machine lacks the data set"
+            ) from None
         raise DataError(f"{data} can't be loaded: {error}") from None

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from rayft.errors import ModelError
-from rayft.models import without_weights
+from rayft.models import hub_answers, without_weights
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.task import Batch, Columns, Pretrained
 
@@ -35,15 +35,14 @@ SIGNS = (
     ),
     ("Unrecognized model", "it has no config.json with a model_type", FOLDER),
     (
-        "couldn't connect to",
-        "the Hub doesn't answer, and its cache on this machine lacks the files",
-        "a local folder or a model that was fetched before fits",
-    ),
-    (
         "Couldn't instantiate the backend tokenizer",
         "it has no tokenizer files that can be read",
         "a folder with tokenizer.json fits",
     ),
+)
+NO_HUB = (
+    "the Hub doesn't answer, and its cache on this machine lacks the files",
+    "a local folder or a model that was fetched before fits",
 )
 # Their position ids begin behind the padding token's index; see `padding_idx + 1` in transformers/models.
 OFFSET_POSITIONS = frozenset(
@@ -210,12 +209,15 @@ def _refuse_quantized(model: Pretrained, network: Any, drawn: set[str]) -> None:
 @contextlib.contextmanager
 def told(model: Pretrained, part: str) -> Iterator[None]:
     """Makes what the libraries raise while `part` of the model is loaded a ModelError of one sentence."""
+    answers = os.path.isdir(model.path) or hub_answers()
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         first = next(iter(str(fault).strip().splitlines()), "").rstrip(".")
         plain = (f"{type(fault).__name__}: {first}", f"{'' if os.path.isdir(model.path) else 'a Hub id or '}{FOLDER}")
         reason, fits = next(((reason, fits) for sign, reason, fits in SIGNS if sign in str(fault)), plain)
+        if isinstance(fault, OSError) and not answers:
+            reason, fits = NO_HUB
         raise ModelError(f"model.path: the {part} of `{model.path}` can't be loaded, {reason}; {fits}") from fault
 
 
