@@ -29,11 +29,12 @@ $(STAMP): cluster/requirements.lock pyproject.toml
 quickstart: install
 	$(BIN)/rayft run jobs/quickstart.yaml
 
-test: install
-	$(BIN)/pytest
+# Of the slow tests most keep two processes busy by themselves: they follow one after another.
+test: test-fast
+	$(BIN)/pytest -m 'slow or cluster or gpu'
 
 test-fast: install
-	$(BIN)/pytest -m 'not slow and not cluster and not gpu'
+	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

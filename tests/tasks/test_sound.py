@@ -80,6 +80,7 @@ def test_only_what_is_wanted_of_a_long_sound_is_read() -> None:
         (None, WANTED, "`audio` is None"),
         (str(Path("/no/such.wav")), WANTED, "`audio`: there is no file /no/such.wav"),
     ],
+    ids=["no samples", "no sound", "cut", "no numbers", "stereo", "slow", "no bytes", "nothing", "no file"],
 )
 def test_what_is_no_fitting_sound_is_named(content: Any, wanted: Wanted, says: str) -> None:
     with pytest.raises(ValueError, match="`audio`") as caught:
