@@ -228,7 +228,7 @@ def evaluate(
 def predict(
     target: Target,
     data: Annotated[str, typer.Option("--data", help="Rows to predict: a file, folder, glob or URL.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write: .parquet or .jsonl.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="A .parquet, a .jsonl, or FOLDER/ for pictures.")],
     json: Json = False,
 ) -> None:
     """Write a model's predictions for rows."""

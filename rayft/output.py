@@ -1,5 +1,7 @@
 """Predictions on their way into one file, Parquet or JSONL, which comes into being whole or not at all.
 
+Or into a folder of pictures, as image tasks read one: PNG files, and metadata.jsonl with a row for each, written last.
+
 The rows wait on this machine's disk until all are there: only then is it known which columns there are, of which types,
 and whether any row failed. Memory holds one block of rows at a time.
 """
@@ -24,29 +26,33 @@ Rows = list[dict[str, Any]]
 ENDINGS = (".parquet", ".jsonl")
 GROUP_ROWS = 8192  # of a row group in Parquet
 GROUP_BYTES = 64 << 20
+METADATA, FILE_NAME = "metadata.jsonl", "file_name"  # of a folder of pictures
 ERROR = "error"
 PREFIX = "predicted_"
 
 
 def refuse(path: str) -> None:
     """RunRefused where `path` has another ending or exists; a StorageError where it can't be written."""
-    if not path.endswith(ENDINGS):
-        raise RunRefused(f"{path}: predictions are written as {' or '.join(ENDINGS)}; let the name end so")
-    if storage.exists(path):
-        raise RunRefused(f"{path} exists; name another file, or delete it first")
-    storage.check_writable(path.rpartition("/")[0] or ".")
+    if not path.endswith((*ENDINGS, "/")):
+        known = f"{' or '.join(ENDINGS)}, pictures into a folder, FOLDER/"
+        raise RunRefused(f"{path}: predictions are written as {known}; let the name end so")
+    if storage.listing(path) if path.endswith("/") else storage.exists(path):
+        raise RunRefused(f"{path} exists; name another, or delete it first")
+    storage.check_writable(path.rstrip("/").rpartition("/")[0] or ".")
 
 
 class Output:
     """Rows for the file `path`; a context manager, which leaves nothing behind but what `commit` has written.
 
     A row has its input's columns, its prediction's keys (those that an input column has already as `predicted_…`), and
-    `error` where any row failed.
+    `error` where any row failed. In a folder, whose `path` ends in /, a prediction that is a picture is a file of its
+    own, and `file_name` names it.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.rows = 0
+        self._pictures: dict[str, None] = {}
         self._inputs: dict[str, None] = {}  # as ordered sets
         self._predictions: dict[str, None] = {}
         self._failed = False
@@ -68,19 +74,37 @@ class Output:
             self._inputs.update(dict.fromkeys(values))
         for prediction in predictions:
             self._predictions.update(dict.fromkeys(prediction or ()))
+            self._pictures.update(
+                {name: None for name, value in (prediction or {}).items() if isinstance(value, bytes)}
+            )
         self._failed = self._failed or any(error is not None for error in errors)
         self.rows += len(inputs)
         pickle.dump((inputs, predictions, errors), self._waiting, protocol=5)
 
     def commit(self) -> None:
-        """Writes the file."""
+        """Writes the file, or the folder."""
         made = os.path.join(self._folder.name, "made")
-        (_write_parquet if self.path.endswith(".parquet") else _write_jsonl)(made, self)
-        storage.upload(made, self.path)
+        if self.path.endswith("/"):
+            rows = os.path.join(self._folder.name, METADATA)
+            _write_pictures(made, rows, self)
+            storage.upload(made, self.path)
+            storage.upload(rows, storage.join(self.path, METADATA))
+        else:
+            (_write_parquet if self.path.endswith(".parquet") else _write_jsonl)(made, self)
+            storage.upload(made, self.path)
+
+    def columns(self) -> dict[str, str]:
+        """The key of a prediction -> its column."""
+        apart = self._pictures if self.path.endswith("/") else {}
+        return {name: self._own(FILE_NAME if name in apart else name) for name in self._predictions}
+
+    def pictures(self) -> list[str]:
+        """The columns that hold pictures."""
+        return [column for name, column in self.columns().items() if name in self._pictures]
 
     def blocks(self) -> Iterator[Rows]:
         """The rows as they are to be written, from the first one on, a block at a time."""
-        names = {name: self._own(name) for name in self._predictions}
+        names = self.columns()
         error_name = self._own(ERROR)
         self._waiting.seek(0)
         for _ in iter(self._more, False):
@@ -110,6 +134,20 @@ def _write_jsonl(path: str, output: Output) -> None:
         for rows in output.blocks():
             for row in rows:
                 file.write(_json(row).encode(errors="backslashreplace") + b"\n")
+
+
+def _write_pictures(folder: str, path: str, output: Output) -> None:
+    os.mkdir(folder)
+    columns = output.pictures()
+    with open(path, "wb") as file:
+        for number, row in enumerate(row for rows in output.blocks() for row in rows):
+            for column in columns:
+                if row[column] is not None:
+                    name = f"{number:06d}.png"
+                    with open(os.path.join(folder, name), "wb") as picture:
+                        picture.write(row[column])
+                    row[column] = name
+            file.write(_json(row).encode(errors="backslashreplace") + b"\n")
 
 
 def _write_parquet(path: str, output: Output) -> None:

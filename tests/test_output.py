@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayft import output
+from rayft import output, storage
+from rayft.data.source import fragments
 from rayft.errors import RunRefused
 from rayft.output import Output
+from rayft.recipe import Source
 
 
 def written(path: Path, *blocks: tuple[list[dict[str, Any]], list[Any], list[str | None]]) -> Any:
@@ -71,6 +73,39 @@ def test_jsonl_holds_what_json_has_no_words_for(tmp_path: Path) -> None:
     ]
 
 
+PICTURED = [
+    ([{"text": "a"}, {"text": "b"}], [{"picture": b"PNG a"}, None], [None, "too long"]),
+    ([{"text": "c"}], [{"picture": b"PNG c"}], [None]),
+]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_pictures_go_into_a_folder_that_can_be_trained_on(tmp_path: Path, s3: str, place: str) -> None:
+    folder = (s3 if place == "s3" else str(tmp_path)) + "/drawn/"
+    output.refuse(folder)
+    with Output(folder) as file:
+        for block in PICTURED:
+            file.add(*block)
+        file.commit()
+    assert [json.loads(line) for line in storage.read_text(folder + "metadata.jsonl").splitlines()] == [
+        {"text": "a", "file_name": "000000.png", "error": None},
+        {"text": "b", "file_name": None, "error": "too long"},
+        {"text": "c", "file_name": "000002.png", "error": None},
+    ]
+    assert storage.read_bytes(folder + "000002.png") == b"PNG c"
+    assert len(storage.listing(folder)) == 3
+    with pytest.raises(RunRefused, match="exists; name another"):
+        output.refuse(folder)
+    (piece,) = fragments([Source(path=folder)])
+    assert piece.path.endswith("metadata.jsonl")
+
+
+def test_pictures_are_bytes_in_parquet_and_base64_in_jsonl(tmp_path: Path) -> None:
+    table = written(tmp_path / "out.parquet", *PICTURED)
+    assert table["picture"].to_pylist() == [b"PNG a", None, b"PNG c"]
+    assert written(tmp_path / "out.jsonl", *PICTURED)[2]["picture"] == "UE5HIGM="
+
+
 def test_lone_surrogates_are_escaped_in_parquet(tmp_path: Path) -> None:
     table = written(tmp_path / "out.parquet", ([{"text": "a\ud800"}], [{}], [None]))
     assert table["text"].to_pylist() == ["a\\ud800"]
@@ -92,7 +127,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_is_refused_before_the_start(tmp_path: Path) -> None:
     (tmp_path / "there.jsonl").touch()
-    with pytest.raises(RunRefused, match=r"there\.jsonl exists; name another file"):
+    with pytest.raises(RunRefused, match=r"there\.jsonl exists; name another,"):
         output.refuse(str(tmp_path / "there.jsonl"))
     with pytest.raises(RunRefused, match=r"predictions are written as \.parquet or \.jsonl"):
         output.refuse(str(tmp_path / "out.csv"))
@@ -102,8 +137,6 @@ def test_what_is_refused_before_the_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_object_storage_takes_it_too(s3: str, ending: str) -> None:
-    from rayft import storage
-
     path = f"{s3}/output/out.{ending}"
     output.refuse(path)
     with Output(path) as file:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # heavy and needed by the annotations alone
 
 Columns = dict[str, list[Any]]  # column name -> one value per row
 Batch = dict[str, Any]  # tensors by name, as `collate` makes them
-Prediction = dict[str, Any]  # plain JSON-able values
+Prediction = dict[str, Any]  # plain JSON-able values, or the bytes of a PNG
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,10 @@ def predicted(job: str, recipe: Recipe, folder: str) -> dict[str, Any]:
         processor = task.processor(pretrained(recipe, folder))
         drawn = task.encode(rows.columns, processor, facts, evaluation=True, labelled=False).features["draw"]
         given["noise"] = [processor.drawn(draw)[0].tolist() for draw in drawn]
-    found = [answers.predictions[place] for place in range(answers.rows)]
+    found = [dict(answers.predictions[place]) for place in range(answers.rows)]
+    for one in found:
+        if "picture" in one:
+            one["picture"] = base64.b64encode(one["picture"]).decode()
     return {"folder": folder, "task": task.model_dump(), "rows": given, "predictions": found}
 
 

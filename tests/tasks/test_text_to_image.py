@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import shutil
@@ -128,7 +127,7 @@ def test_an_exported_folder_is_a_pipeline_that_draws_the_same(folder: str, tmp_p
     made = task.encode({"text": ["an open book"]}, processor, {}, evaluation=True, labelled=False)
     batch = task.collate(made.features, processor, {})
     (answer,) = task.generate(network, batch, made.features, processor, {})
-    ours = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["picture"])))).astype(int)
+    ours = np.asarray(Image.open(io.BytesIO(answer["picture"]))).astype(int)
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     theirs.set_progress_bar_config(disable=True)

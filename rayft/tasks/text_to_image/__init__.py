@@ -11,7 +11,6 @@ texts stay as they are; what they give for a row never changes, so it is stored 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from typing import Any, ClassVar, Literal
 
@@ -164,11 +163,11 @@ class TextToImage(Task):
     def generate(
         self, model: torch.nn.Module, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
     ) -> list[Prediction]:
-        """{"picture"}: a PNG in base64."""
+        """{"picture"}: a PNG's bytes."""
         from rayft.tasks.text_to_image.sampling import sampled
 
         pictures = sampled(model, batch, processor, self.sample_steps, self.guidance)
-        return [{"picture": base64.b64encode(picture).decode()} for picture in pictures]
+        return [{"picture": picture} for picture in pictures]
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """mse: the mean squared error of the denoiser's answer, at noise drawn once for each row."""
@@ -177,7 +176,7 @@ class TextToImage(Task):
     def pictures(self, predictions: list[Prediction], references: list[Any]) -> dict[str, bytes]:
         """Pictures that the model draws of some of the texts."""
         drawn = [
-            (text, base64.b64decode(prediction["picture"]))
+            (text, prediction["picture"])
             for prediction, text in zip(predictions, references, strict=True)
             if "picture" in prediction
         ]
