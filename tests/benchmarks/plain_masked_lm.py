@@ -58,7 +58,6 @@ def main(path: str, *overrides: str) -> None:
     options = dict(override.split("=") for override in overrides)
     task, train, seed = recipe["task"], recipe["train"], int(options.get("seed", 0))
     set_seed(seed)  # the head is drawn before the Trainer sets it
-    torch.set_num_threads(2)
     model_path = fetch_model(recipe["model"]["path"])
     tokenizer = AutoTokenizer.from_pretrained(model_path)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
@@ -42,7 +41,6 @@ def main(path: str, *overrides: str) -> None:
     options = dict(override.split("=") for override in overrides)
     task, train, seed = recipe["task"], recipe["train"], int(options.get("seed", 0))
     set_seed(seed)  # the head is drawn before the Trainer sets it
-    torch.set_num_threads(2)
     frames = {split: read(recipe["data"][split]) for split in ("train", "test")}
     names = sorted(frames["train"][task["label"]].astype(str).unique())
     model_path = fetch_model(options.get("model", recipe["model"]["path"]))

@@ -1,10 +1,12 @@
-"""Text to image by diffusers and torch alone: what a run of the same recipe is compared with.
+"""Text to image by diffusers, peft and torch alone: what a run of the same recipe is compared with.
 
-    python tests/benchmarks/plain_text_to_image.py jobs/text_to_image.yaml [epochs=N] [seed=S]
+    python tests/benchmarks/plain_text_to_image.py jobs/text_to_image.yaml|jobs/text_to_image_subject.yaml
+        [epochs=N] [seed=S] [model=FOLDER]
 
 One process, shuffled batches, AdamW and a linear schedule with the recipe's warm-up, noise and steps drawn anew for
 each batch, weights of steps by `compute_snr`, as the training script of diffusers has it. Prints one JSON line: the
-mean squared error on the test rows, each at noise drawn once, before and after training.
+mean squared error on the test rows before and after training. How pictures are cut, and which noise is laid over the
+test rows, is rayft's own.
 """
 
 from __future__ import annotations
@@ -20,43 +22,68 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
-from PIL import Image
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from rayft.data.source import fragments, read
+from rayft.models import without_weights
+from rayft.recipe import Recipe
+from rayft.tasks.task import Pretrained
 
 
-def rows_of(path: str, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, 3, 64, 64) pictures from -1 to 1, and (n, positions) token ids."""
-    rows = [json.loads(line) for line in Path(path, "metadata.jsonl").read_text().splitlines()]
-    pictures = [np.asarray(Image.open(Path(path) / row["file_name"]).convert("RGB")) for row in rows]
-    ids = tokenizer([row["text"] for row in rows], padding="max_length", truncation=True, return_tensors="pt")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1, ids["input_ids"]
+def rows_of(recipe: Recipe, split: str, processor: Any) -> dict[str, Any]:
+    """(n, 3, size, size) pictures from -1 to 1, (n, positions) token ids, and of each row the seed of its noise."""
+    task = recipe.task
+    made: dict[str, list[Any]] = {"pixels": [], "input_ids": [], "draw": []}
+    for source in getattr(recipe.data, split):
+        for piece in fragments([source], split):
+            for rows in read(piece, source, recipe.data.columns, task.columns()):
+                features = task.encode(rows.columns, processor, {}, evaluation=True).features
+                for name in made:
+                    made[name] += int(source.weight) * features[name]
+    channels = np.frombuffer(b"".join(made["pixels"]), np.uint8).reshape(-1, 3, processor.size, processor.size)
+    pictures = torch.from_numpy(channels.astype(np.float32) / 127.5 - 1)
+    return {"pictures": pictures, "ids": torch.tensor(made["input_ids"]), "draws": made["draw"]}
 
 
-def main() -> None:
-    plain = yaml.safe_load(Path(sys.argv[1]).read_text())
-    given = dict(argument.split("=") for argument in sys.argv[2:])
-    train, folder = plain["train"], plain["model"]["path"]
-    torch.manual_seed(int(given.get("seed", 0)))
-    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    wording = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")).eval()
-    autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae")).eval()
+def parts_of(folder: str) -> tuple[Any, Any, Any]:
+    """Text encoder, autoencoder and denoiser, drawn where the folder holds configs alone."""
+    if not without_weights(folder):
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        return text_encoder.eval(), vae.eval(), UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    return text_encoder.eval(), vae.eval(), unet
+
+
+def main(path: str, *overrides: str) -> None:
+    plain = yaml.safe_load(Path(path).read_text())
+    given = dict(argument.split("=") for argument in overrides)
+    train, folder = plain["train"], given.get("model", plain["model"]["path"])
+    recipe = Recipe.load(path)
+    processor = recipe.task.processor(Pretrained(folder))
+    torch.manual_seed(int(given.get("seed", 0)))
+    wording, autoencoder, unet = parts_of(folder)
+    if lora := plain["model"].get("lora"):
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=lora["targets"]))
     noising = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
 
     @torch.no_grad()
-    def encoded(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures, ids = rows_of(path, tokenizer)
-        latents = autoencoder.encode(pictures).latent_dist.mode() * autoencoder.config.scaling_factor
-        return latents, wording(ids)[0]
+    def encoded(split: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        rows = rows_of(recipe, split, processor)
+        latents = autoencoder.encode(rows["pictures"]).latent_dist.mode() * autoencoder.config.scaling_factor
+        return latents, wording(rows["ids"])[0], rows["draws"]
 
     def errors(latents: torch.Tensor, text: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         answer = unet(noising.add_noise(latents, noise, steps), steps, encoder_hidden_states=text).sample
         return (answer - noise).square().mean(dim=(1, 2, 3))
 
-    test = encoded(plain["data"]["test"])
-    drawn = torch.Generator().manual_seed(0)
-    noise = torch.randn(test[0].shape, generator=drawn)
-    steps = torch.randint(1000, (len(noise),), generator=drawn)
+    *test, draws = encoded("test")
+    drawn = [processor.drawn(draw) for draw in draws]
+    noise, steps = torch.from_numpy(np.stack([own for own, _ in drawn])), torch.tensor([step for _, step in drawn])
 
     @torch.no_grad()
     def score() -> float:
@@ -64,24 +91,25 @@ def main() -> None:
         return float(errors(*test, noise, steps).mean())
 
     before = score()
-    latents, text = encoded(plain["data"]["train"])
+    latents, text, _ = encoded("train")
     epochs, size = int(given.get("epochs", train["epochs"])), train["global_batch_size"]
     total = epochs * math.ceil(len(latents) / size)
-    warm = math.ceil(train["warmup"] * total)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=train["learning_rate"], weight_decay=0.01)
+    warm = math.ceil(train.get("warmup", 0.0) * total)
+    learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=train["learning_rate"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (step + 1) / warm if step < warm else (total - step) / max(1, total - warm)
     )
-    gamma = plain["task"]["snr_gamma"]
+    gamma = plain["task"].get("snr_gamma")
     for _ in range(epochs):
         unet.train()
         for chosen in torch.randperm(len(latents)).split(size):
             at = torch.randint(1000, (len(chosen),))
             ratio = compute_snr(noising, at)
-            weights = ratio.clamp(max=gamma) / ratio
+            weights = ratio.clamp(max=gamma) / ratio if gamma else torch.ones(len(chosen))
             loss = (errors(latents[chosen], text[chosen], torch.randn_like(latents[chosen]), at) * weights).mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -89,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
