@@ -159,6 +159,8 @@ class Data(Section):
     """Theirs -> ours."""
     shuffle: Flag = True
     """False: the source's order throughout, no sorting by length."""
+    group_by_length: Flag = True
+    """Rows of like length meet in a global batch, and little of it is padding. False where lengths tell the answers."""
     on_bad_row: Literal["error", "skip"] = "error"
     stream: Literal["auto", "on", "off"] = "auto"
     """Whether Ray Data reads prepared rows for the workers; else each reads its own. Auto: unless they are few."""

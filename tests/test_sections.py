@@ -52,6 +52,7 @@ from rayft.sections import (
                 "test": None,
                 "columns": {},
                 "shuffle": True,
+                "group_by_length": True,
                 "on_bad_row": "error",
                 "stream": "auto",
             },

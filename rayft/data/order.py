@@ -5,9 +5,10 @@
     a window's rows, shuffled, sorted by length, about, cut into global batches, and these shuffled again
     a global batch's rows, dealt to the ranks: rank r of n takes r, r+n, ...; where a task couples rows, groups of them
 
-Rows of like length meet in a batch, so that little is padding and no rank waits for a longer share. The number of ranks
-comes in only at the last line. Random numbers are raw 64-bit words of Philox, which neither numpy's version nor the
-platform changes, unlike the results of `Generator.permutation`.
+Rows of like length meet in a batch, so that little is padding and no rank waits for a longer share, unless the recipe
+has it otherwise (`data.group_by_length`). The number of ranks comes in only at the last line. Random numbers are raw
+64-bit words of Philox, which neither numpy's version nor the platform changes, unlike the results of
+`Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Order:
     A window has about `window_rows` rows, more where an epoch would have too many windows, fewer where rows are large:
     `bytes_per_row` caps it at 64 MiB. It holds at least one global batch. `chunks` are kept as an array of shape
     (chunks, 3), since a billion rows have two million: every worker holds them, and those of an epoch still to come.
-    `group` consecutive rows of a global batch go to one rank, in one micro-batch: see `Task.coupled`.
+    `group` consecutive rows of a global batch go to one rank, in one micro-batch: see `Task.coupled`. Without `alike`
+    the rows of a batch are of any lengths.
     """
 
     def __init__(
@@ -99,12 +101,13 @@ class Order:
         window_rows: int = WINDOW_ROWS,
         bytes_per_row: float = 0.0,
         group: int = 1,
+        alike: bool = True,
     ):
         given = np.asarray(chunks, np.int32).reshape(-1, 3)
         self.chunks = given[given[:, 2] > 0]
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self.shuffle = shuffle
+        self.shuffle, self.alike = shuffle, alike
         self.group = group
         self.rows = int(self.chunks[:, 2].sum(dtype=np.int64))
         if not self.rows:
@@ -160,20 +163,24 @@ class Order:
 
     def batches(self, window: Window, lengths: np.ndarray) -> list[np.ndarray]:
         """The rows of each of the window's global batches, in the order of its steps: see `batches`."""
-        return batches(window, lengths, self.global_batch_size, self.seed, self.shuffle)
+        return batches(window, lengths, self.global_batch_size, self.seed, self.shuffle, self.alike)
 
 
-def batches(window: Window, lengths: np.ndarray, size: int, seed: int, shuffle: bool) -> list[np.ndarray]:
+def batches(
+    window: Window, lengths: np.ndarray, size: int, seed: int, shuffle: bool, alike: bool = True
+) -> list[np.ndarray]:
     """The rows of each of a window's global batches of `size` rows, as indices into the window.
 
-    `lengths` holds each row's length in tokens (or frames, ...): integers of shape (rows of the window,).
+    `lengths` holds each row's length in tokens (or frames, ...): integers of shape (rows of the window,). With `alike`
+    those of a batch are nearly the same.
     """
     rows, key = len(lengths), (window.epoch, window.index)
     if not shuffle:
         return np.split(np.arange(rows), range(size, rows, size))
-    shuffled = _permutation(rows, seed, _ROWS, *key)
-    classes = _classes(lengths[shuffled], int(_philox(seed, _LENGTHS, *key).random_raw()))
-    ordered = shuffled[np.argsort(classes, kind="stable")]
+    ordered = _permutation(rows, seed, _ROWS, *key)
+    if alike:
+        classes = _classes(lengths[ordered], int(_philox(seed, _LENGTHS, *key).random_raw()))
+        ordered = ordered[np.argsort(classes, kind="stable")]
     # The epoch's incomplete batch lies anywhere among the lengths: at their end it would always get the longest.
     sizes = np.full(window.steps, size)
     sizes[_permutation(window.steps, seed, _INCOMPLETE, *key)[0]] -= window.steps * size - rows

@@ -42,14 +42,16 @@ class Share:
     spare: pa.Table
 
 
-def order_of(shards: Shards, global_batch_size: int, seed: int, shuffle: bool, group: int = 1) -> Order:
-    """The order of a prepared split, from its manifest's shards; rows are coupled in groups of `group`."""
+def order_of(
+    shards: Shards, global_batch_size: int, seed: int, shuffle: bool, group: int = 1, alike: bool = True
+) -> Order:
+    """The order of a prepared split, from its manifest's shards: see `Order`."""
     counts = [len(shard["row_groups"]) for shard in shards]
     rows = np.fromiter(itertools.chain.from_iterable(shard["row_groups"] for shard in shards), np.int32, sum(counts))
     groups = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     chunks = np.stack([np.repeat(np.arange(len(counts)), counts), groups, rows], axis=1)
     bytes_per_row = sum(shard["bytes"] for shard in shards) / max(1, int(rows.sum(dtype=np.int64)))
-    return Order(chunks, global_batch_size, seed, shuffle, bytes_per_row=bytes_per_row, group=group)
+    return Order(chunks, global_batch_size, seed, shuffle, bytes_per_row=bytes_per_row, group=group, alike=alike)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Reading:
     group: int
     seed: int
     shuffle: bool
+    alike: bool
     task: Task | None
 
     @property
@@ -101,7 +104,7 @@ def readings(
             own = {piece.shard: paths[piece.shard] for piece in pieces}
             begin = tuple(int(numbers[piece.shard][piece.group]) + piece.start for piece in pieces)
             size, group = order.global_batch_size, order.group
-            yield Reading(parts, own, begin, world, size, group, order.seed, order.shuffle, task)
+            yield Reading(parts, own, begin, world, size, group, order.seed, order.shuffle, order.alike, task)
 
 
 def read_windows(reading: Reading, rank: int | None = None) -> Iterator[pa.Table]:
@@ -140,7 +143,7 @@ def _batches(reading: Reading, lengths: np.ndarray) -> list[np.ndarray]:
     found, first = [], 0
     for part in reading.parts:
         own = lengths[first : first + part.window.rows]
-        all_of_it = batches(part.window, own, reading.size, reading.seed, reading.shuffle)
+        all_of_it = batches(part.window, own, reading.size, reading.seed, reading.shuffle, reading.alike)
         found += [first + batch for batch in all_of_it[part.start : part.stop]]
         first += len(own)
     return found

@@ -15,8 +15,9 @@ from rayft.recipe import Every, Recipe, Train
 
 def order(recipe: Recipe, prepared: Prepared) -> Order:
     """The order of the prepared training rows under this recipe."""
-    train, group = recipe.train, recipe.task.coupled()
-    return order_of(prepared.manifest.shards, train.global_batch_size, train.seed, recipe.data.shuffle, group)
+    train, data, group = recipe.train, recipe.data, recipe.task.coupled()
+    shards = prepared.manifest.shards
+    return order_of(shards, train.global_batch_size, train.seed, data.shuffle, group, data.group_by_length)
 
 
 def total_steps(train: Train, steps_per_epoch: int) -> int:

@@ -107,6 +107,15 @@ def test_rows_of_like_length_meet_and_no_length_comes_first() -> None:
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25
 
 
+def test_ungrouped_batches_hold_rows_of_all_lengths() -> None:
+    order = make(4096, 32)
+    order.alike = False
+    batches = epoch_batches(order, 0)
+    assert sorted(np.concatenate(batches)) == list(range(4096))
+    assert min(np.ptp(length_of(batch)) for batch in batches) > 48
+    assert np.std([length_of(batch).mean() for batch in batches]) < 1.3 * 28 / np.sqrt(32)  # as of rows drawn at random
+
+
 def test_rows_of_lengths_of_their_own_meet_others_in_each_epoch() -> None:
     order, pairs = make(1024, 16), []
     for epoch in range(4):
