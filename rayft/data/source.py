@@ -145,10 +145,11 @@ def read(
 
 
 def distinct(fragments: Sequence[Fragment], column: str) -> list[Any]:
-    """The values of a column, as they first come; of more than PART_BYTES, those of each file's first rows."""
+    """The texts in a column, as they first come; of more than PART_BYTES, those of each file's first rows."""
     few = sum(piece.size for piece in fragments) > PART_BYTES
     rows = (row for piece in fragments for row in islice(table_of(piece, {column}, 1024).rows, 100 if few else None))
-    return list(dict.fromkeys(row.values.get(column) for row in rows if not row.fault))
+    values = (row.values.get(column) for row in rows if not row.fault)
+    return list(dict.fromkeys(value for value in values if isinstance(value, str)))
 
 
 def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list[Any]]]:
