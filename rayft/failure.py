@@ -105,7 +105,7 @@ def advice(recipe: Recipe) -> str:
     train, model = recipe.train, recipe.model
     stage, half = recipe.deepspeed.zero_stage, train.micro_batch_size // 2
     means = [
-        (half >= recipe.task.coupled(), f"train.micro_batch_size={half} (same model)"),
+        (half >= recipe.coupled, f"train.micro_batch_size={half} (same model)"),
         (not model.gradient_checkpointing, "model.gradient_checkpointing=true (same model, about a third slower)"),
         (stage != 3, f"deepspeed.zero_stage={3 if stage in ('auto', 2) else 2} (same model)"),
         (recipe.deepspeed.offload == "none", "deepspeed.offload=optimizer (same model)"),

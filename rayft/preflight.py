@@ -23,6 +23,10 @@ Report = dict[str, Any]
 
 STAGES = (0, 1, 2, 3)
 SPLITS = ("train", "validation", "test")
+UNSEEN = (
+    "model.batch_norm_rows: null keeps the statistics of the model's {} BatchNorms, which have seen no data; 16 lets "
+    "them learn"
+)
 
 
 def check(recipe: Recipe, *, show: Show) -> Report:
@@ -241,7 +245,7 @@ class _Check:
 
         train, workers = self.recipe.train, self.recipe.cluster.max_workers
         per_epoch = order(self.recipe, self.prepared["train"]).steps_per_epoch
-        group = self.recipe.task.coupled()
+        group = self.recipe.coupled
         report["steps"] = {
             "total": total_steps(train, per_epoch),
             "per_epoch": per_epoch,
@@ -293,6 +297,8 @@ class _Check:
                 "frozen": counted.frozen,
                 "trainable_at_end": counted.most,
             }
+            if counted.norms and recipe.model.batch_norm_rows is None and without_weights(base.path):
+                self.report["warnings"].append(UNSEEN.format(counted.norms))
             self.report["memory"] = {"worker": memory, "zero": needed, "zero_stage": stage}
             if memory is not None and needed[str(stage)] > memory:
                 self.report["warnings"].append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -145,6 +146,11 @@ class Recipe(Section):
     def folder(self) -> str:
         """The run's folder."""
         return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def coupled(self) -> int:
+        """How many consecutive rows of a global batch stay together: for the task's loss, and for BatchNorm."""
+        return math.lcm(self.task.coupled(), self.model.batch_norm_rows or 1)
 
     def resolved(self) -> Recipe:
         """The same with local relative paths made absolute; URLs, `pkg:` and Hub ids stay."""

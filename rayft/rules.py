@@ -6,6 +6,7 @@ that one mistake gives one fault. None stands for a field whose section is null.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -55,12 +56,13 @@ def batch_holds_workers(workers: int | Workers, batch: int) -> Faults:
         yield Fault(where, "too many workers", show(most), fits)
 
 
-def batches_hold_groups(task: Any, micro: int, batch: int, workers: int | Workers) -> Faults:
-    """Rows that a task couples stay together, on one worker and in one forward pass."""
-    group, most = task.coupled(), Cluster(workers=workers).max_workers
+def batches_hold_groups(task: Any, norm: int | None, micro: int, batch: int, workers: int | Workers) -> Faults:
+    """Rows that a task couples, or BatchNorm, stay together, on one worker and in one forward pass."""
+    group, most = math.lcm(task.coupled(), norm or 1), Cluster(workers=workers).max_workers
     if group == 1:
         return
-    groups = f"whole groups of {group} rows, which the task couples"
+    couples = " and ".join(["the task"] * (task.coupled() > 1) + ["model.batch_norm_rows"] * (norm is not None))
+    groups = f"whole groups of {group} rows, which {couples} couple{'' if ' and ' in couples else 's'}"
     if batch % group:
         yield Fault("train.global_batch_size", f"not {groups}", show(batch), f"a multiple of {group} fits")
     elif batch // group < most <= batch:
@@ -250,7 +252,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("train.epochs", "train.max_steps"), some_end),
     (("train.micro_batch_size", "train.global_batch_size"), batch_holds_micro_batch),
     (("cluster.workers", "train.global_batch_size"), batch_holds_workers),
-    (("task", "train.micro_batch_size", "train.global_batch_size", "cluster.workers"), batches_hold_groups),
+    (
+        ("task", "model.batch_norm_rows", "train.micro_batch_size", "train.global_batch_size", "cluster.workers"),
+        batches_hold_groups,
+    ),
     (("cluster.workers",), workers_in_order),
     (("model.lora", "model.freeze", "model.unfreeze_every"), adapters_freeze_the_rest),
     (

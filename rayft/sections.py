@@ -119,6 +119,8 @@ class Model(Section):
     """Overrides every dropout probability of the model's config."""
     attention: Text | None = None
     """eager, sdpa, flash_attention_2, …; null: what transformers takes."""
+    batch_norm_rows: Annotated[int, Field(strict=True, ge=2)] | None = None
+    """Rows of which BatchNorm takes its statistics, as a model from nothing needs. Null: it keeps those that it has."""
     gradient_checkpointing: Flag = False
     compile: Flag = False
     trust_remote_code: Flag = False

@@ -78,6 +78,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.pictures",
         "training.schedule",
         "training.freeze",
+        "training.batch_norm",
         "training.laps",
         "training.shared",
         "training.dropout",

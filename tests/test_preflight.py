@@ -10,7 +10,7 @@ import pytest
 
 import small
 from rayft import placement, preflight, storage
-from rayft.errors import ClusterError, RunRefused, StorageError
+from rayft.errors import ClusterError, ModelError, RunRefused, StorageError
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained
 from rayft.training import export, freeze, plan
@@ -258,3 +258,26 @@ def test_a_head_for_other_labels_learns_whole_beside_adapters(tmp_path: Path, be
     recipe, base = Recipe.parse(plain), Pretrained(folder)
     same = plan.parameters(recipe, base, {"labels": ["good", "bad"]}, recipe.task.processor(base), 1).trainable
     assert other - same == head
+
+
+# --- BatchNorm
+
+
+def test_a_model_without_batch_norm_has_none_to_learn(tmp_path: Path, bert: str) -> None:
+    with pytest.raises(ModelError, match=r"model.batch_norm_rows: 4, and no BatchNorm learns in this model; null fits"):
+        parameters(small.recipe(tmp_path, bert, model__batch_norm_rows=4, train__micro_batch_size=4))
+
+
+@pytest.mark.parametrize("rows", [None, 16])
+def test_batch_norm_that_has_seen_no_data_is_told_unless_it_learns(
+    rows: int | None, tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small.ROOT)
+    plain = Recipe.load("jobs/image_classification.yaml", [f"storage={tmp_path}"]).dump()
+    plain["model"]["batch_norm_rows"] = rows
+    for split in ("train", "validation", "test"):
+        plain["data"][split] = "jobs/data/blood_cells/test"
+    report = check(plain)
+    assert report["faults"] == []
+    told = [text for text in report["warnings"] if text.startswith("model.batch_norm_rows: null keeps the statistics")]
+    assert len(told) == (rows is None)

@@ -40,6 +40,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task": COUPLED, "train.global_batch_size": 8}, "train.global_batch_size"),
     ({"task": COUPLED, "train.micro_batch_size": 15}, "train.micro_batch_size"),
     ({"task": COUPLED, "cluster.workers": 3}, "cluster.workers"),
+    ({"model.batch_norm_rows": 12}, "train.global_batch_size"),
+    ({"model.batch_norm_rows": 32, "cluster.workers": 1}, "train.micro_batch_size"),
+    ({"model.batch_norm_rows": 16, "cluster.workers": 3}, "cluster.workers"),
+    ({"task": {**COUPLED, "group_size": 4}, "model.batch_norm_rows": 6}, "train.global_batch_size"),
     ({"task": COUPLED, "cluster.workers": {"min": 1, "max": 3}}, "cluster.workers.max"),
     ({"model.lora": {}, "model.freeze": ["a.*"]}, "model.freeze.patterns"),
     ({"model.lora": {}, "model.unfreeze_every": 1}, "model.unfreeze_every"),
@@ -93,6 +97,8 @@ PASSED: list[dict[str, Any]] = [
     {"cluster.workers": 32},
     {"task": COUPLED, "cluster.workers": 2},
     {"task": COUPLED, "train.micro_batch_size": 20},
+    {"model.batch_norm_rows": 16, "cluster.workers": 2},
+    {"task": {**COUPLED, "group_size": 4}, "model.batch_norm_rows": 8},
     {"task": {**COUPLED, "group_size": 2}, "train.global_batch_size": 4, "cluster.workers": 2},
     {"cluster.workers": {"min": 2, "max": 2}},
     {"model.lora": {"r": 4}, "model.freeze": 0},
@@ -161,6 +167,9 @@ def test_a_fault_of_groups_names_both_numbers() -> None:
     assert str(fault) == (
         "train.micro_batch_size: too small for whole groups of 16 rows, which the task couples, got 8; 16 or more fits"
     )
+    task = {**COUPLED, "group_size": 4}
+    (fault,) = rules.broken(unchecked({"task": task, "model.batch_norm_rows": 6}), ())
+    assert "whole groups of 12 rows, which the task and model.batch_norm_rows couple, got 32" in str(fault)
 
 
 def test_each_rule_refuses_something() -> None:

@@ -39,6 +39,7 @@ from rayft.sections import (
                 "quantize": None,
                 "dropout": None,
                 "attention": None,
+                "batch_norm_rows": None,
                 "gradient_checkpointing": False,
                 "compile": False,
                 "trust_remote_code": False,

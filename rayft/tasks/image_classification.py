@@ -4,7 +4,7 @@ One row of pictures of blood cells, which lie in a folder per class (or beside a
 
     {"file_name": "train/WBC/BloodImage_00001_1.jpg", "label": "WBC"}
 
-A cell may also hold the picture's bytes, or what a data set of the Hub holds. BatchNorm keeps its running statistics.
+A cell may also hold the picture's bytes, or what a data set of the Hub holds.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from rayft.models import fetch_model
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
 from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
+from rayft.training.batch_norm import BatchNorms
 from rayft.training.evaluate import Network, evaluate
 from rayft.training.first_token import read_first
 from rayft.training.loop import Emit, Job, Progress, leading_metric, save_checkpoint, train
@@ -223,6 +224,8 @@ class Run:
         saved = checkpoint.Checkpoint(self.start) if self.start else None
         if saved:
             saved.load_weights(network)
+        freeze.train_mode(network, self.blocks, batch_norm=True)
+        self.norms = BatchNorms(network, recipe.model.batch_norm_rows)
         groups = freeze.parameter_groups(
             network, learning, len(self.blocks.blocks), recipe.train, self.progress.cohorts
         )
@@ -296,6 +299,7 @@ class Run:
             watch=self.watch,
             blocks=self.blocks,
             prefix=self.prefix,
+            norms=self.norms,
             laps=self.timing.laps,
         )
 
@@ -308,8 +312,7 @@ class Run:
             return dict(best["scores"])
         path = storage.join(self.recipe.folder, "checkpoints", best["checkpoint"])
         if best["step"] != self.progress.step:
-            with checkpoint.Checkpoint(path) as saved:
-                saved.load_weights(self.engine.module)
+            self._go_back_to(path)
         scores: dict[str, float] = dict(best["scores"])
         if "test" in self.prepared:
             self.emit({"event": "stage", "name": "testing"})
@@ -328,6 +331,16 @@ class Run:
             export.export(self.recipe, self.base, self.facts, path, scores, data, target)
         dist.barrier()
         return scores
+
+    def _go_back_to(self, path: str) -> None:
+        """The model as it was at an earlier checkpoint; anew where parameters have learned since that did not then."""
+        with checkpoint.Checkpoint(path) as saved:
+            if saved.names >= set(checkpoint.shapes(self.engine, self.norms.statistics())):
+                saved.load_weights(self.engine.module)
+                return
+        self.close()
+        self.start = path
+        self._build()
 
     @property
     def _network(self) -> Network:

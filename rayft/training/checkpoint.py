@@ -115,12 +115,15 @@ def sweep(folder: str, attempt: int) -> None:
             storage.delete(path)
 
 
-def snapshot(engine: Any, rank: int, world: int, buffers: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+def snapshot(
+    engine: Any, statistics: dict[str, torch.Tensor], rank: int, world: int, buffers: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
     """Copies what this rank writes into host memory; the index of it. Talks to no other rank.
 
+    `statistics` are buffers of the model that training changes, the same on every rank: rank 0 writes them.
     `buffers` is filled with flat float32 tensors named "<piece>.<kind>"; those of an earlier call are used again.
     """
-    index = []
+    index: list[dict[str, Any]] = []
     inner = inner_optimizer(engine)
     for number, piece in enumerate(pieces(engine)):
         begin, end = _owned(engine, piece, rank, world)
@@ -136,12 +139,16 @@ def snapshot(engine: Any, rank: int, world: int, buffers: dict[str, torch.Tensor
         index.append(
             {"key": number, "name": piece.name, "start": piece.start + begin, "length": end - begin, "step": int(step)}
         )
+    for name, value in statistics.items() if rank == 0 else ():
+        buffers[f"{name}.{KINDS[0]}"] = value.detach().view(-1).to("cpu", torch.float32, copy=True)
+        index.append({"key": name, "name": name, "start": 0, "length": value.numel(), "step": 0})
     return index
 
 
-def shapes(engine: Any) -> dict[str, Any]:
-    """The whole shape of every parameter that a checkpoint holds."""
-    return {n: shape_of(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+def shapes(engine: Any, statistics: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The whole shape of every parameter and statistic that a checkpoint holds."""
+    learns = {n: shape_of(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+    return learns | {name: tuple(value.shape) for name, value in statistics.items()}
 
 
 def write(path: str, rank: int, index: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
@@ -313,12 +320,13 @@ class Checkpoint:
 
     def load_weights(self, network: torch.nn.Module) -> None:
         """Copies the stored weights into `network`, before an engine is built around it. Collective at ZeRO-3."""
-        unknown = self.names - {name for name, _ in network.named_parameters()}
+        places = dict([*network.named_parameters(), *network.named_buffers()])
+        unknown = self.names - set(places)
         if unknown:
             raise CheckpointError(
                 f"{self.path}: it holds {min(unknown)} and {len(unknown) - 1} more that the model lacks"
             )
-        for name, parameter in network.named_parameters():
+        for name, parameter in places.items():
             if name not in self._pieces:
                 continue
             shape = shape_of(parameter)

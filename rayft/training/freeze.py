@@ -102,12 +102,12 @@ def _matching(network: torch.nn.Module, patterns: Iterable[str]) -> set[str]:
     return matched
 
 
-def train_mode(network: torch.nn.Module, blocks: Blocks) -> None:
+def train_mode(network: torch.nn.Module, blocks: Blocks, batch_norm: bool = False) -> None:
     """Training mode for what learns, evaluation mode for modules that hold nothing but frozen parameters.
 
     So are modules without parameters (a dropout) that lie between frozen embeddings and the blocks, whose input is then
     fixed too. Where the first block is frozen as well, nothing below it is random: see `_holders`. A block that holds
-    an adapter trains as a whole. BatchNorm keeps its running statistics.
+    an adapter trains as a whole. BatchNorm keeps its running statistics, unless `batch_norm` lets it learn too.
     """
     network.train()
     adapted = [network.get_submodule(block) for block in blocks.blocks]
@@ -127,7 +127,7 @@ def train_mode(network: torch.nn.Module, blocks: Blocks) -> None:
         for module in _holders(network, blocks):
             module.training = False  # its own, not that of what it holds
     for module in network.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if not batch_norm and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 

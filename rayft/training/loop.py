@@ -18,6 +18,7 @@ from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
+from rayft.training.batch_norm import BatchNorms
 from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
@@ -69,12 +70,17 @@ class Job:
     watch: Watch
     blocks: Blocks
     prefix: Prefix | None  # what stands in for the frozen blocks
+    norms: BatchNorms
     laps: Laps
 
     def serve(self, split: str, rows: list[int]) -> None:
         """The next forward pass is over these rows of `split`, by their numbers in it."""
         if self.prefix is not None:
             self.prefix.serve(split, rows, self.device)
+
+    def learn(self) -> None:
+        """Training mode for what learns."""
+        train_mode(self.engine.module, self.blocks, self.recipe.model.batch_norm_rows is not None)
 
     @property
     def rank(self) -> int:
@@ -136,6 +142,7 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         _finite_gradient(job.engine, norm, number)
         job.watch.at("updating the weights")
         job.engine.step()
+        job.norms.follow()
         _finite_gradient(job.engine, float(job.engine.get_global_grad_norm() or 0.0), number)
         job.saver.check()
         if save:
@@ -197,6 +204,7 @@ def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
         job.watch.at("in the forward and backward pass")
         job.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
         job.serve("train", micro.rows)
+        job.norms.at(len(micro.rows))
         job.laps.to("forward")
         outputs = job.task.forward(job.engine, micro.batch)
         loss = job.task.loss(outputs, micro.batch, job.recipe.train.label_smoothing)
@@ -234,7 +242,7 @@ def train(
         yield
     if progress.finished:
         return True
-    train_mode(job.engine.module, job.blocks)
+    job.learn()
     try:
         for step in steps(job, shares, every.count * 60 if every.unit == "minutes" else None):
             progress.step = step.number
@@ -250,7 +258,7 @@ def train(
             if progress.finished or step.number == until:
                 return True
             if evaluates:
-                train_mode(job.engine.module, job.blocks)
+                job.learn()
     except NotFinite:  # on every rank alike
         job.saver.finish()  # the last good checkpoint may still be on its way
         dist.barrier()  # until rank 0 has committed it: the group ends with the first that raises
@@ -355,5 +363,5 @@ def save_checkpoint(job: Job, progress: Progress, timing: Timing) -> None:
         "recipe": job.recipe.dump(),
         "torch": str(torch.__version__),
     }
-    job.saver.save(job.engine, state)
+    job.saver.save(job.engine, state, job.norms.statistics())
     timing.saving += time.monotonic() - begun

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from rayft.errors import ModelError
 from rayft.recipe import Recipe
 from rayft.tasks.loading import require_bitsandbytes
 from rayft.tasks.task import Pretrained
-from rayft.training import engine, export, freeze
+from rayft.training import batch_norm, engine, export, freeze
 
 FOUR_BITS = 4.127 / 8  # bytes of a weight in 4 bits and its share of the quantized constants (Dettmers et al. 2023)
 
@@ -21,12 +22,13 @@ FOUR_BITS = 4.127 / 8  # bytes of a weight in 4 bits and its share of the quanti
 @dataclass(frozen=True)
 class Parameters:
     """`trainable` learn in the first epoch, `most` in the last (gradual unfreezing); `total` are all, adapters too, and
-    `narrow` of them are kept in 4 bits."""
+    `narrow` of them are kept in 4 bits. `norms` BatchNorms learn, or would where the recipe asked for it."""
 
     trainable: int
     most: int
     total: int
     narrow: int = 0
+    norms: int = 0
 
     @property
     def frozen(self) -> int:
@@ -48,8 +50,8 @@ class Parameters:
 def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: Any, epochs: int) -> Parameters:
     """What learns and what stays in a run of `epochs` epochs; `given` is the processor.
 
-    Raises ModelError where the model can't be built as the recipe asks, or a freezing depth or pattern does not fit it.
-    Of a Hub id whose adapters are trained, a new head is not counted among what learns.
+    Raises ModelError where the model can't be built as the recipe asks, a freezing depth or pattern does not fit it, or
+    it has no BatchNorm to learn. Of a Hub id whose adapters are trained, a new head is not counted among what learns.
     """
     if base.quantize:
         require_bitsandbytes()
@@ -65,7 +67,11 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
             sum(sizes[name] for name in freeze.freeze(network, recipe.model, blocks, epoch).trainable)
             for epoch in (0, max(0, epochs - 1))
         )
-    return Parameters(first, last, sum(sizes.values()), narrow)
+        freeze.train_mode(network, blocks, batch_norm=True)
+        norms, rows = sum(1 for _ in batch_norm.learning(network)), recipe.model.batch_norm_rows
+        if rows is not None and norms == 0:
+            raise ModelError(f"model.batch_norm_rows: {rows}, and no BatchNorm learns in this model; null fits")
+    return Parameters(first, last, sum(sizes.values()), narrow, norms)
 
 
 def _linear(network: Any) -> int:

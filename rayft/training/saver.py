@@ -49,16 +49,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, engine: Any, state: dict[str, Any]) -> None:
+    def save(self, engine: Any, state: dict[str, Any], statistics: dict[str, torch.Tensor]) -> None:
         """Copies what this rank holds and begins to write it; waits first for the checkpoint before this one.
 
-        `state` is plain data with `step` and `best`; every rank gives it, rank 0 writes it.
+        `state` is plain data with `step` and `best`, `statistics` are buffers that training changes; every rank gives
+        them, rank 0 writes them.
         """
         self.finish()
         self.begun = time.monotonic()
         path = storage.join(self.folder, checkpoint.folder_name(state["step"], self.attempt))
-        index = checkpoint.snapshot(engine, self.rank, self.world, self._buffers)
-        written = json.dumps({**state, "world": self.world, "shapes": checkpoint.shapes(engine)})
+        index = checkpoint.snapshot(engine, statistics, self.rank, self.world, self._buffers)
+        written = json.dumps({**state, "world": self.world, "shapes": checkpoint.shapes(engine, statistics)})
         best = state["best"]["checkpoint"] if state["best"] else None
         marker = {"step": state["step"], "world": self.world, "best": best}
         self._thread = threading.Thread(target=self._write, args=(path, index, written, marker), daemon=True)

@@ -15,7 +15,7 @@ from rayft.recipe import Every, Recipe, Train
 
 def order(recipe: Recipe, prepared: Prepared) -> Order:
     """The order of the prepared training rows under this recipe."""
-    train, data, group = recipe.train, recipe.data, recipe.task.coupled()
+    train, data, group = recipe.train, recipe.data, recipe.coupled
     shards = prepared.manifest.shards
     return order_of(shards, train.global_batch_size, train.seed, data.shuffle, group, data.group_by_length)
 

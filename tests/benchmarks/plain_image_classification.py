@@ -4,7 +4,7 @@
         [epochs=N] [seed=S] [norm=batch]
 
 One process, shuffled batches, AdamW and a linear schedule with the recipe's warm-up; BatchNorm takes its statistics
-from each batch, as the usual script has it, with norm=running those that it has kept, as rayft does. Prints one JSON
+from each batch, as the usual script has it; with norm=running it keeps those that it has. Prints one JSON
 line: accuracy on the test rows after the last epoch. How pictures vary is rayft's own.
 """
 

@@ -72,7 +72,7 @@ def measure(run: str, rounds: int) -> list[dict[str, float]]:
     def save(number: int) -> float:
         dist.barrier()
         begun = time.perf_counter()
-        saver.save(built, {"step": number, "best": None})
+        saver.save(built, {"step": number, "best": None}, {})
         return time.perf_counter() - begun
 
     steps()

@@ -45,6 +45,7 @@ SMALL = {  # what makes a job small, beside what all have
     "masked_lm": {"task.max_length": 48},
     "question_answering": {"task.max_length": 96, "task.stride": 32},
     "sentence_embedding": {"task.group_size": 4},
+    **dict.fromkeys(("image_classification", "face_recognition"), {"model.batch_norm_rows": 4}),
     "text_to_image": {"task.sample_share": 0.1, "task.sample_steps": 2},
     "text_to_image_subject": {"task.sample_steps": 2},
 }

@@ -55,7 +55,7 @@ def job_of(run: Run, folder: str) -> Job:
         steps_per_epoch=run.order.steps_per_epoch, total_steps=run.total, device=torch.device("cpu"), run=folder,
         attempt=run.attempt, emit=lambda event: None, metrics=None,
         saver=Saver(folder, run.attempt, 99, 60, None, lambda step: None), watch=Watch(None, dist.get_rank()),
-        blocks=run.blocks, prefix=None, laps=Laps(),
+        blocks=run.blocks, prefix=None, norms=run.norms, laps=Laps(),
     )  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def write(
     engine = stepped(network)
     for rank in range(ranks):
         tensors: dict[str, torch.Tensor] = {}
-        index = checkpoint.snapshot(engine, rank, ranks, tensors)
+        index = checkpoint.snapshot(engine, {}, rank, ranks, tensors)
         checkpoint.write(str(path), rank, index, tensors)
     shapes = {name: list(p.shape) for name, p in network.named_parameters() if p.requires_grad}
     storage.write_json(str(path / "state.json"), {"step": step, "world": ranks, "shapes": shapes})

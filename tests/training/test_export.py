@@ -68,7 +68,7 @@ def saved(network: torch.nn.Module, folder: Path) -> str:
     path.mkdir()
     for rank in range(2):
         tensors: dict[str, torch.Tensor] = {}
-        checkpoint.write(str(path), rank, checkpoint.snapshot(engine, rank, 2, tensors), tensors)
+        checkpoint.write(str(path), rank, checkpoint.snapshot(engine, {}, rank, 2, tensors), tensors)
     shapes = {name: list(p.shape) for name, p in learning.items()}
     storage.write_json(str(path / "state.json"), {"step": 3, "world": 2, "shapes": shapes})
     storage.commit(str(path), {"step": 3, "world": 2})

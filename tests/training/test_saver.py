@@ -37,13 +37,13 @@ def alone(folder: str) -> dict[str, Any]:
     attempts.claim(folder, [], 0)
     saver = Saver(folder, 1, 1, 60, None, committed.append)
     for step in (1, 2, 3):
-        saver.save(built, {"step": step, "best": None})
+        saver.save(built, {"step": step, "best": None}, {})
     saver.wait()
     found: dict[str, Any] = {"committed": list(committed), "newest": newest_step(folder)}
     found["there"] = sorted(os.listdir(storage.join(folder, "checkpoints")))
     found["files"] = sorted(os.listdir(storage.join(folder, "checkpoints", found["there"][-1])))
     attempts.claim(folder, ["step-000003-a1"], 1)
-    saver.save(built, {"step": 4, "best": None})
+    saver.save(built, {"step": 4, "best": None}, {})
     saver.wait()  # keeps what it has met
     try:
         saver.check()
@@ -84,7 +84,7 @@ def apart(folder: str) -> str:
     saver = Saver(folder, 1, 1, 0.5, None, lambda step: None)
     told = ""
     if dist.get_rank() == 0:
-        saver.save(built, {"step": 1, "best": None})
+        saver.save(built, {"step": 1, "best": None}, {})
         try:
             saver.finish()
         except TrainingError as error:

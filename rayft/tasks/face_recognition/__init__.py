@@ -6,7 +6,7 @@ One row of pictures of faces, which lie beside a metadata.csv with these columns
 
 The embedding is the backbone's pooled output at length 1, trained by ArcFace on the identities of the training rows.
 Validation and test rows are of other people, so that the scores are those of verification: of all pairs of pictures,
-which are of one person. BatchNorm keeps its running statistics.
+which are of one person.
 """
 
 from __future__ import annotations
