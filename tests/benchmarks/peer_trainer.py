@@ -4,10 +4,11 @@
 
 CONFIG holds `task` (text-classification or causal-lm), `model` (a folder), `train` and `validation` (files), `length`
 (tokens), `batch` (rows of one process), `epochs` or `steps`, `rate`, `zero` (0: plain data parallel), `freeze` (blocks,
-with the embeddings below them); on a GPU also `bf16`, and `lora` (the rank of adapters). Rows are text and label (CSV),
-or question and answer (Parquet), whose loss is taken over the answer. Each process takes one thread. Rank 0 prints one
-JSON line: `first_step_at` (seconds since 1970), `train_s` (from the first step's end to the last's), `rows_per_s` and
-`tokens_per_s` of the steps after the fifth, and the score on the validation rows: accuracy, or a token's mean loss.
+with the embeddings below them) and `seed`; on a GPU also `bf16`, and `lora` (the rank of adapters). Rows are text and
+label (CSV), or question and answer (Parquet), whose loss is taken over the answer. Each process takes one thread. Rank
+0 prints one JSON line: `first_step_at` (seconds since 1970), `train_s` (from the first step's end to the last's),
+`rows_per_s` and `tokens_per_s` of the steps after the fifth, and the score on the validation rows: accuracy, or a
+token's mean loss.
 """
 
 from __future__ import annotations
@@ -83,7 +84,6 @@ def language(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], Any]:
     if any(Path(config["model"]).glob("*.safetensors")):
         model: Any = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
     else:
-        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config["model"]), dtype=torch.float32)
     if config.get("lora"):
         from peft import LoraConfig, get_peft_model
@@ -116,6 +116,7 @@ def deepspeed(stage: int) -> dict[str, Any]:
 def main(path: str) -> None:
     config = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
+    torch.manual_seed(config.get("seed", 0))  # what is drawn anew: a head, or all of a model without weights
     text = config["task"] == "text-classification"
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_DATASETS_CACHE"] = scratch
@@ -135,7 +136,7 @@ def main(path: str) -> None:
             bf16=bool(config.get("bf16")),
             disable_tqdm=True,
             deepspeed=deepspeed(config["zero"]) if config["zero"] else None,
-            seed=0,
+            seed=config.get("seed", 0),
         )
         trainer = Trainer(
             model,

@@ -3,8 +3,9 @@
     python tests/benchmarks/speed.py [rounds=3] ['only=NAME|NAME']
 
 MiniLM on 1,500 rows of banking77 (500 to score on), two processes of one thread, 16 rows each, float32, rate 5e-4; a
-language model of 1 M on 1,200 rows of gsm8k. Every round runs each of RUNS once, in turn, each as a command of its own:
-rates are of steps after the fifth. Prints Markdown lines of medians over rounds, and one JSON line.
+language model of 1 M on 1,200 rows of gsm8k. Every round runs each of RUNS once, in turn, each as a command of its own,
+with the round's own seed. Rates are of steps after the fifth. Prints Markdown lines of medians over rounds, and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -133,10 +134,10 @@ def ours(folder: Path, storage: Path | None = None, environment: dict[str, str] 
     }
 
 
-def our_language(folder: Path) -> Figures:
+def our_language(folder: Path, seed: int) -> Figures:
     task = {"type": "causal-lm", "prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
     files = {split: str(folder / f"{split}.parquet") for split in ("train", "validation")}
-    train = {"epochs": 1, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 2e-3}
+    train = {"epochs": 1, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 2e-3, "seed": seed}
     return ours(folder, task={**task, "max_length": PACKED}, model={"path": LANGUAGE}, data=files, train=train)
 
 
@@ -150,25 +151,35 @@ class Warm:
         self.cluster = small.Cluster(folder, cpus=6)
         self.storage = Path(tempfile.mkdtemp(dir=folder))
 
-    def __call__(self, folder: Path) -> Figures:
-        return ours(folder, self.storage, self.cluster.leads, train__max_steps=2, deepspeed__zero_stage=2)
+    def __call__(self, folder: Path, seed: int) -> Figures:
+        own = {"train__max_steps": 2, "train__seed": seed, "deepspeed__zero_stage": 2}
+        return ours(folder, self.storage, self.cluster.leads, **own)
 
 
 FROZEN = {"model": {"path": MODEL, "freeze": {"layers": 4}}, "train__epochs": 3}
 
-RUNS: dict[str, Callable[[Path], Figures]] = {
-    "trainer": peer,
-    "rayft": ours,
-    "limit": lambda folder: peer(folder, "limit_loop.py"),
-    "trainer, ZeRO 2": lambda folder: peer(folder, zero=2),
-    "rayft, ZeRO 2": lambda folder: ours(folder, deepspeed__zero_stage=2),
-    "trainer, 4 of 6 frozen": lambda folder: peer(folder, freeze=4, epochs=3),
-    "rayft, 4 of 6 frozen": lambda folder: ours(folder, **FROZEN, model__cache_frozen="off"),
-    "limit, 4 of 6 frozen": lambda folder: peer(folder, "limit_loop.py", freeze=4),
-    "rayft, 4 of 6 frozen, stored": lambda folder: ours(folder, **FROZEN),
-    "trainer, all frozen": lambda folder: peer(folder, freeze=6, epochs=3),
-    "rayft, all frozen": lambda folder: ours(folder, model__freeze={"layers": 6}, train__epochs=3),
-    "trainer, gsm8k": lambda folder: peer(folder, **language(folder)),
+
+def trainer(script: str = "peer_trainer.py", **own: Any) -> Callable[[Path, int], Figures]:
+    return lambda folder, seed: peer(folder, script, seed=seed, **own)
+
+
+def rayft(**own: Any) -> Callable[[Path, int], Figures]:
+    return lambda folder, seed: ours(folder, train__seed=seed, **own)
+
+
+RUNS: dict[str, Callable[[Path, int], Figures]] = {
+    "trainer": trainer(),
+    "rayft": rayft(),
+    "limit": trainer("limit_loop.py"),
+    "trainer, ZeRO 2": trainer(zero=2),
+    "rayft, ZeRO 2": rayft(deepspeed__zero_stage=2),
+    "trainer, 4 of 6 frozen": trainer(freeze=4, epochs=3),
+    "rayft, 4 of 6 frozen": rayft(**FROZEN, model__cache_frozen="off"),
+    "limit, 4 of 6 frozen": trainer("limit_loop.py", freeze=4),
+    "rayft, 4 of 6 frozen, stored": rayft(**FROZEN),
+    "trainer, all frozen": trainer(freeze=6, epochs=3),
+    "rayft, all frozen": rayft(model__freeze={"layers": 6}, train__epochs=3),
+    "trainer, gsm8k": lambda folder, seed: peer(folder, seed=seed, **language(folder)),
     "rayft, gsm8k": our_language,
 }
 
@@ -252,13 +263,13 @@ def measure(rounds: int, only: list[str] | None = None) -> dict[str, list[Figure
         chosen = [name for name in runs if only is None or name in only]
         if "rayft, warm" in chosen:
             with warm.cluster:
-                warm(folder)  # prepares
-                for _ in range(rounds):
-                    _run(found, "rayft, warm", warm, folder)
-        for _ in range(rounds):
+                warm(folder, 0)  # prepares
+                for number in range(rounds):
+                    _run(found, "rayft, warm", warm, folder, number)
+        for number in range(rounds):
             for name in chosen:
                 if name != "rayft, warm":
-                    _run(found, name, runs[name], folder)
+                    _run(found, name, runs[name], folder, number)
     return found
 
 
@@ -266,8 +277,10 @@ def _path() -> str:
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
-def _run(found: dict[str, list[Figures]], name: str, function: Callable[[Path], Figures], folder: Path) -> None:
-    found.setdefault(name, []).append(function(folder))
+def _run(
+    found: dict[str, list[Figures]], name: str, function: Callable[[Path, int], Figures], folder: Path, seed: int
+) -> None:
+    found.setdefault(name, []).append(function(folder, seed))
     print(name, json.dumps(found[name][-1]), file=sys.stderr, flush=True)
 
 
