@@ -162,8 +162,9 @@ def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[s
 
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
-    if engine.zero_optimization_stage() == 0 and (_shared is not None or torch.distributed.get_world_size() == 1):
-        # It would copy every gradient to and fro; `reduce_gradients` does without.
+    here = _shared is not None or torch.distributed.get_world_size() == 1
+    if engine.zero_optimization_stage() == 0 and here and engine.communication_data_type == torch.float32:
+        # It would copy every gradient to and fro; `reduce_gradients` does without. Nor does that make them narrower.
         engine.enable_backward_allreduce = False
     reset_moments(engine)
     return engine

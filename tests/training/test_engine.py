@@ -105,6 +105,7 @@ LEARNED: dict[str, list[tuple[int, dict[str, Any]]]] = {
     # On a GPU, says the recipe; a scaler of losses works here as well.
     "float16": [(stage, {"model__dtype": "float16", "cluster__gpus_per_worker": 1}) for stage in (0, 2)],
     "bfloat16 lora": [(stage, {"model__dtype": "bfloat16", "model__lora": "{r: 3}"}) for stage in range(4)],
+    "sent in 16 bits": [(stage, {"deepspeed__extra": "{communication_data_type: bf16}"}) for stage in range(4)],
     # What DeepSpeed does unless told otherwise, so that the test below is known to see it.
     "narrow reduction": [
         (
@@ -164,6 +165,16 @@ def test_gradients_are_reduced_in_float32(learned: dict[str, list[dict[str, Any]
     for result in [*learned["bfloat16"], *learned["float32"], *learned["bfloat16 lora"]]:
         assert result["buckets"] == {"torch.float32"}
     assert learned["narrow reduction"][0]["buckets"] == {"torch.bfloat16", "torch.float32"}
+
+
+@pytest.mark.slow
+def test_gradients_are_sent_in_16_bits_where_that_is_asked_for(learned: dict[str, list[dict[str, Any]]]) -> None:
+    whole = learned["float32"][0]["losses"]
+    for stage, result in enumerate(learned["sent in 16 bits"]):
+        assert result["losses"][0] == pytest.approx(whole[0], rel=1e-6), stage  # nothing was sent before it
+        assert result["losses"] == pytest.approx(whole, rel=0.01), stage
+        assert all(loss != plain for loss, plain in zip(result["losses"][1:], whole[1:], strict=True)), stage
+        assert result["masters"] == {"torch.float32"}, stage
 
 
 # --- one engine after another
