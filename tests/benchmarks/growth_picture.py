@@ -2,7 +2,7 @@
 
     python tests/benchmarks/growth_picture.py
 
-Time is on the left axis, memory on the right one; all axes are logarithmic.
+Time is on the left axis, memory on the right one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results.json", HERE / "growth.png"
 BLUE, ORANGE = "#1f5fbf", "#d9660a"
 STYLES = ("o-", "s--", "^:")
+APART = 8  # times that values have to be apart to be drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,34 @@ def draw(results: dict[str, Any]) -> None:
         for side, columns, colour in ((axes, panel.time, BLUE), (other, panel.memory, ORANGE)):
             for style, (name, label) in zip(STYLES, columns.items(), strict=False):
                 side.plot(sizes, [row[name] for row in table], style, color=colour, label=label)
-            side.tick_params(axis="y", colors=colour)
-            side.set_yscale("log")
+            _scale(side, [row[name] for row in table for name in columns], colour)
         axes.set_xscale("log")
         axes.set(title=panel.title)
         axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
         axes.set_ylabel(panel.unit, color=BLUE)
         other.set_ylabel("MB", color=ORANGE)
         drawn = [line for side in (axes, other) for line in side.get_lines()]
-        axes.legend(drawn, [line.get_label() for line in drawn], loc="upper left", fontsize="small")
+        names = [line.get_label() for line in drawn]
+        axes.legend(
+            drawn, names, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize="small", frameon=False
+        )
         axes.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=80)
+
+
+def _scale(side: Any, values: list[float], colour: str) -> None:
+    """Logarithmic where values are far apart; else from 0, so that what hardly grows looks so."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if max(values) > APART * min(values):
+        side.set_yscale("log")
+        side.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        side.yaxis.minorticks_off()
+    else:
+        side.set_ylim(0, 1.1 * max(values))
+    side.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    side.tick_params(axis="y", colors=colour)
 
 
 if __name__ == "__main__":
