@@ -98,6 +98,7 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
     from rayft.recipe import Recipe
     from rayft.tasks.task import Blocks, Pretrained
     from rayft.training import engine, freeze
+    from rayft.training.batch_norm import BatchNorms
     from rayft.training.laps import Laps
     from rayft.training.loop import Job, steps
     from rayft.training.saver import Saver
@@ -136,6 +137,7 @@ def losses(folder: str, plain: dict[str, Any], cases: list[tuple[int, int]]) -> 
             watch=Watch(None, dist.get_rank()),
             blocks=Blocks((), ()),
             prefix=None,
+            norms=BatchNorms(built.module, None),
             laps=Laps(),
         )
         group = base.task.coupled()

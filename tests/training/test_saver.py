@@ -53,7 +53,7 @@ def alone(folder: str) -> dict[str, Any]:
     found["after"] = newest_step(folder)
     Path(folder, "file").write_text("")
     blocked = Saver(storage.join(folder, "file"), 1, 1, 60, None, committed.append)
-    blocked.save(built, {"step": 5, "best": None})
+    blocked.save(built, {"step": 5, "best": None}, {})
     try:
         blocked.finish()
     except StorageError as error:
