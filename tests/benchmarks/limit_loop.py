@@ -28,7 +28,7 @@ SETTLING, WINDOW = 5, 50
 def main(path: str) -> None:
     config = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(config.get("seed", 0))
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     with open(config["train"], newline="", encoding="utf-8") as file:
@@ -37,7 +37,7 @@ def main(path: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
     texts = tokenizer([row["text"] for row in table], truncation=True, max_length=config["length"])["input_ids"]
     rows = list(zip(texts, (labels[row["label"]] for row in table), strict=True))
-    size, draw = config["batch"] * world, random.Random(0)
+    size, draw = config["batch"] * world, random.Random(config.get("seed", 0))
     batches: list[Any] = []
     for first in range(0, len(rows), WINDOW * size):
         window = sorted(rows[first : first + WINDOW * size], key=lambda row: len(row[0]))
