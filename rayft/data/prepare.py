@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from rayft import storage
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
-from rayft.data.source import small
 from rayft.data.splits import (
     Split,
+    blob_of,
     facts_key,
     groups_of,
     processor_hash,
@@ -31,7 +31,7 @@ from rayft.data.splits import (
     splits_of,
     units_of,
 )
-from rayft.data.spread import spread
+from rayft.data.spread import ENCODE_BYTES, READ_BYTES, processors, sooner_here, spread
 from rayft.errors import DataError, StorageError
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained
@@ -169,6 +169,7 @@ def _plan(recipe: Recipe, split: Split, known: Scan, folder: str) -> Plan:
         capacity=None if split.evaluation else recipe.task.packs(),
         shards=shards_of(split.pieces),
         groups=groups_of(split.pieces),
+        blob=blob_of(split.pieces, processors()),
         threshold=known.threshold if split.cut or split.name == "train" else None,
         cut=split.cut,
     )
@@ -182,9 +183,8 @@ def _make(
     if not plans:
         return {}
     attempts = {name: plan.folder for name, plan in plans.items()}
-    here = small(piece for split in splits for piece in split.pieces)
     try:
-        tallies = _scatter(recipe, splits, plans, encoder, known, show, here)
+        tallies = _scatter(recipe, splits, plans, encoder, known, show)
         counts = {name: tallies[name].counts for name in plans}
         # Where reading ended early, only splits with bad rows are known to be at fault.
         early = recipe.data.on_bad_row == "error" and any(count.bad >= ENOUGH_BAD for count in counts.values())
@@ -192,7 +192,7 @@ def _make(
         refused = [sentence for name, count in judged.items() for sentence in _faults(recipe, name, count)]
         if refused:
             raise DataError("\n".join(refused))
-        _gather(plans, tallies, show, here)
+        _gather(plans, tallies, show)
         manifests = {name: _manifest(name, plans[name], folders[name], tallies[name], known) for name in plans}
         # From here on an attempt's manifest may be there, even where writing it seemed to fail.
         return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
@@ -219,7 +219,6 @@ def _scatter(
     encoder: Encoder,
     known: Scan,
     show: Progress,
-    here: bool,
 ) -> dict[str, _Tally]:
     """Reads and encodes all rows of all splits in one execution."""
     tallies = {split.name: _Tally() for split in splits}
@@ -228,6 +227,7 @@ def _scatter(
     total = None if None in totals else sum(count or 0 for count in totals)
     done = 0
     stages = (partial(read_rows, plans=plans), partial(encode_rows, plans=plans, encoder=encoder))
+    here = sooner_here(sum(piece.size for split in splits for piece in split.pieces), ENCODE_BYTES, processors())
     with contextlib.closing(spread(units, *stages, here=here)) as scattered:
         for result in scattered:
             tally = tallies[result.split]
@@ -268,13 +268,14 @@ def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
     return []
 
 
-def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress, here: bool) -> None:
+def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress) -> None:
     """Writes all shards of all splits in one execution."""
     units = [
         Shard(name, number, sorted(tally.pieces[shard]))
         for name, tally in tallies.items()
         for number, shard in enumerate(sorted(tally.pieces))
     ]
+    here = sooner_here(sum(length for unit in units for *_, length in unit.pieces), READ_BYTES, processors())
     for done, written in enumerate(spread(units, partial(write_shard, plans=plans), here=here), 1):
         tallies[written.split].written.append(written)
         show("writing shards", done, len(units))

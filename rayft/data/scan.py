@@ -10,13 +10,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from rayft.data import places
-from rayft.data.source import BadRow, Fragment, read, row_id, small
-from rayft.data.spread import spread
+from rayft.data.source import BadRow, Fragment, read, row_id
+from rayft.data.spread import READ_BYTES, processors, sooner_here, spread
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.tasks.task import Columns, Task
 
 PART_ROWS = 65_536  # rows whose values go to the driver at once
+FILE_BYTES = 1 << 20  # as long as so much takes, an object store may take to find a file
 EXAMPLES = 10
 
 
@@ -52,7 +53,8 @@ def scan(
     def batches() -> Iterator[Columns]:
         nonlocal rows, hashes, bad
         work = partial(_scan, sources=sources, names=names, columns=columns, cut=cut)
-        here = small(piece for unit in units for piece in unit)
+        size = sum(max(piece.size, FILE_BYTES) for unit in units for piece in unit)
+        here = sooner_here(size, READ_BYTES, processors())
         for part in spread(units, work, in_order=True, here=here):
             rows, bad = rows + part["rows"], bad + part["bad"]
             examples.extend(part["examples"][: EXAMPLES - len(examples)])

@@ -32,7 +32,6 @@ from rayft.recipe import Source
 from rayft.tasks.task import Encoded, Pretrained, Task
 
 ENCODE_ROWS = 256  # rows that the task encodes at once
-BLOB_BYTES = 8 << 20  # about so much memory do the rows take that are encoded at once
 GROUP_ROWS = 512  # rows of a row group: a chunk of the order
 GROUP_BYTES = 8 << 20
 SHARD_ROWS = 16_384  # rows of a shard in the source's order
@@ -67,6 +66,7 @@ class Plan:
     capacity    tokens of a packed row; None: not packed
     shards      number of shards in the order of the hash
     groups      (group, alone) of each file: files that share a shard, or one that makes several
+    blob        about how many bytes of memory the rows take that go to an encoder at once
     threshold   rows with a cut hash up to this one belong to validation; `cut` says whether this split is that one
     """
 
@@ -80,6 +80,7 @@ class Plan:
     capacity: int | None
     shards: int
     groups: tuple[tuple[int, bool], ...]
+    blob: int
     threshold: int | None
     cut: bool
 
@@ -154,7 +155,7 @@ class Written:
 
 
 def read_rows(unit: tuple[str, Sequence[Fragment]], plans: dict[str, Plan]) -> Iterator[Blob]:
-    """The rows of a split's fragments, about BLOB_BYTES at a time."""
+    """The rows of a split's fragments, about `blob` bytes at a time."""
     split, fragments = unit
     plan = plans[split]
     batches: list[tuple[Fragment, Rows]] = []
@@ -165,7 +166,7 @@ def read_rows(unit: tuple[str, Sequence[Fragment]], plans: dict[str, Plan]) -> I
             own = rows if plan.threshold is None else _own(rows, plan, fragment.file)
             batches.append((fragment, own))
             size += _size(own.columns)
-            if size >= BLOB_BYTES:
+            if size >= plan.blob:
                 yield Blob(split, batches)
                 batches, size = [], 0
     if batches:

@@ -27,7 +27,6 @@ FORMATS = (*TABLES, "txt")
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"  # the column of a metadata file that names a file beside it
 PART_BYTES = 64 << 20  # uncompressed; a Parquet file is read in runs of row groups of about this size
-SMALL_BYTES = 4 << 20  # other processes would take 5 to 7 s to start (two cores)
 _GZIP_RATIO = 4  # text packs to about a quarter; only sizes of work and shards hang on it
 _THREADS = 16
 
@@ -55,11 +54,6 @@ class Fragment:
     first_row: int = 0
     rows: int | None = None
     part: tuple[int, int] | None = None
-
-
-def small(pieces: Iterable[Fragment]) -> bool:
-    """Is it so little that starting other processes for it would take longer than the work?"""
-    return sum(piece.size for piece in pieces) <= SMALL_BYTES
 
 
 @dataclass(frozen=True)

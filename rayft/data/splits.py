@@ -25,6 +25,7 @@ FORMAT = 2
 
 SHARD_BYTES = 16 << 20  # of the source; each shard is sorted in one worker's memory
 MOST_SHARDS = 4096
+BLOB_BYTES = 512 << 10, 8 << 20  # least and most
 UNIT_BYTES = 8 << 20  # small files are read together
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".index.json", ".md")
 
@@ -137,6 +138,12 @@ def groups_of(pieces: Sequence[Fragment]) -> tuple[tuple[int, bool], ...]:
         if alone:
             group, filled = group + 1, 0
     return tuple(groups)
+
+
+def blob_of(pieces: Sequence[Fragment], processors: int) -> int:
+    """Bytes of rows to encode at once: few enough that two such pieces, or more, go to each processor."""
+    least, most = BLOB_BYTES
+    return max(least, min(most, sum(piece.size for piece in pieces) // (2 * processors)))
 
 
 def shards_of(pieces: Sequence[Fragment]) -> int:

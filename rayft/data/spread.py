@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,28 @@ from typing import Any
 from rayft.errors import RayftError
 
 Stage = Callable[[Any], Iterator[Any]]
+
+# An execution takes 3 to 6 s to start (two cores). So much one process meanwhile reads or writes, or encodes.
+READ_BYTES = 64 << 20
+ENCODE_BYTES = 4 << 20
+
+
+def sooner_here(size: int, meanwhile: int, processors: int) -> bool:
+    """Has this process done the work on `size` bytes before others have started and done it?
+
+    `meanwhile` is how much it does while they start. From then on they do as many times as much as there are
+    `processors`.
+    """
+    return size * (processors - 1) <= meanwhile * processors
+
+
+def processors() -> int:
+    """Of the whole cluster. One that was started here is told more of them, so that readers find room."""
+    import ray
+
+    there = int(ray.cluster_resources().get("CPU", 1))
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    return max(1, min(there, os.cpu_count() or 1) if alone else there)
 
 
 def spread(

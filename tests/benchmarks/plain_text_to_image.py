@@ -32,9 +32,10 @@ from rayft.tasks.task import Pretrained
 
 
 def rows_of(recipe: Recipe, split: str, processor: Any) -> dict[str, Any]:
-    """(n, 3, size, size) pictures from -1 to 1, (n, positions) token ids, and of each row the seed of its noise."""
+    """(n, 3, size, size) pictures from -1 to 1, (n, positions) token ids, and of each row the seed of its noise and how
+    often it is drawn."""
     task = recipe.task
-    made: dict[str, list[Any]] = {"pixels": [], "input_ids": [], "draw": []}
+    made: dict[str, list[Any]] = {"pixels": [], "input_ids": [], "draw": [], "draws": []}
     for source in getattr(recipe.data, split):
         for piece in fragments([source], split):
             for rows in read(piece, source, recipe.data.columns, task.columns()):
@@ -43,7 +44,7 @@ def rows_of(recipe: Recipe, split: str, processor: Any) -> dict[str, Any]:
                     made[name] += int(source.weight) * features[name]
     channels = np.frombuffer(b"".join(made["pixels"]), np.uint8).reshape(-1, 3, processor.size, processor.size)
     pictures = torch.from_numpy(channels.astype(np.float32) / 127.5 - 1)
-    return {"pictures": pictures, "ids": torch.tensor(made["input_ids"]), "draws": made["draw"]}
+    return {"pictures": pictures, "ids": torch.tensor(made["input_ids"]), "draws": list(zip(made["draw"], made["draws"], strict=True))}
 
 
 def parts_of(folder: str) -> tuple[Any, Any, Any]:
@@ -72,7 +73,7 @@ def main(path: str, *overrides: str) -> None:
     noising = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
 
     @torch.no_grad()
-    def encoded(split: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    def encoded(split: str) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
         rows = rows_of(recipe, split, processor)
         latents = autoencoder.encode(rows["pictures"]).latent_dist.mode() * autoencoder.config.scaling_factor
         return latents, wording(rows["ids"])[0], rows["draws"]
@@ -82,13 +83,14 @@ def main(path: str, *overrides: str) -> None:
         return (answer - noise).square().mean(dim=(1, 2, 3))
 
     *test, draws = encoded("test")
-    drawn = [processor.drawn(draw) for draw in draws]
-    noise, steps = torch.from_numpy(np.stack([own for own, _ in drawn])), torch.tensor([step for _, step in drawn])
+    drawn = [processor.drawn(*draw) for draw in draws]
+    noise, steps = (torch.from_numpy(np.stack(parts)) for parts in zip(*drawn, strict=True))
 
     @torch.no_grad()
     def score() -> float:
         unet.eval()
-        return float(errors(*test, noise, steps).mean())
+        of_draws = [errors(*test, noise[:, draw], steps[:, draw]).mean() for draw in range(noise.shape[1])]
+        return float(torch.stack(of_draws).mean())
 
     before = score()
     latents, text, _ = encoded("train")

@@ -20,7 +20,7 @@ import ray
 
 from rayft import storage
 from rayft.data import prepare as module
-from rayft.data import scan, source, splits
+from rayft.data import scan, splits
 from rayft.data.prepare import Manifest, Prepared, prepare
 from rayft.errors import DataError, StorageDown
 from rayft.recipe import Recipe
@@ -197,9 +197,10 @@ def test_the_result_is_the_same_however_the_work_is_cut(place: Path, monkeypatch
         (place / "many" / f"{part}.csv").write_text(lines[0] + "".join(lines[1 + part * 100 : 1 + (part + 1) * 100]))
     monkeypatch.setattr(splits, "SHARD_BYTES", 3000)
     results = []
-    for unit_bytes, small_bytes, storage_name in ((1, 0, "a"), (1 << 20, 1 << 20, "b"), (5000, 0, "c")):
+    for unit_bytes, here, storage_name in ((1, 0, "a"), (1 << 20, 1 << 20, "b"), (5000, 0, "c")):
         monkeypatch.setattr(splits, "UNIT_BYTES", unit_bytes)
-        monkeypatch.setattr(source, "SMALL_BYTES", small_bytes)  # 0: over the cluster
+        for using, name in ((scan, "READ_BYTES"), (module, "READ_BYTES"), (module, "ENCODE_BYTES")):
+            monkeypatch.setattr(using, name, here)  # 0: over the cluster
         one = recipe(
             place, Words(window=3), train=[{"path": str(place / "many"), "weight": 1.5}], test=str(place / "test.csv")
         )
@@ -447,7 +448,7 @@ ALONE = """
 import json, psutil, sys
 sys.path.insert(0, sys.argv[1])
 from test_prepare import *
-source.SMALL_BYTES = 0  # over the cluster
+scan.READ_BYTES = module.READ_BYTES = module.ENCODE_BYTES = 0  # over the cluster
 
 def peak(pid):
     status = Path(f"/proc/{pid}/status").read_text()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from rayft.data.source import Fragment
 from rayft.data.splits import (
+    BLOB_BYTES,
     MOST_SHARDS,
     SHARD_BYTES,
     UNIT_BYTES,
+    blob_of,
     groups_of,
     processor_hash,
     rows_of,
@@ -35,6 +37,13 @@ def test_shards_follow_from_the_bytes() -> None:
     assert shards_of(pieces(SHARD_BYTES)) == 1
     assert shards_of(pieces(SHARD_BYTES, 1)) == 2
     assert shards_of(pieces(SHARD_BYTES * 10**6)) == MOST_SHARDS
+
+
+def test_each_processor_gets_some_of_the_rows_to_encode() -> None:
+    least, most = BLOB_BYTES
+    assert blob_of(pieces(8 * most, 8 * most), processors=4) == most
+    assert blob_of(pieces(4 * most, 4 * most), processors=8) == most // 2
+    assert blob_of(pieces(most), processors=64) == least
 
 
 def test_groups_keep_the_order_of_files_and_a_large_one_to_itself() -> None:

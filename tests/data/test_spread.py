@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayft.data.spread import spread
+from rayft.data.spread import sooner_here, spread
 from rayft.errors import DataError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -47,6 +47,14 @@ def refused(unit: int) -> Iterator[int]:
     yield unit
     if unit == 2:
         raise DataError("unit two can't be read")
+
+
+@pytest.mark.parametrize(
+    ("size", "processors", "here"),
+    [(0, 64, True), (64, 64, True), (66, 64, False), (126, 2, True), (127, 2, False), (10**9, 1, True)],
+)
+def test_little_work_is_done_here_and_with_one_processor_all_of_it(size: int, processors: int, here: bool) -> None:
+    assert sooner_here(size, meanwhile=63, processors=processors) is here
 
 
 def test_results_come_in_the_units_order_where_asked() -> None:

@@ -234,7 +234,7 @@ def predicted(job: str, recipe: Recipe, folder: str) -> dict[str, Any]:
     if task.type == "text-to-image":
         processor = task.processor(pretrained(recipe, folder))
         drawn = task.encode(rows.columns, processor, facts, evaluation=True, labelled=False).features["draw"]
-        given["noise"] = [processor.drawn(draw)[0].tolist() for draw in drawn]
+        given["noise"] = [processor.drawn(draw)[0][0].tolist() for draw in drawn]
     found = [dict(answers.predictions[place]) for place in range(answers.rows)]
     for one in found:
         if "picture" in one:

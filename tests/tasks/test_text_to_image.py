@@ -41,29 +41,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return made
 
 
-def batch_of(task: TextToImage, processor: Any, count: int = 3) -> dict[str, Any]:
-    return task.collate(task.encode(rows(count), processor, {}, evaluation=False).features, processor, {})
+def batch_of(task: TextToImage, processor: Any, count: int = 3, evaluation: bool = False) -> dict[str, Any]:
+    return task.collate(task.encode(rows(count), processor, {}, evaluation=evaluation).features, processor, {})
 
 
-def test_the_error_is_that_of_the_noise_as_diffusers_lays_it_over(folder: str) -> None:
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_the_error_is_that_of_the_noise_as_diffusers_lays_it_over(folder: str, evaluation: bool) -> None:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    task = TextToImage()
+    task = TextToImage(score_draws=3)
     source = Pretrained(folder)
     processor = task.processor(source)
-    batch = batch_of(task, processor)
+    batch = batch_of(task, processor, evaluation=evaluation)
+    draws = 3 if evaluation else 1
+    noise, steps = batch["noise"].flatten(0, 1), batch["timesteps"].flatten()
     with torch.no_grad():
         errors, weights = task.forward(task.load(source, {}, processor).eval(), batch)
         theirs = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         latents = theirs.vae.encode(batch["pixel_values"]).latent_dist.mode() * theirs.vae.config.scaling_factor
-        noisy = DDPMScheduler.from_pretrained(folder, subfolder="scheduler").add_noise(
-            latents, batch["noise"], batch["timesteps"]
-        )
-        text = theirs.text_encoder(batch["input_ids"])[0]
-        answer = theirs.unet(noisy, batch["timesteps"], encoder_hidden_states=text).sample
-    expected = torch.nn.functional.mse_loss(answer, batch["noise"], reduction="none").mean(dim=(1, 2, 3))
+        latents = latents.repeat_interleave(draws, dim=0)
+        noisy = DDPMScheduler.from_pretrained(folder, subfolder="scheduler").add_noise(latents, noise, steps)
+        text = theirs.text_encoder(batch["input_ids"])[0].repeat_interleave(draws, dim=0)
+        answer = theirs.unet(noisy, steps, encoder_hidden_states=text).sample
+    expected = torch.nn.functional.mse_loss(answer, noise, reduction="none").mean(dim=(1, 2, 3)).view(3, draws)
     torch.testing.assert_close(errors, expected, rtol=1e-5, atol=1e-6)
-    assert weights.tolist() == [1.0] * 3
+    assert weights.tolist() == [[1.0] * draws] * 3
+    told = task.predict((errors, weights), batch, {}, processor, {})
+    torch.testing.assert_close(torch.tensor([one["mse"] for one in told]), expected.mean(dim=1))
+    torch.testing.assert_close(task.loss((errors, weights), batch), expected.mean(dim=1).sum())
+
+
+def test_a_row_is_scored_at_noise_from_least_to_most(folder: str) -> None:
+    task = TextToImage(score_draws=8)
+    processor = task.processor(Pretrained(folder))
+    scored, trained = (batch_of(task, processor, evaluation=evaluation) for evaluation in (True, False))
+    assert scored["noise"].shape[:2] == scored["timesteps"].shape == (3, 8)
+    eighths = scored["timesteps"] * 8 // processor.steps
+    assert eighths.sort().values.tolist() == [list(range(8))] * 3
+    assert len(scored["noise"][:, :, 0, 0, 0].unique()) == 24
+    assert torch.equal(trained["noise"], scored["noise"][:, :1])  # what is drawn of the row begins with it
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -76,9 +92,9 @@ def test_steps_with_little_noise_weigh_less(tmp_path: Path, kind: str) -> None:
     task = TextToImage(snr_gamma=5.0)
     processor = task.processor(Pretrained(str(tmp_path)))
     network = task.load(Pretrained(str(tmp_path)), {}, processor)
-    batch = {**batch_of(task, processor), "timesteps": torch.tensor([1, 400, 999])}
+    batch = {**batch_of(task, processor), "timesteps": torch.tensor([[1], [400], [999]])}
     ratio = compute_snr(DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler"), batch["timesteps"])
-    expected = torch.stack([ratio, torch.full_like(ratio, 5.0)], dim=1).min(dim=1)[0]
+    expected = ratio.clamp(max=5.0)
     expected = expected / ratio if kind == "epsilon" else expected / (ratio + 1)
     _, weights = task.forward(network, batch)
     torch.testing.assert_close(weights, expected)
@@ -132,7 +148,7 @@ def test_an_exported_folder_is_a_pipeline_that_draws_the_same(folder: str, tmp_p
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     theirs.set_progress_bar_config(disable=True)
     drawn = theirs(
-        "an open book", latents=batch["noise"], num_inference_steps=4, guidance_scale=3.0, output_type="np"
+        "an open book", latents=batch["noise"][:, 0], num_inference_steps=4, guidance_scale=3.0, output_type="np"
     ).images[0]
     assert ours.shape == (64, 64, 3)
     assert np.abs(ours - np.round(drawn * 255)).max() <= 1

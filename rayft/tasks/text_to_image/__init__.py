@@ -34,6 +34,9 @@ class TextToImage(Task):
     trained on. `snr_gamma` weighs steps with little noise down, as Hang et al. 2023 do (Efficient Diffusion Training
     via Min-SNR Weighting Strategy; they take 5).
 
+    How large an error is hangs on how much noise there is, far more than on the model. So a row is scored at
+    `score_draws` amounts of noise, which lie evenly over all of them; in training it has one.
+
     After each evaluation a `sample_share` of its rows is drawn, chosen by a hash of what they hold, in `sample_steps`
     steps; `guidance` is how much a picture follows its text (Ho and Salimans 2022, Classifier-Free Diffusion Guidance).
     """
@@ -46,6 +49,7 @@ class TextToImage(Task):
     text: str = "text"
     size: int | None = Field(default=None, ge=8)
     snr_gamma: float | None = Field(default=None, gt=0)
+    score_draws: int = Field(default=4, ge=1)
     sample_share: float = Field(default=0.0, ge=0, le=1)
     sample_steps: int = Field(default=25, ge=1)
     guidance: float = Field(default=7.5, ge=1)
@@ -67,8 +71,10 @@ class TextToImage(Task):
         return load_prompter(model, self.size)
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
-        """`pixels` are 8-bit channels (3, size, size), null in rows without a picture; `draw` seeds a row's noise."""
-        return pa.schema([("pixels", pa.binary()), ("input_ids", pa.list_(pa.int32())), ("draw", pa.int64())])
+        """`pixels` are 8-bit channels (3, size, size), null in rows without a picture; `draw` seeds a row's noise, and
+        for evaluation `draws` is how often it is drawn."""
+        draws = [("draws", pa.int32())] if evaluation else []
+        return pa.schema([("pixels", pa.binary()), ("input_ids", pa.list_(pa.int32())), ("draw", pa.int64()), *draws])
 
     def encode(
         self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
@@ -93,6 +99,8 @@ class TextToImage(Task):
             encoded.lengths.append(1)
             if encoded.references is not None:
                 encoded.references.append(text)
+        if evaluation:
+            encoded.features["draws"] = [self.score_draws] * len(encoded.rows)
         return encoded
 
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
@@ -116,14 +124,15 @@ class TextToImage(Task):
         """
         pixel_values   (n, 3, size, size) float32 from -1 to 1; absent where the features have no pictures
         input_ids      (n, positions) int64
-        noise          (n, channels, height, width) float32, of the latents' shape
-        timesteps      (n,) int64: how much of the noise is laid over, from 0 (next to none) on
+        noise          (n, draws, channels, height, width) float32, of the latents' shape
+        timesteps      (n, draws) int64: how much of the noise is laid over, from 0 (next to none) on
         """
-        drawn = [processor.drawn(draw) for draw in features["draw"]]
+        counts = features.get("draws", [1] * len(features["draw"]))
+        drawn = [processor.drawn(draw, count) for draw, count in zip(features["draw"], counts, strict=True)]
         batch: Batch = {
             "input_ids": torch.tensor(features["input_ids"], dtype=torch.int64),
             "noise": torch.from_numpy(np.stack([noise for noise, _ in drawn])),
-            "timesteps": torch.tensor([timestep for _, timestep in drawn], dtype=torch.int64),
+            "timesteps": torch.from_numpy(np.stack([timesteps for _, timesteps in drawn])),
         }
         if any(picture is None for picture in features["pixels"]):
             return batch
@@ -140,19 +149,20 @@ class TextToImage(Task):
         return 0
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        """(squared error of each row, its weight in the loss), both (n,) float32."""
+        """(squared error at each draw of a row, its weight in the loss), both (n, draws) float32."""
         return model(**batch)
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
-        """The mean squared error of the denoiser's answer times the step's weight, summed over rows."""
+        """The mean squared error of the denoiser's answer times the step's weight, of a row's draws their mean, summed
+        over rows."""
         errors, weights = outputs
-        return (errors * weights).sum()
+        return (errors * weights).mean(dim=1).sum()
 
     def predict(
         self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
     ) -> list[Prediction]:
         """{"mse"}: how far the denoiser's answer lies from the truth."""
-        return [{"mse": error} for error in outputs[0].detach().tolist()]
+        return [{"mse": error} for error in outputs[0].detach().mean(dim=1).tolist()]
 
     def asked(self, features: Columns) -> tuple[list[int], Columns]:
         """Pictures of a share of the rows, chosen by the hash of what they hold."""
@@ -170,7 +180,7 @@ class TextToImage(Task):
         return [{"picture": picture} for picture in pictures]
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
-        """mse: the mean squared error of the denoiser's answer, at noise drawn once for each row."""
+        """mse: the mean squared error of the denoiser's answer, at noise drawn once and for all for each row."""
         return {"mse": float(np.mean([prediction["mse"] for prediction in predictions]))}
 
     def pictures(self, predictions: list[Prediction], references: list[Any]) -> dict[str, bytes]:

@@ -60,16 +60,27 @@ class Diffusion(torch.nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(squared error of each row's answer, its weight in the loss), both (n,) float32."""
+        """(squared error of the answer at each draw of a row, its weight in the loss), both (n, draws) float32.
+
+        One draw after another: memory is that of one.
+        """
         states = self.conditions(pixel_values, input_ids)
-        latents = states[:, : noise[0].numel()].view(noise.shape)
-        text = states[:, noise[0].numel() :].view(len(noise), input_ids.shape[1], -1)
+        numbers = noise[0, 0].numel()
+        latents = states[:, :numbers].view(noise[:, 0].shape)
+        text = states[:, numbers:].view(len(noise), input_ids.shape[1], -1)
+        draws = zip(noise.unbind(1), timesteps.unbind(1), strict=True)
+        errors = torch.stack([self._errors(latents, text, *draw) for draw in draws], dim=1)
+        return errors, self._weights(self.kept[timesteps])
+
+    def _errors(
+        self, latents: torch.Tensor, text: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """(n,) float32"""
         kept = self.kept[timesteps].view(-1, 1, 1, 1)
         noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
         answer = self.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         truth = noise if self.target == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
-        errors = (answer.float() - truth).square().flatten(1).mean(dim=1)
-        return errors, self._weights(self.kept[timesteps])
+        return (answer.float() - truth).square().flatten(1).mean(dim=1)
 
     def _weights(self, kept: torch.Tensor) -> torch.Tensor:
         """Of each step in the loss; 1 without `snr_gamma`."""

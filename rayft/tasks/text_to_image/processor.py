@@ -47,10 +47,14 @@ class Prompter:
         fitted = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS)
         return np.asarray(fitted).transpose(2, 0, 1).tobytes()
 
-    def drawn(self, draw: int) -> tuple[np.ndarray, int]:
-        """Noise (channels, height, width) in float32 and a timestep, both a function of `draw` alone."""
+    def drawn(self, draw: int, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Noise (count, channels, height, width) float32 and timesteps (count,) int64, a function of the arguments.
+
+        A first timestep is drawn; the others lie evenly around it, as systematic sampling has it.
+        """
         rng = np.random.default_rng(draw)
-        return rng.standard_normal(self.latent, dtype=np.float32), int(rng.integers(self.steps))
+        noise = rng.standard_normal((count, *self.latent), dtype=np.float32)
+        return noise, (rng.integers(self.steps) + np.arange(count) * self.steps // count) % self.steps
 
     def save_pretrained(self, folder: str) -> None:
         """The pipeline's folder, but for the networks; pictures are no longer checked for what is not safe."""

@@ -14,7 +14,7 @@ from rayft.tasks.text_to_image.processor import Prompter
 
 @torch.no_grad()
 def sampled(model: Any, batch: Batch, processor: Prompter, steps: int, guidance: float) -> list[bytes]:
-    """A PNG for each row of `batch`, which begins with the row's own noise.
+    """A PNG for each row of `batch`, which begins with the row's own noise, its first draw.
 
     With `guidance` above 1 a step goes so many times as far from what the model would do without a text.
     """
@@ -26,7 +26,7 @@ def sampled(model: Any, batch: Batch, processor: Prompter, steps: int, guidance:
     ids = batch["input_ids"]
     empty = torch.tensor([processor.ids("")[0]], device=ids.device).expand_as(ids)
     text = network.conditions.text(torch.cat([empty, ids]) if guidance > 1 else ids)
-    latents = batch["noise"] * scheduler.init_noise_sigma
+    latents = batch["noise"][:, 0] * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
         given = torch.cat([latents, latents]) if guidance > 1 else latents
         answer = network.unet(given, step.to(ids.device), encoder_hidden_states=text, return_dict=False)[0].float()
