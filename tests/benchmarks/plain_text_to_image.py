@@ -44,7 +44,11 @@ def rows_of(recipe: Recipe, split: str, processor: Any) -> dict[str, Any]:
                     made[name] += int(source.weight) * features[name]
     channels = np.frombuffer(b"".join(made["pixels"]), np.uint8).reshape(-1, 3, processor.size, processor.size)
     pictures = torch.from_numpy(channels.astype(np.float32) / 127.5 - 1)
-    return {"pictures": pictures, "ids": torch.tensor(made["input_ids"]), "draws": list(zip(made["draw"], made["draws"], strict=True))}
+    return {
+        "pictures": pictures,
+        "ids": torch.tensor(made["input_ids"]),
+        "draws": list(zip(made["draw"], made["draws"], strict=True)),
+    }
 
 
 def parts_of(folder: str) -> tuple[Any, Any, Any]:
