@@ -5,8 +5,9 @@
 
 One process, shuffled batches, AdamW and a linear schedule with the recipe's warm-up, noise and steps drawn anew for
 each batch, weights of steps by `compute_snr`, as the training script of diffusers has it. Prints one JSON line: the
-mean squared error on the test rows before and after training. How pictures are cut, and which noise is laid over the
-test rows, is rayft's own.
+mean squared error on the test rows before and after training. How pictures are cut, which noise is laid over the test
+rows, and what weights are drawn where the folder has configs alone, is rayft's own: how small an error can become hangs
+on the autoencoder that was drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from rayft.data.source import fragments, read
 from rayft.models import without_weights
@@ -51,16 +52,15 @@ def rows_of(recipe: Recipe, split: str, processor: Any) -> dict[str, Any]:
     }
 
 
-def parts_of(folder: str) -> tuple[Any, Any, Any]:
+def parts_of(recipe: Recipe, folder: str, seed: int) -> tuple[Any, Any, Any]:
     """Text encoder, autoencoder and denoiser, drawn where the folder holds configs alone."""
-    if not without_weights(folder):
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
-        return text_encoder.eval(), vae.eval(), UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-    return text_encoder.eval(), vae.eval(), unet
+    if without_weights(folder):
+        source = Pretrained(folder, seed=seed)
+        drawn = recipe.task.load(source, {}, recipe.task.processor(source))
+        return drawn.conditions.text_encoder.eval(), drawn.conditions.vae.eval(), drawn.unet
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    return text_encoder.eval(), vae.eval(), UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 
 def main(path: str, *overrides: str) -> None:
@@ -69,8 +69,9 @@ def main(path: str, *overrides: str) -> None:
     train, folder = plain["train"], given.get("model", plain["model"]["path"])
     recipe = Recipe.load(path)
     processor = recipe.task.processor(Pretrained(folder))
-    torch.manual_seed(int(given.get("seed", 0)))
-    wording, autoencoder, unet = parts_of(folder)
+    seed = int(given.get("seed", 0))
+    torch.manual_seed(seed)
+    wording, autoencoder, unet = parts_of(recipe, folder, seed)
     if lora := plain["model"].get("lora"):
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=lora["targets"]))
