@@ -142,6 +142,7 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         _finite_gradient(job.engine, norm, number)
         job.watch.at("updating the weights")
         job.engine.step()
+        laps.to("collective")
         job.norms.follow()
         _finite_gradient(job.engine, float(job.engine.get_global_grad_norm() or 0.0), number)
         job.saver.check()
