@@ -27,9 +27,14 @@ def sooner_here(size: int, meanwhile: int, processors: int) -> bool:
 
 
 def processors() -> int:
-    """Of the whole cluster. One that was started here is told more of them, so that readers find room."""
+    """Of the whole cluster, or without one of this machine.
+
+    A cluster that was started here is told more than there are, so that readers find room.
+    """
     import ray
 
+    if not ray.is_initialized():
+        return os.cpu_count() or 1
     there = int(ray.cluster_resources().get("CPU", 1))
     alone = sum(node["Alive"] for node in ray.nodes()) == 1
     return max(1, min(there, os.cpu_count() or 1) if alone else there)
