@@ -15,6 +15,7 @@ from rayft.errors import ClusterError, TrainingError
 
 _local: list[Any] = []  # the processes of a cluster that this process has started
 
+PARALLEL = "TOKENIZERS_PARALLELISM"  # what tokenizers ask whether to use all processors
 DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a worker to end
 
 
@@ -24,10 +25,11 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1) -> Iterator[None]:
 
     A Ray that this process has already joined is used as it is and left running.
     """
+    free = PARALLEL not in os.environ
     quiet()
     importing = ahead.imports(*ahead.DRIVER)
     try:
-        with _joined(workers * cpus_per_worker):
+        with _joined(workers * cpus_per_worker), _tokenizers_in_parallel(free):
             yield
     finally:
         importing.join()  # a process that ends in the middle of an import may crash
@@ -65,6 +67,18 @@ def _joined(cpus: int) -> Iterator[None]:
     finally:
         _local.clear()
         ray.shutdown()
+
+
+@contextmanager
+def _tokenizers_in_parallel(free: bool) -> Iterator[None]:
+    """In this process alone, which has the machine to itself while it prepares rows; others have a processor each."""
+    if free:
+        os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        if free:
+            os.environ[PARALLEL] = WORKER_ENVIRONMENT[PARALLEL]
 
 
 def refuse_lost() -> None:
@@ -141,7 +155,7 @@ def quiet() -> None:
 
 WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
-    "TOKENIZERS_PARALLELISM": "false",
+    PARALLEL: "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -12,9 +12,10 @@ from rayft.errors import RayftError
 
 Stage = Callable[[Any], Iterator[Any]]
 
-# An execution takes 3 to 6 s to start (two cores). So much one process meanwhile reads or writes, or encodes.
-READ_BYTES = 64 << 20
-ENCODE_BYTES = 4 << 20
+# The first execution takes 12 s to start on two cores, which import Ray Data and the task's libraries in each process;
+# another one 3 s. So much one process meanwhile reads or writes, or encodes.
+READ_BYTES = 32 << 20
+ENCODE_BYTES = 10 << 20
 
 
 def sooner_here(size: int, meanwhile: int, processors: int) -> bool:
@@ -57,7 +58,8 @@ def spread(
 
     items = [{"item": packed(unit)} for unit in units]
     dataset: Any = ray.data.from_items(items, override_num_blocks=len(items))
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    cpus, room = processors(), int(ray.cluster_resources().get("CPU", 1))
+    most = cpus if cpus < room else None  # each process imports for seconds: more than processors hold each other up
     for number, stage in enumerate(stages):
         # Readers before another stage take no CPU of their own: paused by a full queue they would hold one that the
         # stage behind them waits for. Differing resources also keep Ray from fusing the two, so that one file's rows
@@ -68,7 +70,7 @@ def spread(
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=0 if reads else 1,
-            compute=ray.data.TaskPoolStrategy(size=min(len(items), max(1, cpus // 2)) if reads else None),
+            compute=ray.data.TaskPoolStrategy(size=min(len(items), max(1, cpus // 2)) if reads else most),
         )
     context = dataset.context
     context.enable_progress_bars = False

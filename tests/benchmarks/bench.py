@@ -59,13 +59,15 @@ def made(found: Any) -> list[Line]:
 
 
 def preparing(found: Any) -> list[Line]:
-    rates = found["rows_per_s"]
-    own, plain = f"{rates['rayft']:,} rows/s", f"the tokenizer in a pool of processes: {rates['plain']:,}"
+    texts: list[Line] = [
+        (
+            f"preparing {one['rows']:,} texts", f"{one['rows_per_s']['rayft']:,} rows/s",
+            f"the tokenizer in a pool of processes: {one['rows_per_s']['plain']:,}", f"{one['ratio']:.2f}", "1",
+        )
+        for one in found["texts"]
+    ]  # fmt: skip
     waited = f"{100 * found['waited_on_s3']:.2f} % of the time"
-    return [
-        ("preparing texts", own, plain, f"{found['ratio']:.2f}", "1"),
-        ("workers wait for rows, S3 answers after 30 ms", waited, "", "", "under 2 %"),
-    ]
+    return [*texts, ("workers wait for rows, S3 answers after 30 ms", waited, "", "", "under 2 %")]
 
 
 def sweep(found: Any) -> list[Line]:

@@ -1,12 +1,12 @@
 """Preparation against a plain loop over the tokenizer, and how long workers wait for rows from a slow S3.
 
-    python tests/benchmarks/preparing.py [rounds=3] [rows=60000] [latency_ms=30]
+    python tests/benchmarks/preparing.py [rounds=3] [rows=60000,500000] [latency_ms=30]
 
 First the texts of banking77, repeated with a number each, are prepared by rayft (read, encoded, scattered, written and
-committed, on a Ray that is up), and tokenised by a pool of as many processes as there are processors, which write the
-ids to one Parquet file; in turn, MiniLM's tokenizer both. Then a run streams its rows from an S3 server each of whose
-answers comes later. Prints one JSON line of medians: rows/s of both, their ratio, and the share of training that rank 0
-waited for rows.
+committed, on a Ray that has just come up), and tokenised by a pool of as many processes as there are processors, which
+write the ids to one Parquet file; in turn, MiniLM's tokenizer both. Then a run streams its rows from an S3 server each
+of whose answers comes later. Prints one JSON line of medians: rows/s of both and their ratio for each number of rows
+(the fewer are prepared by one process, the more by several), and the share of training that rank 0 waited for rows.
 """
 
 from __future__ import annotations
@@ -119,26 +119,33 @@ def waited(folder: Path, latency_s: float) -> float:
         server.kill()
 
 
-def main(*options: str) -> None:
+def compared(folder: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Medians of both ways to prepare `count` rows, on a Ray that has just started in each round."""
     from rayft.session import cluster
 
-    given = dict(option.split("=") for option in options)
-    rounds, count = int(given.get("rounds", 3)), int(given.get("rows", 60_000))
     seconds: dict[str, list[float]] = {"rayft": [], "plain": []}
-    with tempfile.TemporaryDirectory(prefix="rayft-preparing-") as home:
-        folder = Path(home)
-        rows(folder / "rows.csv", count)
-        rows(folder / "few.csv", 100)
+    rows(folder / "rows.csv", count)
+    rows(folder / "few.csv", 100)
+    for number in range(rounds):
+        seconds["plain"].append(plainly(folder / "rows.csv", folder / "plain.parquet"))
         with cluster():
-            prepared(folder / "few.csv", folder / "warm")  # processes have started, and imports are done
-            for number in range(rounds):
-                seconds["plain"].append(plainly(folder / "rows.csv", folder / "plain.parquet"))
-                seconds["rayft"].append(prepared(folder / "rows.csv", folder / f"runs-{number}"))
-                shutil.rmtree(folder / f"runs-{number}")
-        share = waited(folder, float(given.get("latency_ms", 30)) / 1000)
+            prepared(folder / "few.csv", folder / "warm")  # what the driver imports is there
+            seconds["rayft"].append(prepared(folder / "rows.csv", folder / f"runs-{number}"))
+        shutil.rmtree(folder / f"runs-{number}")
+        shutil.rmtree(folder / "warm")
     ratio = statistics.median(plain / own for plain, own in zip(seconds["plain"], seconds["rayft"], strict=True))
     rates = {name: round(count / statistics.median(found)) for name, found in seconds.items()}
-    print(json.dumps({"rows_per_s": rates, "ratio": round(ratio, 3), "waited_on_s3": share}))
+    return {"rows": count, "rows_per_s": rates, "ratio": round(ratio, 3)}
+
+
+def main(*options: str) -> None:
+    given = dict(option.split("=") for option in options)
+    counts = [int(count) for count in given.get("rows", "60000,500000").split(",")]
+    with tempfile.TemporaryDirectory(prefix="rayft-preparing-") as home:
+        folder = Path(home)
+        found = [compared(folder, count, int(given.get("rounds", 3))) for count in counts]
+        share = waited(folder, float(given.get("latency_ms", 30)) / 1000)
+    print(json.dumps({"texts": found, "waited_on_s3": share}))
 
 
 if __name__ == "__main__":
