@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -58,19 +59,22 @@ def spread(
 
     items = [{"item": packed(unit)} for unit in units]
     dataset: Any = ray.data.from_items(items, override_num_blocks=len(items))
+    # Fewer inputs than tasks allowed at once are no fault.
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for", UserWarning)
     cpus, room = processors(), int(ray.cluster_resources().get("CPU", 1))
-    most = cpus if cpus < room else None  # each process imports for seconds: more than processors hold each other up
     for number, stage in enumerate(stages):
         # Readers before another stage take no CPU of their own: paused by a full queue they would hold one that the
         # stage behind them waits for. Differing resources also keep Ray from fusing the two, so that one file's rows
         # are encoded by many.
         reads = number < len(stages) - 1
+        # Each process imports for seconds, and more of them than processors hold each other up.
+        most = max(1, cpus // 2) if reads else cpus if cpus < room else None
         dataset = dataset.map_batches(
             Batched(stage),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=0 if reads else 1,
-            compute=ray.data.TaskPoolStrategy(size=min(len(items), max(1, cpus // 2)) if reads else most),
+            compute=ray.data.TaskPoolStrategy(size=most),
         )
     context = dataset.context
     context.enable_progress_bars = False
