@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from rayft import storage
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
+from rayft.data.source import work
 from rayft.data.splits import (
     Split,
     blob_of,
@@ -227,7 +228,7 @@ def _scatter(
     total = None if None in totals else sum(count or 0 for count in totals)
     done = 0
     stages = (partial(read_rows, plans=plans), partial(encode_rows, plans=plans, encoder=encoder))
-    here = sooner_here(sum(piece.size for split in splits for piece in split.pieces), ENCODE_BYTES, processors())
+    here = sooner_here(work(piece for split in splits for piece in split.pieces), ENCODE_BYTES, processors())
     with contextlib.closing(spread(units, *stages, here=here)) as scattered:
         for result in scattered:
             tally = tallies[result.split]

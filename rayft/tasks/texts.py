@@ -44,7 +44,7 @@ def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tup
         return {"input_ids": []}, []
     options = {"padding": False, "return_attention_mask": False, "verbose": False}
     if len(texts) == 1:
-        options["return_token_type_ids"] = False  # all 0
+        options["return_token_type_ids"] = False  # nobody asks for them
     tokens = dict(tokenizer(*texts, truncation=False, **options))
     cut = [place for place, ids in enumerate(tokens["input_ids"]) if len(ids) > max_length]
     if cut:

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayft import storage
-from rayft.data import source
-from rayft.data.source import Rows, distinct, fragments, identity, peek, read, row_id
+from rayft.data import classes, source
+from rayft.data.source import Fragment, Rows, distinct, fragments, identity, peek, read, row_id, work
 from rayft.errors import DataError
 from rayft.recipe import Source
 
@@ -217,3 +217,12 @@ def test_object_storage_gives_the_same_rows_and_an_identity_of_its_own(s3: str, 
     assert identity(fragments(named), named) == before
     storage.write_bytes(storage.join(where, "a.csv"), b"text,n\none,2\ntwo\n")
     assert identity(fragments(named), named) != before
+
+
+def test_small_files_of_an_object_store_count_more_than_their_bytes(tmp_path: Path) -> None:
+    def piece(path: str, kind: str = "csv") -> Fragment:
+        return Fragment(path, kind, 0, 0, "", 1000)
+
+    listed, table = "s3://bucket/pictures/metadata.csv", "s3://bucket/rows.csv"
+    assert work([piece(listed), piece("s3://bucket/pictures", classes.FORMAT)]) == 8000
+    assert work([piece(table), piece(str(tmp_path / "metadata.csv")), piece(str(tmp_path), classes.FORMAT)]) == 3000
