@@ -16,6 +16,7 @@ from rayft.errors import ClusterError, TrainingError
 _local: list[Any] = []  # the processes of a cluster that this process has started
 
 PARALLEL = "TOKENIZERS_PARALLELISM"  # what tokenizers ask whether to use all processors
+_TOLD = os.environ.get(PARALLEL)  # by the user; `quiet` sets it too
 DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a worker to end
 
 
@@ -25,11 +26,10 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1) -> Iterator[None]:
 
     A Ray that this process has already joined is used as it is and left running.
     """
-    free = PARALLEL not in os.environ
     quiet()
     importing = ahead.imports(*ahead.DRIVER)
     try:
-        with _joined(workers * cpus_per_worker), _tokenizers_in_parallel(free):
+        with _joined(workers * cpus_per_worker), _tokenizers_in_parallel():
             yield
     finally:
         importing.join()  # a process that ends in the middle of an import may crash
@@ -70,14 +70,14 @@ def _joined(cpus: int) -> Iterator[None]:
 
 
 @contextmanager
-def _tokenizers_in_parallel(free: bool) -> Iterator[None]:
+def _tokenizers_in_parallel() -> Iterator[None]:
     """In this process alone, which has the machine to itself while it prepares rows; others have a processor each."""
-    if free:
+    if _TOLD is None:
         os.environ[PARALLEL] = "true"
     try:
         yield
     finally:
-        if free:
+        if _TOLD is None:
             os.environ[PARALLEL] = WORKER_ENVIRONMENT[PARALLEL]
 
 
