@@ -119,7 +119,7 @@ def _csv_rows(reader: Any, lines: _Lines, header: list[str]) -> Iterator[Row]:
         else:
             if not fields:
                 continue
-            fault = lines.take_fault()
+            fault = lines.take_fault() if lines.fault else ""
             if not fault and len(fields) != len(header):
                 fault = f"{len(fields)} field{'s' * (len(fields) != 1)} where the header has {len(header)}"
             yield Row(number, line, {} if fault else dict(zip(header, fields, strict=True)), fault)

@@ -89,7 +89,7 @@ def _rows(path: str, stream: Any, features: Any) -> Iterator[Row]:
     number = 0
     try:
         for values in stream:
-            named = {name: _named(value, features.get(name)) for name, value in values.items()} if features else values
+            named = {name: _named(values.get(name), kind) for name, kind in features.items()} if features else values
             yield Row(number, 0, named)
             number += 1
     except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:

@@ -32,7 +32,7 @@ from rayft.data.splits import (
     splits_of,
     units_of,
 )
-from rayft.data.spread import ENCODE_BYTES, READ_BYTES, processors, sooner_here, spread
+from rayft.data.spread import ENCODE_BYTES, READ_BYTES, THREADS, processors, sooner_here, spread
 from rayft.errors import DataError, StorageError
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained
@@ -228,7 +228,8 @@ def _scatter(
     total = None if None in totals else sum(count or 0 for count in totals)
     done = 0
     stages = (partial(read_rows, plans=plans), partial(encode_rows, plans=plans, encoder=encoder))
-    here = sooner_here(work(piece for split in splits for piece in split.pieces), ENCODE_BYTES, processors())
+    size = work(piece for split in splits for piece in split.pieces)
+    here = sooner_here(size, ENCODE_BYTES, processors(), THREADS)
     with contextlib.closing(spread(units, *stages, here=here)) as scattered:
         for result in scattered:
             tally = tallies[result.split]

@@ -7,10 +7,10 @@ lost worker left behind is in no index, so nothing is counted twice.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -229,15 +229,27 @@ def encode_rows(blob: Blob, plans: dict[str, Plan], encoder: Encoder) -> Iterato
 
 def _loaded(encoder: Encoder) -> Any:
     task = encoder.task
-    return _processor(type(task), task.model_dump_json(), encoder.model, encoder.source, encoder.processor)
+    wanted = (type(task), task.model_dump_json(), encoder.model, encoder.source, encoder.processor)
+    if _kept.of != wanted:
+        _kept.processor, _kept.of = _processor(encoder), wanted
+    return _kept.processor
 
 
-@functools.lru_cache(maxsize=2)
-def _processor(kind: type[Task], fields: str, model: Pretrained, source: str, identity: str) -> Any:
-    """The processor, once per worker process."""
+class _Kept(threading.local):
+    """A thread's processor: two may not use one at once, and making one takes as long as thousands of rows."""
+
+    of: tuple[Any, ...] | None = None
+    processor: Any = None
+
+
+_kept = _Kept()
+
+
+def _processor(encoder: Encoder) -> Any:
+    model = encoder.model
     if os.path.isabs(model.path) and not os.path.isdir(model.path):  # another machine than the driver's
-        model = Pretrained(fetch_model(source), model.revision, trust_remote_code=model.trust_remote_code)
-    return kind.model_validate_json(fields).processor(model)
+        model = Pretrained(fetch_model(encoder.source), model.revision, trust_remote_code=model.trust_remote_code)
+    return encoder.task.processor(model)
 
 
 def _table(encoded: Encoded, schema: pa.Schema, fragment: Fragment, rows: Rows, plan: Plan) -> pa.Table:

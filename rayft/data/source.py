@@ -132,18 +132,23 @@ def read(
     theirs = {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in (*columns, *optional)}
     wanted = {name for candidates in theirs.values() for name in candidates} | set(source.where)
     table = table_of(fragment, wanted, batch_size)
+    folder = _folder(fragment.path)
+    chosen: dict[str, str] = {}  # our columns -> theirs, where every row has them
     if table.columns is not None:
         theirs = _present(fragment.path, table.columns, theirs, set(columns), source)
-    folder = _folder(fragment.path)
-    batch = Rows({})
+        chosen = {ours: names[0] for ours, names in theirs.items()} if folder is None else {}
+    batch = Rows({ours: [] for ours in chosen})
     for row in table.rows:
         if row.fault:
             batch.bad.append(BadRow(fragment.path, row.number, row.fault, row.line))
-        elif all(_matches(row.values.get(name), value) for name, value in source.where.items()):
-            _add(batch, row, theirs, columns, fragment.path, folder)
+        elif not source.where or all(_matches(row.values.get(name), value) for name, value in source.where.items()):
+            if chosen:
+                _append(batch, row, chosen)
+            else:
+                _add(batch, row, theirs, columns, fragment.path, folder)
         if len(batch.numbers) + len(batch.bad) == batch_size:
             yield batch
-            batch = Rows({})
+            batch = Rows({ours: [] for ours in chosen})
     if batch.numbers or batch.bad:
         yield batch
 
@@ -163,6 +168,13 @@ def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list
     found = [row.values for row in first if not row.fault]
     names = list(dict.fromkeys([*columns, *(name for values in found for name in values)]))
     return names, {name: [values.get(name) for values in found] for name in names}
+
+
+def _append(batch: Rows, row: formats.Row, chosen: dict[str, str]) -> None:
+    for ours, name in chosen.items():
+        batch.columns[ours].append(row.values[name])
+    batch.numbers.append(row.number)
+    batch.lines.append(row.line)
 
 
 def _add(

@@ -6,7 +6,9 @@ import logging
 import os
 import pickle
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rayft.errors import RayftError
@@ -19,13 +21,17 @@ READ_BYTES = 32 << 20
 ENCODE_BYTES = 10 << 20
 
 
-def sooner_here(size: int, meanwhile: int, processors: int) -> bool:
+THREADS = 2  # Python runs in one at a time: the other one meanwhile is in a library
+
+
+def sooner_here(size: int, meanwhile: int, processors: int, threads: int = 1) -> bool:
     """Has this process done the work on `size` bytes before others have started and done it?
 
-    `meanwhile` is how much it does while they start. From then on they do as many times as much as there are
-    `processors`.
+    `meanwhile` is how much one thread of it does while they start. From then on they do as many times as much as there
+    are `processors`.
     """
-    return size * (processors - 1) <= meanwhile * processors
+    threads = min(threads, processors)
+    return size * (processors - threads) <= meanwhile * processors * threads
 
 
 def processors() -> int:
@@ -50,10 +56,10 @@ def spread(
     Stages give results as they go, each a block of its own, so that nobody holds more than a few. They come as they are
     made, or with `in_order` in the units' order. A RayftError that a stage raises is raised here as it was. Units,
     stages and results have to be picklable; Ray has to be initialised. With `here` this process does all of the work,
-    one unit after another, which is sooner done than started where there is little of it.
+    which is sooner done than started where there is little of it: this thread the first stage, two others the rest.
     """
     if here:
-        yield from _through(units, stages)
+        yield from _here(units, stages)
         return
     import ray
 
@@ -85,6 +91,26 @@ def spread(
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for item in batch["item"]:
             yield unpacked(item.as_buffer())
+
+
+def _here(units: Sequence[Any], stages: Sequence[Stage]) -> Iterator[Any]:
+    """In the units' order; each thread holds what the later stages make of one result of the first."""
+    first = _through(units, stages[:1])
+    if len(stages) == 1:
+        yield from first
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        working: deque[Future[list[Any]]] = deque()
+        try:
+            for item in first:
+                working.append(pool.submit(lambda item: list(_through([item], stages[1:])), item))
+                if len(working) > THREADS:
+                    yield from working.popleft().result()
+            while working:
+                yield from working.popleft().result()
+        finally:
+            for future in working:
+                future.cancel()
 
 
 def _through(items: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:

@@ -88,7 +88,7 @@ class MaskedLM(Task):
             "verbose": False,
         }
         made = processor(list(texts.values()), return_attention_mask=False, return_token_type_ids=False, **options)
-        given = list(texts)
+        given, mask = list(texts), processor.mask_token_id  # which takes a property of transformers long to tell
         for window, place in enumerate(made["overflow_to_sample_mapping"]):
             row, ids = given[place], list(made["input_ids"][window])
             words = [-1 if word is None else word for word in made.word_ids(window)]
@@ -96,7 +96,7 @@ class MaskedLM(Task):
                 words = [-1 if word < 0 else token for token, word in enumerate(words)]
             if max(words) < 0:
                 continue
-            asked = [token for token, number in enumerate(ids) if number == processor.mask_token_id]
+            asked = [token for token, number in enumerate(ids) if number == mask]
             if labelled or not asked:
                 masked, draws = drawn(words, self.mask_share, _generator(ids))
             else:
@@ -195,7 +195,9 @@ def drawn(words: list[int], share: float, rng: np.random.Generator) -> tuple[lis
     numbers = np.asarray(words)
     there = np.unique(numbers[numbers >= 0])
     chosen = rng.choice(there, max(1, round(share * len(there))), replace=False)
-    places = np.flatnonzero(np.isin(numbers, chosen))
+    taken = np.zeros(there[-1] + 2, bool)  # the last is that of -1
+    taken[chosen] = True
+    places = np.flatnonzero(taken[numbers])
     return places.tolist(), rng.random(len(places), np.float32).tolist()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rayft.tasks.later import transformers
 from rayft.tasks.task import Columns, Encoded, check_text
 
 
@@ -38,10 +40,13 @@ def encode_texts(
 def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
     """Token columns of one or two columns of texts, and the places of the rows that were cut to `max_length`.
 
-    The first pass does not truncate: it is what tells, for every kind of tokenizer, which rows have to be cut.
+    The tokenizer of a transformers class of Python's own does so in two passes, of which the first does not truncate:
+    that one tells which rows have to be cut.
     """
     if not texts[0]:
         return {"input_ids": []}, []
+    if is_backend(tokenizer):
+        return _in_one_pass(tokenizer, texts, max_length)
     options = {"padding": False, "return_attention_mask": False, "verbose": False}
     if len(texts) == 1:
         options["return_token_type_ids"] = False  # nobody asks for them
@@ -55,3 +60,49 @@ def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tup
             for place, value in zip(cut, short[name], strict=True):
                 values[place] = value
     return tokens, cut
+
+
+def input_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The uncut token ids of each text, with the special tokens that the tokenizer puts around it."""
+    if not texts:
+        return []
+    if is_backend(tokenizer):
+        return [encoding.ids for encoding in _encodings(tokenizer, texts)]
+    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    return ids
+
+
+def is_backend(tokenizer: Any) -> bool:
+    """Whether a call of the tokenizer does no more than call its backend, the Rust library, and copy what that gives.
+
+    The copying takes a third of the time. Some classes do more: they switch languages or write around the text.
+    """
+    kind, backend = type(tokenizer), transformers.PreTrainedTokenizerFast
+    return (
+        isinstance(tokenizer, backend)
+        and kind.__call__ is backend.__call__
+        and kind._encode_plus is backend._encode_plus
+        and not hasattr(tokenizer, "_switch_to_input_mode")
+    )
+
+
+def _in_one_pass(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
+    """What `tokenize` gives: what was cut off a text remains in its encoding as an overflow."""
+    encodings = _encodings(tokenizer, texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)), max_length)
+    ids = [encoding.ids for encoding in encodings]
+    tokens = {"input_ids": ids}
+    if len(texts) > 1 and "token_type_ids" in tokenizer.model_input_names:
+        tokens["token_type_ids"] = [encoding.type_ids for encoding in encodings]
+    full = (place for place, own in enumerate(ids) if len(own) >= max_length)
+    return tokens, [place for place in full if encodings[place].overflowing]
+
+
+def _encodings(tokenizer: Any, texts: list[Any], max_length: int | None = None) -> list[Any]:
+    """Texts or pairs by the backend, set up as a call of the tokenizer would."""
+    base: Any = importlib.import_module("transformers.tokenization_utils_base")
+    cuts = base.TruncationStrategy.DO_NOT_TRUNCATE if max_length is None else base.TruncationStrategy.LONGEST_FIRST
+    tokenizer.set_truncation_and_padding(base.PaddingStrategy.DO_NOT_PAD, cuts, max_length, 0, None, None)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    encodings: list[Any] = backend.encode_batch_fast(texts)
+    return encodings

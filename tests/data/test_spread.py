@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayft.data.spread import sooner_here, spread
+from rayft.data.spread import THREADS, sooner_here, spread
 from rayft.errors import DataError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -43,6 +44,15 @@ def in_folder(folder: str) -> Iterator[tuple[str, int]]:
         yield folder, number
 
 
+def in_thread(item: int) -> Iterator[tuple[int, int]]:
+    """The item and its thread, once two threads have one; None of them would come if one thread did all."""
+    _both.wait(60)
+    yield item, threading.get_ident()
+
+
+_both = threading.Barrier(2)
+
+
 def refused(unit: int) -> Iterator[int]:
     yield unit
     if unit == 2:
@@ -50,11 +60,24 @@ def refused(unit: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("size", "processors", "here"),
-    [(0, 64, True), (64, 64, True), (66, 64, False), (126, 2, True), (127, 2, False), (10**9, 1, True)],
+    ("size", "processors", "threads", "here"),
+    [
+        (0, 64, 1, True),
+        (64, 64, 1, True),
+        (66, 64, 1, False),
+        (126, 2, 1, True),
+        (127, 2, 1, False),
+        (10**9, 1, 1, True),
+        (10**9, 2, 2, True),
+        (10**9, 1, 2, True),
+        (252, 4, 2, True),
+        (253, 4, 2, False),
+    ],
 )
-def test_little_work_is_done_here_and_with_one_processor_all_of_it(size: int, processors: int, here: bool) -> None:
-    assert sooner_here(size, meanwhile=63, processors=processors) is here
+def test_little_work_is_done_here_and_all_that_the_threads_do_as_fast(
+    size: int, processors: int, threads: int, here: bool
+) -> None:
+    assert sooner_here(size, 63, processors, threads) is here
 
 
 def test_results_come_in_the_units_order_where_asked() -> None:
@@ -72,6 +95,28 @@ def test_results_of_one_unit_are_worked_on_by_several_processes(tmp_path: Path) 
     assert len(set(spread([str(tmp_path)], in_folder, met))) > 1
 
 
+def test_what_this_process_does_comes_in_order_and_several_threads_do_it() -> None:
+    found = list(spread([4, 0, 2], lambda unit: iter(range(unit)), in_thread, here=True))
+    assert [item for item, _ in found] == [0, 1, 2, 3, 0, 1]
+    assert threading.get_ident() not in {thread for _, thread in found}
+    assert len({thread for _, thread in found}) == 2
+    assert list(spread([2, 1], counted, here=True)) == [(2, 0), (2, 1), (1, 0)]
+
+
+def test_this_process_takes_no_more_from_a_reader_than_its_threads_need() -> None:
+    taken = []
+
+    def reading(unit: int) -> Iterator[int]:
+        for number in range(unit):
+            taken.append(number)
+            yield number
+
+    results = spread([1000], reading, lambda item: iter([item]), here=True)
+    assert next(results) == 0
+    results.close()
+    assert len(taken) <= THREADS + 1
+
+
 def test_settings_of_an_execution_stay_its_own() -> None:
     def settings() -> tuple[object, ...]:
         context = ray.data.DataContext.get_current()
@@ -83,7 +128,8 @@ def test_settings_of_an_execution_stay_its_own() -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_an_error_of_ours_is_raised_as_it_was(stages: int) -> None:
+@pytest.mark.parametrize("here", [False, True])
+def test_an_error_of_ours_is_raised_as_it_was(stages: int, here: bool) -> None:
     with pytest.raises(DataError, match=r"^unit two can't be read$") as raised:
-        list(spread([1, 2, 3], *[refused] * stages))
+        list(spread([1, 2, 3], *[refused] * stages, here=here))
     assert raised.value.__cause__ is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from rayft.tasks.causal_lm import CausalLM, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.task import Pretrained
+from small import switching_often
 
 SENTENCES = [
     "What are the symptoms of flu ?",
@@ -351,6 +353,23 @@ def test_marked_and_plain_templates_agree_on_every_kind_of_text(content: str, tr
         found.append(labels)
         assert learnt(tokenizer, ids, labels) == f"{content}<eos>{SENTENCES[3]}<eos>"
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def test_threads_do_not_meet_in_a_template(template: str) -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = template
+    rows = {"m": [CHAT[: 2 + 2 * (row % 2)] for row in range(20)]}
+    expected = vars(encode(CausalLM(messages="m"), tokenizer, rows))
+    assert not expected["bad"]
+
+    def again(_: int) -> dict[str, Any]:
+        own = trained_tokenizer()
+        own.chat_template = template
+        return vars(encode(CausalLM(messages="m"), own, rows))
+
+    with switching_often(), ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(again, range(8))) == [expected] * 8
 
 
 def test_conversations_may_be_json_and_hold_nulls() -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from transformers import pipeline as make_pipeline
 from diffusion_models import make_pipeline_folder
 from rayft.tasks import find, names
 from rayft.tasks.task import Pretrained, Task
+from small import switching_often
 from speech_models import DIGITS, make_letters, make_listener, make_writer
 
 LAYERS = 3
@@ -312,6 +314,18 @@ def test_encoding_is_pure_and_row_by_row(loaded: Loaded, evaluation: bool) -> No
     for name, values in whole.features.items():
         assert [value for part in parts for value in part.features[name]] == values
     assert [index for index, part in enumerate(parts) for _ in part.rows] == whole.rows
+
+
+def test_several_threads_encode_at_once_each_with_its_own_processor(loaded: Loaded) -> None:
+    whole = vars(loaded.encode(evaluation=True))
+
+    def often(_: int) -> list[dict[str, Any]]:
+        processor = loaded.task.processor(loaded.source)
+        options = {"evaluation": True}
+        return [vars(loaded.task.encode(loaded.case.rows, processor, loaded.facts, **options)) for _ in range(10)]
+
+    with switching_often(), ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(often, range(3))) == [[whole] * 10] * 3
 
 
 def test_a_row_without_values_is_bad_and_says_where(loaded: Loaded) -> None:

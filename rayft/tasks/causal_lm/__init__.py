@@ -336,7 +336,7 @@ class CausalLM(Task):
 
 def learnable(labels: list[int]) -> bool:
     """Whether any token is predicted: nothing comes before the first."""
-    return any(label != IGNORED for label in labels[1:])
+    return labels[1:].count(IGNORED) < len(labels) - 1
 
 
 def inner(model: Any) -> Any:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]  # characters of a text, the end left out
+
+_writing = threading.Lock()  # transformers compiles a template once, and what it notes in there is of one conversation
 
 
 def conversation(value: Any) -> list[dict[str, Any]]:
@@ -35,8 +39,10 @@ def conversation(value: Any) -> list[dict[str, Any]]:
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        with _writing:
+            return str(tokenizer.apply_chat_template(messages, **options))
     except (TypeError, jinja2.TemplateError) as fault:
         raise ValueError(f"the chat template refuses it: {fault}") from None
 
@@ -53,10 +59,10 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
 
     template = tokenizer.get_chat_template()
     if MARKERS.search(template):
+        options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
         try:
-            shown: Any = render_jinja_template(
-                [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
-            )
+            with _writing:
+                shown: Any = render_jinja_template([messages], **options)
         except (TypeError, jinja2.TemplateError) as fault:
             raise ValueError(f"the chat template refuses it: {fault}") from None
         return [(shown[0][0], shown[1][0])]
@@ -83,7 +89,10 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
     return [(through, [span]) for through, span in turns]
 
 
-def within(token: Span, span: Span) -> bool:
-    """Whether a token has characters in the span. Where a tokenizer trims blanks, a blank token is only its end."""
-    start, end = token
-    return end > span[0] and (start < span[1] or start == end == span[1])
+def within(tokens: list[Span], spans: list[Span]) -> npt.NDArray[np.bool_]:
+    """Which tokens have characters in a span. Where a tokenizer trims blanks, a blank token is only its end."""
+    starts, ends = np.asarray(tokens, np.int64).reshape(-1, 2).T
+    found = np.zeros(len(tokens), bool)
+    for first, last in spans:
+        found |= (ends > first) & ((starts < last) | ((starts == ends) & (ends == last)))
+    return found

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rayft.tasks.causal_lm.chat import assistant_spans, conversation, rendered, within
+import numpy as np
+
+from rayft.tasks.causal_lm.chat import Span, assistant_spans, conversation, rendered, within
 from rayft.tasks.causal_lm.likelihood import IGNORED
 from rayft.tasks.causal_lm.words import ended, filled, pieces, tokenized
 from rayft.tasks.task import Columns
@@ -38,18 +40,10 @@ def samples(
     form: Form, rows: Columns, tokenizer: Any, labelled: bool, bad: dict[int, str]
 ) -> Iterator[tuple[int, Sample]]:
     """(row, sample) for all rows that don't go to `bad`, in their order; uncut. Without labels they are prompts."""
-    if form.messages is not None:
-        for row, value in enumerate(rows[form.messages]):
-            try:
-                messages = conversation(value)
-                yield from ((row, sample) for sample in _conversation(form, messages, tokenizer, labelled))
-            except ValueError as fault:
-                bad[row] = f"`{form.messages}`: {fault}"
+    if form.messages is not None or form.chat:
+        yield from _by_spans(tokenizer, list(_shown(form, rows, tokenizer, labelled, bad)))
         return
     texts = _texts(form, rows, labelled, bad)
-    if form.chat:
-        yield from _turns(form, texts, tokenizer, labelled, bad)
-        return
     whole = tokenized(tokenizer, ["".join(parts) for parts in texts.values()], end=labelled)
     if not labelled or form.text is not None:
         for (row, parts), ids in zip(texts.items(), whole, strict=True):
@@ -96,38 +90,55 @@ def _texts(form: Form, rows: Columns, labelled: bool, bad: dict[int, str]) -> di
     return texts
 
 
-def _turns(
-    form: Form, texts: dict[int, list[str]], tokenizer: Any, labelled: bool, bad: dict[int, str]
-) -> Iterator[tuple[int, Sample]]:
-    """Prompts as a user's turn, completions as the assistant's answer."""
-    for row, parts in texts.items():
-        turns = zip(("user", "assistant"), parts, strict=False)
-        messages = [{"role": role, "content": text} for role, text in turns]
+def _shown(
+    form: Form, rows: Columns, tokenizer: Any, labelled: bool, bad: dict[int, str]
+) -> Iterator[tuple[int, str, list[Span]]]:
+    """(row, conversation as the template writes it, what of it is learned) for all rows that don't go to `bad`."""
+    if form.messages is not None:
+        column: str | None = form.messages
+        cells: dict[int, Any] = dict(enumerate(rows[form.messages]))
+    else:  # prompts as a user's turn, completions as the assistant's answer
+        column, cells = form.prompt, _texts(form, rows, labelled, bad)
+    for row, cell in cells.items():
         try:
-            for ids, labels in _conversation(form, messages, tokenizer, labelled):
-                empty = labelled and not parts[1].strip()
-                yield row, (ids, [IGNORED] * len(ids) if empty else labels)
+            if form.messages is not None:
+                messages, empty = conversation(cell), False
+            else:
+                turns = zip(("user", "assistant"), cell, strict=False)
+                messages, empty = [{"role": role, "content": text} for role, text in turns], not cell[-1].strip()
+            for text, spans in _written(form, messages, tokenizer, labelled):
+                yield row, text, [] if empty and labelled else spans
         except ValueError as fault:
-            bad[row] = f"`{form.prompt}`: {fault}"
+            bad[row] = f"`{column}`: {fault}"
 
 
-def _conversation(form: Form, messages: list[dict[str, Any]], tokenizer: Any, labelled: bool) -> Iterator[Sample]:
-    """One sample, or where the template shows a turn otherwise once it is past, one per assistant turn."""
+def _written(
+    form: Form, messages: list[dict[str, Any]], tokenizer: Any, labelled: bool
+) -> list[tuple[str, list[Span]]]:
+    """One text, or where the template shows a turn otherwise once it is past, one per assistant turn."""
     if not labelled:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise ValueError("there is no turn to answer")
-        text = rendered(tokenizer, messages, add_generation_prompt=True)
-        shown: list[tuple[str, list[tuple[int, int]]]] = [(text, [])]
-    elif form.train_on_prompt:
+        return [(rendered(tokenizer, messages, add_generation_prompt=True), [])]
+    if form.train_on_prompt:
         text = rendered(tokenizer, messages)
-        shown = [(text, [(0, len(text))])]
-    else:
-        shown = assistant_spans(tokenizer, messages)
-    for text, spans in shown:
-        # The template writes the beginning and end of a sequence itself.
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        inside = [any(within(offset, span) for span in spans) for offset in found["offset_mapping"]]
-        ids = found["input_ids"]
-        yield ids, [token if label else IGNORED for token, label in zip(ids, inside, strict=True)]
+        return [(text, [(0, len(text))])]
+    return assistant_spans(tokenizer, messages)
+
+
+def _by_spans(tokenizer: Any, shown: list[tuple[int, str, list[Span]]]) -> Iterator[tuple[int, Sample]]:
+    """Of each text the tokens, of which those in its spans are learned."""
+    if not shown:
+        return
+    found = tokenizer(
+        [text for _, text, _ in shown],
+        add_special_tokens=False,  # the template writes the beginning and end of a sequence itself
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    for (row, _, spans), ids, offsets in zip(shown, found["input_ids"], found["offset_mapping"], strict=True):
+        yield row, (ids, np.where(within(offsets, spans), ids, IGNORED).tolist())

@@ -7,6 +7,7 @@ from string import Formatter
 from typing import Any
 
 from rayft.tasks.task import Columns
+from rayft.tasks.texts import input_ids
 
 
 @lru_cache
@@ -43,11 +44,9 @@ def tokenized(tokenizer: Any, texts: list[str], *, end: bool) -> list[list[int]]
 
     Special tokens that a text itself begins or ends with are not doubled.
     """
-    if not texts:
-        return []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = []
-    for text, whole in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+    for text, whole in zip(texts, input_ids(tokenizer, texts), strict=True):
         ids = whole
         own_end = eos is not None and text.endswith(tokenizer.eos_token)
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
