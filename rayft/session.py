@@ -15,8 +15,6 @@ from rayft.errors import ClusterError, TrainingError
 
 _local: list[Any] = []  # the processes of a cluster that this process has started
 
-PARALLEL = "TOKENIZERS_PARALLELISM"  # what tokenizers ask whether to use all processors
-_TOLD = os.environ.get(PARALLEL)  # by the user; `quiet` sets it too
 DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a worker to end
 
 
@@ -29,7 +27,7 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1) -> Iterator[None]:
     quiet()
     importing = ahead.imports(*ahead.DRIVER)
     try:
-        with _joined(workers * cpus_per_worker), _tokenizers_in_parallel():
+        with _joined(workers * cpus_per_worker):
             yield
     finally:
         importing.join()  # a process that ends in the middle of an import may crash
@@ -67,18 +65,6 @@ def _joined(cpus: int) -> Iterator[None]:
     finally:
         _local.clear()
         ray.shutdown()
-
-
-@contextmanager
-def _tokenizers_in_parallel() -> Iterator[None]:
-    """In this process alone, which has the machine to itself while it prepares rows; others have a processor each."""
-    if _TOLD is None:
-        os.environ[PARALLEL] = "true"
-    try:
-        yield
-    finally:
-        if _TOLD is None:
-            os.environ[PARALLEL] = WORKER_ENVIRONMENT[PARALLEL]
 
 
 def refuse_lost() -> None:
@@ -155,7 +141,7 @@ def quiet() -> None:
 
 WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
-    PARALLEL: "false",
+    "TOKENIZERS_PARALLELISM": "false",  # several threads or processes have one each
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

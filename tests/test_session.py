@@ -49,20 +49,3 @@ def test_a_cluster_that_does_not_start_is_one_sentence() -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("rayft.errors.ClusterError: Ray did not start on this machine (")
     assert "/proc/nowhere" in last
-
-
-def test_tokenizers_use_all_processors_in_the_driver_alone_unless_told() -> None:
-    script = (
-        "import os, ray\nfrom rayft.session import PARALLEL, cluster, quiet\nquiet()\n"
-        "for _ in range(2):\n"
-        "    with cluster():\n"
-        "        theirs = ray.get(ray.remote(lambda: os.environ[PARALLEL]).remote())\n"
-        "        print(os.environ[PARALLEL], theirs, end=' ')\n"
-        "    print(os.environ[PARALLEL], end=' ')"
-    )
-    environment = {"PATH": "/usr/bin:/bin", "RAY_AUTH_MODE": "disabled"}
-    for own, told in (({}, "true false false"), ({"TOKENIZERS_PARALLELISM": "false"}, "false false false")):
-        done = subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment | own
-        )
-        assert done.stdout.split() == 2 * told.split()

@@ -21,6 +21,8 @@ from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
 from rayft.data.source import work
 from rayft.data.splits import (
+    BLOB_BYTES,
+    OWN_BLOB_BYTES,
     Split,
     blob_of,
     facts_key,
@@ -32,7 +34,7 @@ from rayft.data.splits import (
     splits_of,
     units_of,
 )
-from rayft.data.spread import ENCODE_BYTES, READ_BYTES, THREADS, processors, sooner_here, spread
+from rayft.data.spread import ENCODE_BYTES, READ_BYTES, THREADS, WORTH, processors, sooner_here, spread
 from rayft.errors import DataError, StorageError
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained
@@ -158,7 +160,8 @@ def _scanned(recipe: Recipe, train: Split, cut: bool, home: str, show: Progress)
     return found
 
 
-def _plan(recipe: Recipe, split: Split, known: Scan, folder: str) -> Plan:
+def _plan(recipe: Recipe, split: Split, known: Scan, folder: str, here: bool) -> Plan:
+    encoders, most = (THREADS, OWN_BLOB_BYTES) if here else (processors(), BLOB_BYTES)
     return Plan(
         folder=storage.join(folder, f"attempt-{uuid.uuid4().hex[:12]}"),
         sources=split.sources,
@@ -170,7 +173,7 @@ def _plan(recipe: Recipe, split: Split, known: Scan, folder: str) -> Plan:
         capacity=None if split.evaluation else recipe.task.packs(),
         shards=shards_of(split.pieces),
         groups=groups_of(split.pieces),
-        blob=blob_of(split.pieces, processors()),
+        blob=blob_of(split.pieces, encoders, most),
         threshold=known.threshold if split.cut or split.name == "train" else None,
         cut=split.cut,
     )
@@ -180,12 +183,14 @@ def _make(
     recipe: Recipe, splits: Sequence[Split], folders: dict[str, str], known: Scan, encoder: Encoder, show: Progress
 ) -> dict[str, Prepared]:
     """Prepares the splits together, and commits each. What a failure leaves behind is deleted."""
-    plans = {split.name: _plan(recipe, split, known, folders[split.name]) for split in splits}
-    if not plans:
+    if not splits:
         return {}
+    size = work(piece for split in splits for piece in split.pieces)
+    here = sooner_here(size, ENCODE_BYTES, processors(), WORTH)
+    plans = {split.name: _plan(recipe, split, known, folders[split.name], here) for split in splits}
     attempts = {name: plan.folder for name, plan in plans.items()}
     try:
-        tallies = _scatter(recipe, splits, plans, encoder, known, show)
+        tallies = _scatter(recipe, splits, plans, encoder, known, here, show)
         counts = {name: tallies[name].counts for name in plans}
         # Where reading ended early, only splits with bad rows are known to be at fault.
         early = recipe.data.on_bad_row == "error" and any(count.bad >= ENOUGH_BAD for count in counts.values())
@@ -219,6 +224,7 @@ def _scatter(
     plans: dict[str, Plan],
     encoder: Encoder,
     known: Scan,
+    here: bool,
     show: Progress,
 ) -> dict[str, _Tally]:
     """Reads and encodes all rows of all splits in one execution."""
@@ -228,8 +234,6 @@ def _scatter(
     total = None if None in totals else sum(count or 0 for count in totals)
     done = 0
     stages = (partial(read_rows, plans=plans), partial(encode_rows, plans=plans, encoder=encoder))
-    size = work(piece for split in splits for piece in split.pieces)
-    here = sooner_here(size, ENCODE_BYTES, processors(), THREADS)
     with contextlib.closing(spread(units, *stages, here=here)) as scattered:
         for result in scattered:
             tally = tallies[result.split]

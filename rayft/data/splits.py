@@ -25,7 +25,9 @@ FORMAT = 2
 
 SHARD_BYTES = 16 << 20  # of the source; each shard is sorted in one worker's memory
 MOST_SHARDS = 4096
-BLOB_BYTES = 512 << 10, 8 << 20  # least and most
+LEAST_BLOB = 512 << 10
+BLOB_BYTES = 8 << 20  # that goes to another process
+OWN_BLOB_BYTES = 2 << 20  # in this one, where a piece costs little and all wait for the last
 UNIT_BYTES = 8 << 20  # small files are read together
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".index.json", ".md")
 
@@ -140,10 +142,9 @@ def groups_of(pieces: Sequence[Fragment]) -> tuple[tuple[int, bool], ...]:
     return tuple(groups)
 
 
-def blob_of(pieces: Sequence[Fragment], processors: int) -> int:
-    """Bytes of rows to encode at once: few enough that two such pieces, or more, go to each processor."""
-    least, most = BLOB_BYTES
-    return max(least, min(most, sum(piece.size for piece in pieces) // (2 * processors)))
+def blob_of(pieces: Sequence[Fragment], encoders: int, most: int) -> int:
+    """Bytes of rows to encode at once, at most `most`: few enough that two such pieces, or more, go to each encoder."""
+    return max(LEAST_BLOB, min(most, sum(piece.size for piece in pieces) // (2 * encoders)))
 
 
 def shards_of(pieces: Sequence[Fragment]) -> int:

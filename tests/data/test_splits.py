@@ -7,6 +7,8 @@ from pathlib import Path
 from rayft.data.source import Fragment
 from rayft.data.splits import (
     BLOB_BYTES,
+    LEAST_BLOB,
+    OWN_BLOB_BYTES,
     MOST_SHARDS,
     SHARD_BYTES,
     UNIT_BYTES,
@@ -40,10 +42,11 @@ def test_shards_follow_from_the_bytes() -> None:
 
 
 def test_each_processor_gets_some_of_the_rows_to_encode() -> None:
-    least, most = BLOB_BYTES
-    assert blob_of(pieces(8 * most, 8 * most), processors=4) == most
-    assert blob_of(pieces(4 * most, 4 * most), processors=8) == most // 2
-    assert blob_of(pieces(most), processors=64) == least
+    most = BLOB_BYTES
+    assert blob_of(pieces(8 * most, 8 * most), 4, most) == most
+    assert blob_of(pieces(4 * most, 4 * most), 8, most) == most // 2
+    assert blob_of(pieces(most), 64, most) == LEAST_BLOB
+    assert blob_of(pieces(8 * most), 2, OWN_BLOB_BYTES) == OWN_BLOB_BYTES
 
 
 def test_groups_keep_the_order_of_files_and_a_large_one_to_itself() -> None:

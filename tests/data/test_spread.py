@@ -60,7 +60,7 @@ def refused(unit: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("size", "processors", "threads", "here"),
+    ("size", "processors", "worth", "here"),
     [
         (0, 64, 1, True),
         (64, 64, 1, True),
@@ -68,16 +68,16 @@ def refused(unit: int) -> Iterator[int]:
         (126, 2, 1, True),
         (127, 2, 1, False),
         (10**9, 1, 1, True),
+        (10**9, 1, 1.5, True),
         (10**9, 2, 2, True),
-        (10**9, 1, 2, True),
-        (252, 4, 2, True),
-        (253, 4, 2, False),
+        (378, 2, 1.5, True),
+        (379, 2, 1.5, False),
     ],
 )
-def test_little_work_is_done_here_and_all_that_the_threads_do_as_fast(
-    size: int, processors: int, threads: int, here: bool
+def test_little_work_is_done_here_and_with_one_processor_all_of_it(
+    size: int, processors: int, worth: float, here: bool
 ) -> None:
-    assert sooner_here(size, 63, processors, threads) is here
+    assert sooner_here(size, 63, processors, worth) is here
 
 
 def test_results_come_in_the_units_order_where_asked() -> None:
