@@ -29,12 +29,13 @@ $(STAMP): cluster/requirements.lock pyproject.toml
 quickstart: install
 	$(BIN)/rayft run jobs/quickstart.yaml
 
-# Of the slow tests most keep two processes busy by themselves: they follow one after another.
+# A slow test waits for a quarter of its time: two at once fill it. One that measures the machine has it to itself.
 test: test-fast
-	$(BIN)/pytest -m 'slow or cluster or gpu'
+	$(BIN)/pytest -m '(slow or cluster or gpu) and not alone' --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest -m alone
 
 test-fast: install
-	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff format --check .

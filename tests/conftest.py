@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
 
 # Before torch comes: small models are slower on several threads, above all beside each other. Workers set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden; look at the difference")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests that run two at once, those of a file follow one another, and so do all that start nodes with networks
+    of their own."""
+    for item in items:
+        nodes = item.path.parent.name == "cluster"
+        item.add_marker(pytest.mark.xdist_group("cluster" if nodes else str(item.path.relative_to(HERE))))
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ READ_BYTES = 32 << 20
 ENCODE_BYTES = 10 << 20
 
 
-# One of two threads is in a library while Python runs in the other. That is worth 1.7 of one where a tokenizer does most
-# of the work, and 1.2 where Python has as much to do (measured on two cores; more threads would add nothing).
+# One of two threads is in a library while Python runs in the other. That is worth 1.7 of one where a tokenizer does the
+# most of the work, and 1.2 where Python has as much to do (measured on two cores; more threads would add nothing).
 THREADS = 2
 WORTH = 1.5
 

@@ -8,8 +8,8 @@ from rayft.data.source import Fragment
 from rayft.data.splits import (
     BLOB_BYTES,
     LEAST_BLOB,
-    OWN_BLOB_BYTES,
     MOST_SHARDS,
+    OWN_BLOB_BYTES,
     SHARD_BYTES,
     UNIT_BYTES,
     blob_of,
