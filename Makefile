@@ -31,11 +31,11 @@ quickstart: install
 
 # A slow test waits for a quarter of its time: two at once fill it. One that measures the machine has it to itself.
 test: test-fast
-	$(BIN)/pytest -m '(slow or cluster or gpu) and not alone' --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest -m '(slow or cluster or gpu) and not alone' --numprocesses 2 --dist loadscope
 	$(BIN)/pytest -m alone
 
 test-fast: install
-	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadscope
 
 lint: install
 	$(BIN)/ruff format --check .

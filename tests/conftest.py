@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch comes: small models are slower on several threads, above all beside each other. Workers set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,13 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden; look at the difference")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that run two at once, those of a file follow one another, and so do all that start nodes with networks
-    of their own."""
-    for item in items:
-        nodes = item.path.parent.name == "cluster"
-        item.add_marker(pytest.mark.xdist_group("cluster" if nodes else str(item.path.relative_to(HERE))))
+class ByFile(LoadScopeScheduling):
+    """Tests of a file follow one another, and so do all that start nodes with networks of their own."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "cluster" if "/cluster/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture
