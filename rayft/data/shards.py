@@ -231,7 +231,8 @@ def _loaded(encoder: Encoder) -> Any:
     task = encoder.task
     wanted = (type(task), task.model_dump_json(), encoder.model, encoder.source, encoder.processor)
     if _kept.of != wanted:
-        _kept.processor, _kept.of = _processor(encoder), wanted
+        with _making:
+            _kept.processor, _kept.of = _processor(encoder), wanted
     return _kept.processor
 
 
@@ -243,6 +244,7 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
+_making = threading.Lock()  # diffusers is half there for a thread that imports it while another one does
 
 
 def _processor(encoder: Encoder) -> Any:
