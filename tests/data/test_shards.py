@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayft.data.shards import Counts, _gathered, _streams, bound
+from rayft.data.shards import Counts, Encoder, _gathered, _loaded, _streams, bound
 from rayft.data.source import BadRow
+from rayft.tasks.task import Pretrained
+from rayft.tasks.text_classification import TextClassification
 
 
 def test_bounds_of_lengths_are_powers_of_two_and_what_lies_between() -> None:
@@ -58,3 +63,32 @@ def test_counts_add_up_in_any_order_and_keep_the_first_bad_rows() -> None:
     assert [text for *_, text in forwards.examples] == [
         f"{file}.csv row {row}: broken" for file in (0, 1) for row in range(1, 6)
     ]
+
+
+class Slow(TextClassification):
+    """Whose processors say who made them, and how many are being made at once."""
+
+    def processor(self, model: Pretrained) -> Any:
+        inside.append(threading.get_ident())
+        most.append(len(inside))
+        turn.wait(0.05)
+        inside.remove(threading.get_ident())
+        return threading.get_ident()
+
+
+inside, most, turn = list[int](), list[int](), threading.Event()
+
+
+def test_each_thread_has_a_processor_of_its_own_made_once_while_no_other_is() -> None:
+    encoder = Encoder(Slow(), Pretrained("model"), "model", "its hash", {})
+    together = threading.Barrier(3)
+
+    def loaded(_: int) -> list[int]:
+        together.wait()
+        return [_loaded(encoder) for _ in range(5)] + [threading.get_ident()]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(loaded, range(3)))
+    assert all(len(set(own)) == 1 for own in found)
+    assert len({own[0] for own in found}) == 3
+    assert most == [1, 1, 1]
