@@ -29,13 +29,13 @@ $(STAMP): cluster/requirements.lock pyproject.toml
 quickstart: install
 	$(BIN)/rayft run jobs/quickstart.yaml
 
-# A slow test waits for a quarter of its time: two at once fill it. One that measures the machine has it to itself.
+# A slow test waits for a quarter of its time: two at once fill it. Those that kill and count seconds run alone.
 test: test-fast
-	$(BIN)/pytest -m '(slow or cluster or gpu) and not alone' --numprocesses 2 --dist loadscope
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m '(slow or gpu) and not (cluster or alone)' --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m 'cluster or alone'
 
 test-fast: install
-	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadscope
+	$(BIN)/pytest -m 'not slow and not cluster and not gpu' --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 # Before torch comes: small models are slower on several threads, above all beside each other. Workers set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,18 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden; look at the difference")
-
-
-class ByFile(LoadScopeScheduling):
-    """Tests of a file follow one another, and so do all that start nodes with networks of their own."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "cluster" if "/cluster/" in file else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    return ByFile(config, log)
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ def ahead() -> set[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("ray_local")
 def test_workers_take_the_processes_that_were_started_for_them() -> None:
     quiet()

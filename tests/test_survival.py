@@ -23,7 +23,7 @@ from faulty_s3 import FaultyS3
 from rayft import stopping, storage
 from rayft.training import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 # Micro-batches of one row make a step long enough to be hit by a signal.
 FIELDS = {
@@ -335,7 +335,6 @@ def test_ranks_and_readers_that_stand_still_are_found_and_named(
     untouched.assert_equal(str(run))
 
 
-@pytest.mark.alone
 def test_a_machine_that_runs_out_of_memory_is_one_error_with_advice(untouched: Untouched) -> None:
     """Ray kills a process where the machine has too little left; here it has 1.5 GB for a run, which takes over 2."""
     memory = psutil.virtual_memory()
