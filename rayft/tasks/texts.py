@@ -40,8 +40,8 @@ def encode_texts(
 def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
     """Token columns of one or two columns of texts, and the places of the rows that were cut to `max_length`.
 
-    The tokenizer of a transformers class of Python's own does so in two passes, of which the first does not truncate:
-    that one tells which rows have to be cut.
+    Where the tokenizer has to be called, there are two passes: the first does not truncate, and tells which rows have
+    to be cut.
     """
     if not texts[0]:
         return {"input_ids": []}, []
