@@ -228,8 +228,7 @@ def encode_rows(blob: Blob, plans: dict[str, Plan], encoder: Encoder) -> Iterato
 
 
 def _loaded(encoder: Encoder) -> Any:
-    task = encoder.task
-    wanted = (type(task), task.model_dump_json(), encoder.model, encoder.source, encoder.processor)
+    wanted = (encoder.task, encoder.model, encoder.source, encoder.processor)
     if _kept.of != wanted:
         with _making:
             _kept.processor, _kept.of = _processor(encoder), wanted
