@@ -1,5 +1,8 @@
 """Imports that take seconds, begun before anybody needs them: beside Ray's start, and while other processes start.
 
+A run's driver first asks for its workers' processes, and only then imports what it needs itself, but for what is done
+while it waits for Ray: what it does meanwhile takes turns with a thread that imports.
+
 torch, transformers and DeepSpeed take four seconds of a processor in each process. Python's garbage collector would
 take one more, looking at modules again and again that are there to stay.
 """
@@ -12,7 +15,8 @@ import importlib
 import threading
 from collections.abc import Iterator
 
-DRIVER = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
+START = ("torch",)
+DRIVER = (*START, "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
 WORKER = (*DRIVER, "rayft.network", "rayft.training.worker")
 
 
@@ -27,11 +31,15 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def imports(*names: str) -> threading.Thread:
-    """Imports modules in a thread, which is begun; whoever needs one before waits for it there."""
+@contextlib.contextmanager
+def importing(*names: str) -> Iterator[None]:
+    """Imports modules in a thread beside what is inside; whoever needs one before waits for it there."""
     thread = threading.Thread(target=_import, args=(names,), daemon=True)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        thread.join()  # a process that ends in the middle of an import may crash
 
 
 def worker() -> None:

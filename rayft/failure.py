@@ -117,7 +117,7 @@ def advice(recipe: Recipe) -> str:
 
 def _root(error: BaseException) -> BaseException:
     """The exception that the worker raised, below Ray's wrappers."""
-    for name in ("_base_exc", "cause", "_original", "failure"):
+    for name in ("_base_exc", "cause", "_original", "failure", "health_check_failure"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return _root(inner)

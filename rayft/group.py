@@ -20,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayft import placement, prestart, session, storage
+from rayft import controller, placement, prestart, session, storage
 from rayft.board import Board, Place, standstill
 from rayft.data.feed import Feed, streams
 from rayft.data.prepare import Prepared
@@ -86,7 +86,10 @@ def fit(
 
 
 class _Trainer(TorchTrainer):
-    """Without two processes that Ray Train starts and that have nothing to do here."""
+    """Without three processes that Ray Train starts and that have nothing of their own to do here."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        return controller.run(**arguments)
 
     def _create_default_callbacks(self) -> list[Any]:
         """One hands out datasets. The other frees what is reserved where Ray's job outlives the one who started this:

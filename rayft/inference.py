@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rayft import storage
+from rayft import ahead, storage
 from rayft.data.places import cut_hashes
 from rayft.data.source import BadRow, Fragment, Rows, read, row_id, table_of
 from rayft.data.splits import units_of
@@ -149,6 +149,7 @@ def cluster_for_models() -> Iterator[None]:
         stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(nowhere, 2)  # that the level was set is printed, too
+            stack.enter_context(ahead.importing(*ahead.DRIVER))
             stack.enter_context(cluster(os.cpu_count() or 1))
         finally:
             os.dup2(stderr, 2)

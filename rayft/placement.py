@@ -204,6 +204,8 @@ def worker_memory(cluster: Cluster) -> int | None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     hosts = [(node, spots(cluster, node)) for node in living_nodes() if spots(cluster, node)]
+    if [node["NodeID"] for node, _ in hosts] == [ray.get_runtime_context().get_node_id()]:
+        return _memory(cluster.gpus_per_worker > 0, min(hosts[0][1], cluster.max_workers))
     ask = ray.remote(num_cpus=0, max_retries=0)(_memory)
     asked = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from rayft import placement, storage
+from rayft import ahead, placement, storage
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
@@ -154,7 +154,7 @@ class _Check:
         from rayft.session import cluster
 
         placed = self.recipe.cluster
-        with cluster(placed.max_workers, placed.cpus_per_worker):
+        with ahead.importing(*ahead.DRIVER), cluster(placed.max_workers, placed.cpus_per_worker):
             nodes = placement.living_nodes()
             have = {name: int(sum(node["Resources"].get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
             self.report["cluster"] = {

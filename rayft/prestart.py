@@ -1,14 +1,18 @@
 """Processes for a run's workers, started while the driver still prepares, so that their imports run beside its own.
 
 Ray starts an actor's process when the actor is made; that of a worker then imports for seconds. But a raylet can be
-asked to start processes for a runtime environment, and gives them to the first actors that want the same one.
+asked to start processes for a runtime environment, and gives them to the first actors that want the same one: once they
+are known to it. For actors that come before that it starts others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rayft import placement
@@ -17,6 +21,8 @@ from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT
 
 KEPT_S = 120  # how long a process waits to be taken
 ANSWER_S = 5.0
+KNOWN_S = 10.0  # within which a process that was asked for is known to its raylet, unless something is wrong
+LOOK_S = 0.02
 # What Ray calls when a process has started. (The runtime environment's own field for it counts for whole jobs alone.)
 HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "rayft.ahead.worker"}
 
@@ -29,18 +35,46 @@ def environment(cluster: Cluster) -> dict[str, Any]:
     return {"env_vars": WORKER_ENVIRONMENT | MEMORY_ENVIRONMENT | ({} if cluster.gpus_per_worker else HOOK)}
 
 
-def workers(cluster: Cluster) -> None:
+def workers(cluster: Cluster) -> Callable[[], None]:
     """Has processes for a run's workers started, where Ray's cluster is this one machine: elsewhere nobody knows yet
-    where they will be. Where that fails they start later, as all do."""
+    where they will be. Where that fails they start later, as all do.
+
+    What is returned waits until actors get them; to be called before the workers are started.
+    """
     import grpc
 
     nodes = placement.living_nodes()
     if len(nodes) != 1 or cluster.gpus_per_worker:
-        return
+        return lambda: None
+    count = min(cluster.max_workers, placement.room(cluster))
     try:
-        _ask(nodes[0], cluster, min(cluster.max_workers, placement.room(cluster)))
+        before = _known()
+        _ask(nodes[0], cluster, count)
     except (grpc.RpcError, ImportError, AttributeError, TypeError, ValueError) as error:  # Ray promises none of this
         logging.getLogger(__name__).debug("no processes were started ahead: %s", error)
+        return lambda: None
+    return lambda: _wait(before, count)
+
+
+def _wait(before: set[int], count: int) -> None:
+    until = time.monotonic() + KNOWN_S
+    while len(_known() - before) < count and time.monotonic() < until:
+        time.sleep(LOOK_S)
+
+
+def _known() -> set[int]:
+    """The processes with the hook that their raylet knows, by number; on this machine."""
+    import psutil
+
+    messages: Any = importlib.import_module("ray.core.generated.gcs_pb2")
+    state: Any = importlib.import_module("ray._private.state").state
+    found = set()
+    for row in state._connect_and_get_accessor().get_worker_table():
+        worker = messages.WorkerTableData.FromString(row)
+        with contextlib.suppress(psutil.Error):
+            if worker.is_alive and set(HOOK) <= set(psutil.Process(worker.pid).environ()):
+                found.add(worker.pid)
+    return found
 
 
 def _ask(node: dict[str, Any], cluster: Cluster, count: int) -> None:
@@ -60,13 +94,17 @@ def _ask(node: dict[str, Any], cluster: Cluster, count: int) -> None:
 
 
 def wanted(cluster: Cluster) -> Any:
-    """The runtime environment as Ray knows it of the workers that Ray Train's controller starts: letter by letter."""
+    """The runtime environment, letter by letter, of the workers that this process's controller starts."""
+    import ray
     from ray.runtime_env import RuntimeEnv
 
     groups: Any = importlib.import_module("ray.train.v2._internal.execution.worker_group.worker_group")
     private: Any = importlib.import_module("ray._private.utils")
     info = private.get_runtime_env_info(RuntimeEnv(**groups.WorkerGroup._get_worker_runtime_env(environment(cluster))))
-    # Where the controller's own environment is added to it, Ray writes it anew.
-    written = json.loads(info.serialized_runtime_env)
-    info.serialized_runtime_env = json.dumps(written, sort_keys=True, separators=(",", ":"))
+    own = json.loads(info.serialized_runtime_env)
+    around = json.loads(ray.get_runtime_context().get_runtime_env_string() or "{}")
+    if around:  # of a job, or of a trial: Ray adds what is not said, and writes it anew
+        variables = around.get("env_vars", {}) | own["env_vars"]
+        written = {**around, **own, "env_vars": variables}
+        info.serialized_runtime_env = json.dumps(written, sort_keys=True, separators=(",", ":"))
     return info

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import placement, prestart, storage
+from rayft import ahead, placement, prestart, storage
 from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
 from rayft.failure import AGAIN, Left, decide
 from rayft.gauges import Gauges
@@ -52,16 +53,17 @@ def run(
         record.refuse_other_model(identity)
     from rayft.session import cluster
 
-    with cluster(recipe.cluster.max_workers, recipe.cluster.cpus_per_worker):
-        show({"event": "stage", "name": "preparing"})
-        placement.refuse(recipe)
-        prestart.workers(recipe.cluster)
+    with (
+        cluster(recipe.cluster.max_workers, recipe.cluster.cpus_per_worker),
+        _processes(recipe, show) as settled,
+    ):
         prepared = prepared_for(recipe, model_path, show)
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
         record.refuse_other_data(prepared["train"].manifest.key)
         keys = {split: split_data.manifest.key for split, split_data in prepared.items()}
+        settled()
         stop = Stop(recipe.folder)
         with record.writing(recipe, identity, keys), stop.listening():
             try:
@@ -78,6 +80,16 @@ def run(
             record.status = "finished"
     result: dict[str, Any] = storage.read_json(storage.join(recipe.folder, "result.json"))
     return result
+
+
+@contextmanager
+def _processes(recipe: Recipe, show: Show) -> Iterator[Callable[[], None]]:
+    """Has the workers' processes started, and imports beside them; gives what waits until workers can have them."""
+    show({"event": "stage", "name": "preparing"})
+    placement.refuse(recipe)
+    settled = prestart.workers(recipe.cluster)
+    with ahead.importing(*ahead.DRIVER):
+        yield settled
 
 
 def export(run_folder: str, folder: str) -> str:

@@ -25,12 +25,8 @@ def cluster(workers: int = 1, cpus_per_worker: int = 1) -> Iterator[None]:
     A Ray that this process has already joined is used as it is and left running.
     """
     quiet()
-    importing = ahead.imports(*ahead.DRIVER)
-    try:
-        with _joined(workers * cpus_per_worker):
-            yield
-    finally:
-        importing.join()  # a process that ends in the middle of an import may crash
+    with ahead.importing(*ahead.START), _silent(), _joined(workers * cpus_per_worker):
+        yield
 
 
 @contextmanager
@@ -67,6 +63,11 @@ def _joined(cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def is_own() -> bool:
+    """Is Ray's cluster one that this process has started for itself?"""
+    return bool(_local)
+
+
 def refuse_lost() -> None:
     """Raises TrainingError where a cluster of this process's own has ended: Ray would wait a minute, and then abort."""
     for process in _local:
@@ -75,6 +76,21 @@ def refuse_lost() -> None:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             told = f"Ray's process {name} on this machine has ended ({how})"
             raise TrainingError(f"{told}; the same command goes on from the last checkpoint")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Ray prints nothing of its own: that a process has ended is told by whoever needed it, once and with what follows.
+
+    It prints past Python's logging, for as long as this process is connected.
+    """
+    worker: Any = importlib.import_module("ray._private.worker")
+    plain = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = plain
 
 
 @contextmanager
@@ -105,12 +121,16 @@ def _bare() -> Iterator[None]:
     Nobody would look at them; they would take four seconds of a processor, and Ray waits for the dashboard's address.
     """
     node: Any = importlib.import_module("ray._private.node").Node
+    private: Any = importlib.import_module("ray._private.utils")
     plain = {name: getattr(node, name) for name in ("start_api_server", "start_monitor", "start_log_monitor")}
+    dashboard = private.get_dashboard_dependency_error
     for name in plain:
         setattr(node, name, lambda *arguments, **options: None)
+    private.get_dashboard_dependency_error = lambda: ImportError("not looked for")  # its agent then does what it must
     try:
         yield
     finally:
+        private.get_dashboard_dependency_error = dashboard
         for name, method in plain.items():
             setattr(node, name, method)
 
@@ -134,8 +154,9 @@ def quiet() -> None:
     """
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "ray.data", "ray.train", "deepspeed", "DeepSpeed", "transformers", "diffusers", "bitsandbytes"):
+    for name in ("ray", "ray.data", "deepspeed", "DeepSpeed", "transformers", "diffusers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # that workers fail is told by who asked for them
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
@@ -146,6 +167,8 @@ WORKER_ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the controller is in the driver, whose terminal it is
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives a cluster must not start another
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for notices itself; it would be one more process

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import depths, placement, storage, trials
+from rayft import ahead, depths, placement, storage, trials
 from rayft.errors import RayftError, RunRefused, Stopped, SweepStopped, TrainingError
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
@@ -64,7 +64,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     quiet()
     os.environ.update(ENVIRONMENT)
     placed = recipe.cluster
-    with cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker):
+    with ahead.importing(*ahead.DRIVER), cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker):
         show({"event": "stage", "name": "preparing"})
         placement.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)

@@ -123,6 +123,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "following",
         "placement",
         "prestart",
+        "controller",
         "group",
         "run",
         "verify",

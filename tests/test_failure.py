@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from rayft.board import Place
 from rayft.errors import (
@@ -126,6 +127,8 @@ def recipe(**fields: Any) -> Recipe:
     ("failures", "kind", "says"),
     [
         ({0: User(PEER), 1: died()}, WorkersLost, "rank 1 on 10.0.0.1 (process 71) was lost at step 9: "),
+        ({0: User(PEER), 1: WorkerHealthCheckFailedError("failed", died())}, WorkersLost,
+         "rank 1 on 10.0.0.1 (process 71) was lost at step 9: The actor died unexpectedly"),
         ({0: User(PEER), 1: User(PEER)}, WorkersLost, "rank 0 on 10.0.0.0 (process 70) was lost at step 9: "),
         ({0: User(LATE), 1: User(PEER)}, WorkersLost, "was lost at step 9: "),
         ({0: User(PEER), 1: User(NotFinite(9, "loss"))}, NotFinite, "step 9: the loss"),

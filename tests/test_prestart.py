@@ -1,15 +1,16 @@
-"""Processes that are started ahead are those that a run's workers take."""
+"""Processes that are started ahead are those that a run's workers take, whoever starts them."""
 
 from __future__ import annotations
 
 import os
-import time
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
 from rayft import prestart
@@ -22,49 +23,64 @@ class Worker:
         return os.getpid()
 
 
-class Controller:
-    """Starts workers as Ray Train's does."""
+class Driver:
+    """Starts workers as Ray Train's controller does."""
 
-    def workers(self, count: int, environment: dict[str, Any]) -> list[int]:
-        own = WorkerGroup._get_worker_runtime_env(environment)
-        made: Any = [ray.remote(num_cpus=0, runtime_env=own)(Worker).remote() for _ in range(count)]
-        return ray.get([worker.pid.remote() for worker in made])
+    def __init__(self) -> None:
+        quiet()
+
+    def all_taken(self, cluster: Cluster) -> bool:
+        before = prestart._known()
+        settled = prestart.workers(cluster)
+        settled()
+        ahead = prestart._known() - before
+        own = WorkerGroup._get_worker_runtime_env(prestart.environment(cluster))
+        made: Any = [ray.remote(num_cpus=0, runtime_env=own)(Worker).remote() for _ in range(cluster.max_workers)]
+        taken = set(ray.get([worker.pid.remote() for worker in made]))
+        return len(taken) == cluster.max_workers and taken == ahead == prestart._known() - before
 
 
-def ahead() -> set[int]:
-    """Processes of this one's Ray that have the hook."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if set(prestart.HOOK) <= set(process.environ()):
-                found.add(process.pid)
-        except psutil.Error:
-            continue
-    return found
+JOB = """
+import sys
+import ray
+from test_prestart import Cluster, Driver
+environment = {"env_vars": {"WHOSE": "the job's"}, "working_dir": sys.argv[1]}
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+assert Driver().all_taken(Cluster(workers=2))
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.usefixtures("ray_local")
-def test_workers_take_the_processes_that_were_started_for_them() -> None:
-    quiet()
-    cluster = Cluster(workers=2)
-    before = ahead()
-    prestart.workers(cluster)
-    until = time.monotonic() + 120  # only how long a busy machine may take
-    while len(ahead() - before) < 2:
-        assert time.monotonic() < until, "no process was started"
-        time.sleep(0.05)
-    own = {"env_vars": get_env_vars_to_propagate()}
-    controller: Any = ray.remote(num_cpus=0, runtime_env=own)(Controller).remote()
-    assert set(ray.get(controller.workers.remote(2, prestart.environment(cluster)))) == ahead() - before
+def test_workers_of_a_driver_take_the_processes_that_were_started_for_them() -> None:
+    assert Driver().all_taken(Cluster(workers=2))
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.usefixtures("ray_local")
+def test_workers_of_a_trial_with_an_environment_of_its_own_take_them_too() -> None:
+    driver: Any = ray.remote(num_cpus=0, runtime_env={"env_vars": {"WHOSE": "the trial's"}})(Driver).remote()
+    assert ray.get(driver.all_taken.remote(Cluster(workers=2)))
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_workers_of_a_job_with_an_environment_and_a_folder_take_them_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: of-the-job\n", encoding="utf-8")
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    own["PYTHONPATH"] = str(Path(__file__).parent)
+    command = [sys.executable, "-c", JOB, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=own)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_workers_with_gpus_import_nothing_before_they_know_which_are_theirs() -> None:
     quiet()
-    before = ahead()
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
     cluster = Cluster(workers=2, gpus_per_worker=1)
-    prestart.workers(cluster)
+    prestart.workers(cluster)()
     assert not set(prestart.HOOK) & set(prestart.environment(cluster)["env_vars"])
-    assert ahead() == before
+    assert not prestart._known() - before

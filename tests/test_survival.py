@@ -123,12 +123,17 @@ def reached(run: Path, step: int) -> Callable[[], bool]:
 def test_a_worker_killed_in_a_step(untouched: Untouched, cluster: small.Cluster, started: Start) -> None:
     run, rng = untouched.runs / "worker", random.Random(3)
     process = started("run", untouched.write("worker", data__stream="on"))
+    killed = []
     for attempt, low in ((1, 4), (2, 14)):
         small.wait_for(lambda n=attempt: storage.exists(str(run / "attempts" / f"{n:06d}.json")), process)
         small.wait_for(reached(run, rng.randint(low, low + 4)), process)
-        rng.choice(cluster.workers()).send_signal(signal.SIGKILL)
+        killed.append(rng.choice(cluster.workers()))
+        killed[-1].send_signal(signal.SIGKILL)
     told = small.finish(process)
-    assert told.count(" was lost ") == 2
+    lines = [line for line in told.splitlines() if " was lost " in line]
+    for line, worker in zip(lines, killed, strict=True):  # not the other one, which saw this one's end
+        assert f"(process {worker.pid}) was lost " in line
+    assert "(raylet)" not in told
     assert "retry 1 of 3 (failure.max_retries)" in told
     assert "retry 2 of 3" not in told  # the second found a newer checkpoint, and counts from there
     untouched.assert_equal(str(run))

@@ -40,7 +40,7 @@ PANELS = (
     Panel("growth", "ranks", "ranks of a checkpoint", "ranks", {"commit_s": "commit", "own_s": "a rank's reading"},
           {"open_mb": "reader"}),
     Panel("runs", "workers", "workers of a run", "workers", {"first_step_s": "to the first step"},
-          {"driver_mb": "driver", "controller_mb": "controller", "board_mb": "board"}),
+          {"driver_mb": "driver", "board_mb": "board"}),
     Panel("runs", "trials", "trials of a sweep", "trials", {"ms_per_trial": "the sweep's own, per trial"},
           {"driver_mb": "driver"}, "ms"),
     Panel("runs", "models", "million parameters, two workers", "parameters_m",

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from growth import Row, alone, report  # noqa: E402
 
 LOOK_S = 0.2
-RUN_ACTORS = {"controller_mb": "ray::TrainController", "board_mb": "ray::Board", "split_mb": "ray::SplitCoordinator"}
+RUN_ACTORS = {"board_mb": "ray::Board", "split_mb": "ray::SplitCoordinator"}
 ENCODERS = {1: (128, 2), 2: (256, 4), 3: (512, 6), 4: (768, 12)}  # size -> hidden width, blocks
 STEPS = 12
 

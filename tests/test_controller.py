@@ -1,0 +1,56 @@
+"""A run asks Ray for no more processes than it needs, and what its workers raise is told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import small
+
+WATCHED = """
+import json, sys
+from rayft.recipe import Recipe
+from rayft.run import run
+
+seen = set()
+
+def show(event):
+    if event["event"] == "step":
+        from ray._private.state import actors
+        import psutil
+        seen.update((actor["ActorClassName"], actor["ActorID"]) for actor in actors().values())
+        seen.update(("ahead", one.pid) for one in psutil.Process().children(recursive=True)
+                    if "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR" in one.environ())
+
+run(Recipe.parse(json.load(open(sys.argv[1]))), show=show)
+print(json.dumps(sorted(name for name, _ in seen)))
+"""
+
+
+def alone(tmp_path: Path, text: str, plain: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """A process that starts a Ray of its own."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(plain), encoding="utf-8")
+    own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONWARNINGS")}
+    command = [sys.executable, "-c", text, str(recipe)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=own, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_run_on_its_own_ray_has_its_workers_a_board_and_a_barrier_and_starts_each_process_once(
+    tmp_path: Path,
+) -> None:
+    plain = small.recipe(tmp_path, small.small_bert(tmp_path / "bert"), train__max_steps=3)
+    assert plain["cluster"]["workers"] == 2
+    done = alone(tmp_path, WATCHED, plain)
+    assert done.returncode == 0, done.stderr
+    names = ["Board", "RayTrainWorker", "RayTrainWorker", "SynchronizationActor", "ahead", "ahead"]
+    assert json.loads(done.stdout) == names
+    assert done.stderr == ""
