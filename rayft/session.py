@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from rayft import ahead
+from rayft import agent, ahead
 from rayft.errors import ClusterError, TrainingError
 
 _local: list[Any] = []  # the processes of a cluster that this process has started
@@ -47,7 +50,7 @@ def _joined(cpus: int) -> Iterator[None]:
             ) from error
     else:
         room = max(os.cpu_count() or 1, cpus + DATA_CPUS)
-        with _own_process_group() as started, _bare(), _inherited(MEMORY_ENVIRONMENT):
+        with _own_processes() as started, _bare(), _inherited(MEMORY_ENVIRONMENT):
             try:
                 ray.init(address="local", num_cpus=room, include_dashboard=False, **options)
             except Exception as error:
@@ -79,22 +82,32 @@ def refuse_lost() -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _replaced(target: Any, **others: Any) -> Iterator[None]:
+    """Inside, these are attributes of a module or class."""
+    plain = {name: getattr(target, name) for name in others}
+    for name, other in others.items():
+        setattr(target, name, other)
+    try:
+        yield
+    finally:
+        for name, before in plain.items():
+            setattr(target, name, before)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _silent() -> AbstractContextManager[None]:
     """Ray prints nothing of its own: that a process has ended is told by whoever needed it, once and with what follows.
 
     It prints past Python's logging, for as long as this process is connected.
     """
-    worker: Any = importlib.import_module("ray._private.worker")
-    plain = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda *arguments, **options: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = plain
+    return _replaced(importlib.import_module("ray._private.worker"), print_to_stdstream=_nothing)
 
 
 @contextmanager
-def _own_process_group() -> Iterator[list[Any]]:
+def _own_processes() -> Iterator[list[Any]]:
     """Processes that Ray starts inside get a process group each, and still end with this process; they are listed.
 
     Whoever stops a command often signals its whole group (`timeout`, a scheduler, a shell), and a cluster that ends
@@ -103,36 +116,41 @@ def _own_process_group() -> Iterator[list[Any]]:
     services: Any = importlib.import_module("ray._private.services")
     plain, started = services.ConsolePopen, []
 
-    def start(*arguments: Any, **options: Any) -> Any:
-        started.append(plain(*arguments, process_group=0, **options))
+    def start(command: list[str], **options: Any) -> Any:
+        started.append(plain(_without_agent(command), process_group=0, **options))
         return started[-1]
 
-    services.ConsolePopen = start
-    try:
+    with _replaced(services, ConsolePopen=start):
         yield started
-    finally:
-        services.ConsolePopen = plain
 
 
 @contextmanager
 def _bare() -> Iterator[None]:
-    """A Ray that starts inside has what tasks and actors need, and neither dashboard nor autoscaler nor log monitor.
+    """A Ray that starts inside has what tasks and actors need: no dashboard, autoscaler or log monitor.
 
     Nobody would look at them; they would take four seconds of a processor, and Ray waits for the dashboard's address.
     """
     node: Any = importlib.import_module("ray._private.node").Node
     private: Any = importlib.import_module("ray._private.utils")
-    plain = {name: getattr(node, name) for name in ("start_api_server", "start_monitor", "start_log_monitor")}
-    dashboard = private.get_dashboard_dependency_error
-    for name in plain:
-        setattr(node, name, lambda *arguments, **options: None)
-    private.get_dashboard_dependency_error = lambda: ImportError("not looked for")  # its agent then does what it must
-    try:
+    with (
+        _replaced(node, start_api_server=_nothing, start_monitor=_nothing, start_log_monitor=_nothing),
+        _replaced(private, get_dashboard_dependency_error=_nothing),  # it would import them to see
+    ):
         yield
-    finally:
-        private.get_dashboard_dependency_error = dashboard
-        for name, method in plain.items():
-            setattr(node, name, method)
+
+
+def _without_agent(command: list[str]) -> list[str]:
+    """The command of a process of Ray's, a raylet's with `rayft.agent` for a dashboard agent."""
+    flag = "--dashboard_agent_command="
+    return [_standing_in(flag, part) if part.startswith(flag) else part for part in command]
+
+
+def _standing_in(flag: str, part: str) -> str:
+    given = dict(
+        word.split("=", 1) for word in shlex.split(part.removeprefix(flag)) if word.startswith("--") and "=" in word
+    )
+    own = [sys.executable, "-I", "-S", str(agent.__file__), given["--session-dir"], given["--node-id"]]
+    return flag + subprocess.list2cmdline(own)
 
 
 @contextmanager

@@ -103,6 +103,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "answer",
         "display",
         "gauges",
+        "agent",
         "ahead",
         "session",
         "record",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -38,6 +41,33 @@ def test_a_signal_to_the_commands_group_spares_its_cluster_and_a_lost_cluster_is
     assert done.returncode == 0, done.stderr
     # Ray may tell of its raylet's end on its own, before or behind.
     assert "[True, True] Ray's process raylet on this machine has ended (by SIGKILL); the same" in done.stdout
+
+
+STANDING = """
+import os, psutil, ray, signal
+from rayft import agent
+from rayft.session import cluster
+
+with cluster():
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    (raylet,) = [one for one in psutil.Process().children() if one.name() == "raylet"]
+    started = {one.pid: " ".join(one.cmdline()) for one in raylet.children()}
+    (own,) = [pid for pid, command in started.items() if agent.__file__ in command]
+    assert not any("DashboardAgent" in command for command in started.values())
+    print(own, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_dashboard_agent_is_started_and_what_stands_in_for_it_ends_with_its_raylet() -> None:
+    environment = {"PATH": "/usr/bin:/bin", "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", STANDING]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until = time.monotonic() + 120  # only how long a busy machine may take
+    while psutil.pid_exists(int(done.stdout)):
+        assert time.monotonic() < until, "it outlives its raylet"
+        time.sleep(0.05)
 
 
 def test_a_cluster_that_does_not_start_is_one_sentence() -> None:
