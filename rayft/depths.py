@@ -82,6 +82,7 @@ def store(
 ) -> Stored | None:  # fmt: skip
     """Computes what is missing and pays; None where nothing of it does. `recipe` has its ZeRO stage decided."""
     from rayft.training import prefix, states
+    from rayft.training.first_token import read_first
 
     wanted: dict[int, float] = {}
     for depth, share in shares(recipe, len(blocks.blocks)).items():
@@ -91,9 +92,14 @@ def store(
             wanted[stored] = wanted.get(stored, 0.0) + share
     if not wanted:
         return None
-    stage = int(recipe.deepspeed.zero_stage)
+    stage, first = int(recipe.deepspeed.zero_stage), read_first(recipe.task, network(warm), blocks)
     targets = {
-        split: {d: states.states_folder(prepared[split].folder, recipe, identity, d, stage) for d in wanted}
+        split: {
+            d: states.states_folder(
+                prepared[split].folder, recipe, identity, d, stage, first and d == len(blocks.blocks)
+            )
+            for d in wanted
+        }
         for split in ("train", "validation")
     }
     missing = {
@@ -132,6 +138,7 @@ def _worth(
     from rayft.tasks.task import Pretrained
     from rayft.training import freeze, prefix
     from rayft.training.evaluate import Network
+    from rayft.training.first_token import read_first
     from rayft.training.schedule import order, total_steps
     from rayft.training.standin import Prefix
 
@@ -152,6 +159,7 @@ def _worth(
         if not rows:
             continue
         model.eval()
+        read_first(task, model, found)
         freeze.freeze(model, _frozen(recipe, depth), found)
         tried = prefix.trial(prefix.Source(given, model, found), Prefix(model, found, depth), prepared["train"], 16)
         passes = sum(rows[split] * often[split] * share * trials for split in rows)
@@ -223,6 +231,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     from rayft.session import quiet
     from rayft.training import freeze, prefix
     from rayft.training.evaluate import Network
+    from rayft.training.first_token import read_first
     from rayft.training.states import Writer
     from rayft.trial import alone
 
@@ -232,6 +241,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
     model = network(task.warm)
     blocks = recipe.task.blocks(model)
+    read_first(recipe.task, model, blocks)
     deepest = max(depth for found in task.targets.values() for depth in found)
     freeze.freeze(model, _frozen(recipe, deepest), blocks)
     narrow = recipe.model.dtype != "float32"

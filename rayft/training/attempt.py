@@ -212,8 +212,7 @@ class Run:
             network = freeze.adapted(network, recipe, self.task.blocks(network), export.new_parameters(network))
         self.blocks = self.task.blocks(network)
         learning = freeze.freeze(network, recipe.model, self.blocks, epoch)
-        if learning.depth < len(self.blocks.blocks):  # else what the last block gives may be stored, of every token
-            read_first(self.task, network, self.blocks)
+        first = read_first(self.task, network, self.blocks)
         self.setting.own(network)
         for name in learning.trainable:
             self.progress.cohorts.setdefault(name, epoch)
@@ -231,7 +230,7 @@ class Run:
         )
         self.prefix = None
         if prefix.impossible(recipe, learning.depth) is None:
-            self.prefix = Prefix(network, self.blocks, self.task.steady(learning.depth))
+            self.prefix = Prefix(network, self.blocks, self.task.steady(learning.depth), first)
         self.engine = engine.build(network, groups, config)
         if recipe.model.compile:
             self.engine.module.compile()

@@ -252,7 +252,8 @@ def fill(
     """
     stage = int(recipe.deepspeed.zero_stage)
     folders = {
-        split: states_folder(data.folder, recipe, identity, prefix.depth, stage) for split, data in prepared.items()
+        split: states_folder(data.folder, recipe, identity, prefix.depth, stage, prefix.first)
+        for split, data in prepared.items()
     }
     missing: list[str] = _said([split for split, folder in folders.items() if found(folder) is None])
     if missing:

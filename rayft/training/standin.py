@@ -17,12 +17,17 @@ from rayft.training.states import States
 class Prefix:
     """The first `depth` blocks of a network, which they stand in for from now on. `rows_served` counts what was saved.
 
-    Until `serve` is given states, and whenever it gets none, the blocks compute as they did.
+    Until `serve` is given states, and whenever it gets none, the blocks compute as they did. `first`: what they give is
+    the first token's state alone.
     """
 
-    def __init__(self, network: Any, blocks: Blocks, depth: int) -> None:
-        """Of a model with an encoder and a decoder, the encoder's blocks at most: a decoder's take what both give."""
+    def __init__(self, network: Any, blocks: Blocks, depth: int, first: bool = False) -> None:
+        """Of a model with an encoder and a decoder, the encoder's blocks at most: a decoder's take what both give.
+
+        `first`: the last block of the network gives the first token's state alone (`first_token.py`).
+        """
         self.depth = depth = blocks.chained(depth)
+        self.first = first and depth == len(blocks.blocks)
         self.stores: dict[str, States] = {}
         self.rows_served = 0
         self._shared = _Shared()

@@ -54,8 +54,11 @@ class Part:
     seconds: float
 
 
-def states_folder(prepared: str, recipe: Recipe, identity: str, depth: int, stage: int) -> str:
-    """Where the states at `depth` of the split in folder `prepared` belong; `identity` is the base model's."""
+def states_folder(prepared: str, recipe: Recipe, identity: str, depth: int, stage: int, first: bool) -> str:
+    """Where the states at `depth` of the split in folder `prepared` belong; `identity` is the base model's.
+
+    `first`: those of each row's first token alone.
+    """
     depends = {
         "format": FORMAT,
         "model": identity,
@@ -64,6 +67,7 @@ def states_folder(prepared: str, recipe: Recipe, identity: str, depth: int, stag
         # Frozen weights that are sharded while they are loaded stay float32.
         "narrow": recipe.model.dtype != "float32" and stage < 3,
         "attention": recipe.model.attention,
+        **({"first": True} if first else {}),
         **({"quantize": recipe.model.quantize} if recipe.model.quantize else {}),
         "versions": [str(torch.__version__), transformers.__version__],
     }

@@ -79,6 +79,27 @@ def test_losses_and_scores_are_the_same_with_and_without_stored_states(
 
 
 @pytest.mark.slow
+def test_where_the_head_reads_the_first_token_no_other_is_stored_of_the_last_block(
+    recipes: dict[str, dict[str, Any]],
+) -> None:
+    fields = {"model__freeze": "all", "deepspeed__zero_stage": 0}
+    cases = [
+        with_fields(recipes["bert"], name=f"all-{cached}", model__cache_frozen=cached, **fields)
+        for cached in ("off", "on")
+    ]
+    off, on = run_group(trained_all, 2, cases)[0]
+    assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
+    assert [score["eval_loss"] for score in on["scores"]] == pytest.approx([s["eval_loss"] for s in off["scores"]])
+    assert on["served"] > 0
+    recipe = Recipe.parse(cases[1])
+    data = prepare(recipe, recipe.model.path)["train"]
+    identity = model_identity(recipe.model.path)
+    first, whole = (states.states_folder(data.folder, recipe, identity, 3, 0, only) for only in (True, False))
+    assert states.States(first).rows([0, 1]).shape == (2, 1, 32)
+    assert states.found(whole) is None
+
+
+@pytest.mark.slow
 def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: dict[str, dict[str, Any]]) -> None:
     lora = {"model__lora": {"r": 2}, "train__epochs": 3, "deepspeed__zero_stage": 0}
     cases = [
@@ -93,7 +114,7 @@ def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: di
     assert adapted == {"2"}
     recipe = Recipe.parse(cases[1])
     data = prepare(recipe, recipe.model.path)["train"]
-    at = states.states_folder(data.folder, recipe, model_identity(recipe.model.path), 2, 0)
+    at = states.states_folder(data.folder, recipe, model_identity(recipe.model.path), 2, 0, first=False)
     opened = states.States(at)
     assert opened.rows([0, 1]).shape[0] == 2
     (file,) = [entry.path for entry in storage.listing(at) if entry.path.endswith(".bin")]
