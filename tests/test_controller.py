@@ -1,4 +1,4 @@
-"""A run asks Ray for no more processes than it needs, and what its workers raise is told once."""
+"""A run asks Ray for no more processes than it needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import small
 
 WATCHED = """
-import json, sys
+import contextlib, json, sys
+import psutil
 from rayft.recipe import Recipe
 from rayft.run import run
 
@@ -23,10 +24,12 @@ seen = set()
 def show(event):
     if event["event"] == "step":
         from ray._private.state import actors
-        import psutil
+        from rayft.prestart import HOOK
         seen.update((actor["ActorClassName"], actor["ActorID"]) for actor in actors().values())
-        seen.update(("ahead", one.pid) for one in psutil.Process().children(recursive=True)
-                    if "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR" in one.environ())
+        for one in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if set(HOOK) <= set(one.environ()):
+                    seen.add(("ahead", one.pid))
 
 run(Recipe.parse(json.load(open(sys.argv[1]))), show=show)
 print(json.dumps(sorted(name for name, _ in seen)))
