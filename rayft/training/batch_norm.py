@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from rayft.training.engine import sum_over_ranks
 
 
 class _Grouped:
@@ -101,7 +102,7 @@ class BatchNorms:
             return
         seen = [one.seen.to(one.module.running_mean.device) for one in self._grouped.values()]
         shared = torch.cat([part.view(-1) for part in seen])
-        dist.all_reduce(shared)
+        sum_over_ranks(shared)
         for one, part in zip(self._grouped.values(), shared.split([part.numel() for part in seen]), strict=True):
             one.seen.zero_()
             mean, variance, rows = part.view(3, -1)

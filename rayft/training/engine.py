@@ -253,8 +253,16 @@ def reduce_gradients(engine: Any) -> None:
         shared.sum_gradients(_shared, trainable(engine))
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Replaces the tensor (contiguous) by the sum of all ranks'."""
+    if _shared is not None and tensor.device.type == "cpu":
+        _shared.reduce(tensor)
+    else:
+        torch.distributed.all_reduce(tensor)
+
+
 def collective_seconds() -> float:
-    """Seconds that exchanges through shared memory have taken in this process so far; DeepSpeed's are among them."""
+    """Seconds that exchanges between ranks of one machine have taken this process so far, DeepSpeed's included."""
     return _shared.seconds if _shared is not None else 0.0
 
 

@@ -19,7 +19,7 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
 from rayft.training.batch_norm import BatchNorms
-from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients
+from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients, sum_over_ranks
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.laps import Laps
@@ -182,7 +182,7 @@ def _count(job: Job, batches: list[Micro], share: Share, late: bool) -> tuple[in
     ]
     shared = torch.tensor(counts, dtype=torch.int64, device=job.device)
     job.laps.to("collective")
-    dist.all_reduce(shared)
+    sum_over_ranks(shared)
     job.laps.to("batch")
     return tuple(shared.tolist())
 
@@ -215,7 +215,7 @@ def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
             total += loss.detach().double().cpu()
     job.laps.to("collective")
     total = total.to(job.device)
-    dist.all_reduce(total)
+    sum_over_ranks(total)
     return float(total)
 
 

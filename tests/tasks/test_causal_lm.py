@@ -33,6 +33,7 @@ from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm import CausalLM, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
+from rayft.tasks.causal_lm.each import attend_each
 from rayft.tasks.task import Pretrained
 from small import switching_often
 
@@ -591,6 +592,38 @@ def test_a_model_that_mixes_packed_sequences_is_loaded_only_without_packing(fold
 # Packing
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "can"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, True),
+        ("mistral", {"sliding_window": 7}, True),
+        ("mistral", {"sliding_window": 6}, True),  # which cuts the longest sequence: by the mask then
+        ("gemma2", {}, False),  # caps what comes out, and so has an attention of its own
+    ],
+)
+def test_attention_of_packed_sequences_is_computed_for_each_where_the_layers_ask_for_nothing_more(
+    kind: str, fields: dict[str, Any], can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny(kind, "sdpa" if can else "eager", **fields)
+    before = network.config.to_dict()
+    assert attend_each(network) is can
+    assert network.config.to_dict() == before  # an exported model knows nothing of it
+    seen: list[tuple[int, bool]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, *more: Any, attn_mask: Any = None, **named: Any) -> torch.Tensor:
+        seen.append((query.shape[2], attn_mask is not None))
+        return plain(query, *more, attn_mask=attn_mask, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [*range(7), 0]])
+    if can:
+        network(input_ids=torch.ones_like(positions), position_ids=positions, use_cache=False)
+        each = [(8, True)] if fields.get("sliding_window") == 6 else [(size, False) for size in (5, 3, 7, 1)]
+        assert seen == each * network.config.num_hidden_layers
+
+
 def rows_of_tokens(count: int) -> pa.Table:
     """Sequences of 2 to 23 tokens, some of whose first labels are masked, as prepared rows."""
     rng = np.random.default_rng(3)
@@ -611,8 +644,8 @@ def measured(
     return loss.detach(), task.items(batch), {name: p.grad.clone() for name, p in network.named_parameters()}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_stand_in"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_stand_in", "each"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_packed_and_single_sequences_have_the_same_loss_and_gradients(kind: str, attention: str) -> None:
     # A stand-in for flash attention, which needs a GPU: rows have to reach it as a single one, and keep apart even so.
     shapes: list[int] = []
@@ -624,7 +657,8 @@ def test_packed_and_single_sequences_have_the_same_loss_and_gradients(kind: str,
     AttentionInterface.register("flash_stand_in", stand_in)
     AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
     network, tokenizer, task = tiny(kind), trained_tokenizer(pad_token="<pad>"), CausalLM(max_length=40)
-    network.config._attn_implementation = attention
+    network.config._attn_implementation = "sdpa" if attention == "each" else attention
+    assert attention != "each" or attend_each(network)
     singles = rows_of_tokens(11)
     # Three rows of several sequences each, of 38, 20 and about 70 tokens: two of them are padded.
     lengths = singles.column("length").to_pylist()

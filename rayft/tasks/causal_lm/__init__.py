@@ -23,6 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
+from rayft.tasks.causal_lm.each import attend_each
 from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
@@ -189,6 +190,8 @@ class CausalLM(Task):
         if self.pack and not keeps_apart(network):
             kind = network.config.model_type
             raise ModelError(f"{model.path} ({kind}) can't keep packed sequences apart; set task.pack=false")
+        if self.pack:
+            attend_each(network)
         if len(processor) > network.get_input_embeddings().num_embeddings:
             known = network.get_input_embeddings().num_embeddings
             raise ModelError(f"the tokenizer of {model.path} has {len(processor)} tokens, but the model only {known}")
