@@ -11,6 +11,7 @@ from rayft.data.prepare import Prepared
 from rayft.errors import CheckpointError
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
+from rayft.training import checkpoints
 
 
 def finish(recipe: Recipe, prepared: dict[str, Prepared], target: str) -> dict[str, float]:
@@ -87,9 +88,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
 
 def _best(run: str) -> tuple[str, int, dict[str, float]]:
     """The checkpoint of a run's best model, its step and its validation scores."""
-    from rayft.training import checkpoint
-
-    newest = checkpoint.newest(storage.join(run, "checkpoints"))
+    newest = checkpoints.newest(storage.join(run, "checkpoints"))
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint of its best model")
     state = json.loads(storage.read_text(storage.join(newest, "state.json")))

@@ -13,6 +13,7 @@ from typing import Any
 from rayft import attempts, storage
 from rayft.errors import RunRefused, StorageError, Superseded
 from rayft.recipe import Recipe
+from rayft.training import checkpoints
 
 BEAT_S = 5.0
 LOOK_S = 1.0  # between two looks for the heartbeat of another writer
@@ -124,9 +125,7 @@ class Record:
         Only then run.json and recipe.yaml become this process's. RunRefused where another process started at the same
         moment and was first, Superseded where one has taken over since.
         """
-        from rayft.training import checkpoint
-
-        found = checkpoint.committed(storage.join(self.folder, "checkpoints"))
+        found = checkpoints.committed(storage.join(self.folder, "checkpoints"))
         with self._claiming:
             try:
                 self.attempt = attempts.claim(self.folder, [path.rpartition("/")[2] for path in found], self.attempt)

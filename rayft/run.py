@@ -16,6 +16,7 @@ from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.stopping import Stop
+from rayft.training import checkpoints
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -222,7 +223,6 @@ class Attempts:
     def _once(self) -> Left | RayftError | None:
         """One worker group; None when the run has ended, else why it hasn't."""
         from rayft import group
-        from rayft.training import checkpoint
 
         try:
             attempt = self.record.claim()
@@ -240,7 +240,7 @@ class Attempts:
                     recipe, self.model_path, self.prepared, start, most=most, show=self.show, asked=self._asked
                 )
             finally:
-                checkpoint.sweep(self.folder, attempt)
+                checkpoints.sweep(self.folder, attempt)
         except RayftError as error:
             return error
 
@@ -251,17 +251,15 @@ class Attempts:
         return Left("stop", f"{by} asks to stop") if by else None
 
     def _step(self) -> int:
-        from rayft.training import checkpoint
-
-        newest = checkpoint.newest(self.folder)
-        return checkpoint.step_of(newest) if newest else 0
+        newest = checkpoints.newest(self.folder)
+        return checkpoints.step_of(newest) if newest else 0
 
     def _position(self) -> tuple[int, bool, str | None]:
         """The step of the checkpoint to go on from, whether there are steps to make from there, and its path."""
         from rayft.training import checkpoint
         from rayft.training.schedule import total_steps
 
-        newest = checkpoint.newest(self.folder)
+        newest = checkpoints.newest(self.folder)
         if newest is None:
             return 0, True, None
         with checkpoint.Checkpoint(newest) as saved:
@@ -273,12 +271,10 @@ class Attempts:
 
     def _repair(self, outcome: Left | RayftError) -> None:
         """What was found damaged counts no longer: the checkpoint before is used then, shards are prepared anew."""
-        from rayft.training import checkpoint
-
         if not isinstance(outcome, Damaged):
             return
         if outcome.folder.startswith(self.folder):
-            checkpoint.discard(outcome.folder, str(outcome))
+            checkpoints.discard(outcome.folder, str(outcome))
             return
         storage.delete(outcome.folder)
         self.prepared = prepared_for(self.recipe, self.model_path, self.show)

@@ -12,6 +12,7 @@ from typing import Any
 from rayft import attempts, storage
 from rayft.errors import StorageMissing
 from rayft.recipe import Recipe
+from rayft.training import checkpoints
 
 STATE = "state.json"
 
@@ -23,15 +24,13 @@ def take_over(recipe: Recipe, donor: str) -> str | None:
     stands for it. Returns the copy's path; None, and nothing has changed, where the other run has none. Superseded
     where another process claims the run at the same moment.
     """
-    from rayft.training import checkpoint
-
     run: str = recipe.folder
     path: str | None = donor
     while path is not None:
         with tempfile.TemporaryDirectory(prefix="rayft-takeover-") as local:
             if _copied(path, local):
                 after = attempts.newest(run)
-                target = storage.join(run, "checkpoints", checkpoint.folder_name(checkpoint.step_of(path), after + 1))
+                target = storage.join(run, "checkpoints", checkpoints.folder_name(checkpoints.step_of(path), after + 1))
                 state = _own(storage.read_json(storage.join(local, STATE)))
                 storage.write_json(storage.join(local, STATE), state)
                 storage.upload(local, target)
@@ -39,7 +38,7 @@ def take_over(recipe: Recipe, donor: str) -> str | None:
                 storage.write_text(storage.join(run, "recipe.yaml"), recipe.to_yaml())
                 storage.commit(target, {"step": state["step"], "world": state["world"], "best": None})
                 return target
-        path = checkpoint.newest(donor.rpartition("/")[0])
+        path = checkpoints.newest(donor.rpartition("/")[0])
     return None
 
 

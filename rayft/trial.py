@@ -24,6 +24,7 @@ from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.takeover import take_over
+from rayft.training import checkpoints
 from rayft.trials import trial_recipe
 
 FINISHED = "finished"
@@ -133,12 +134,10 @@ class Trial(ray.tune.Trainable):
 
         With ASHA a trial is saved to wait: its work ends, so that any process may go on with it.
         """
-        from rayft.training import checkpoint
-
         if self.sweep.tune is not None and self.sweep.tune.scheduler == "asha":
             with contextlib.suppress(Keep, StopIteration):
                 self.work.throw(Keep())
-        return {"checkpoint": checkpoint.newest(storage.join(self.recipe.folder, "checkpoints"))}
+        return {"checkpoint": checkpoints.newest(storage.join(self.recipe.folder, "checkpoints"))}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Goes on from another trial's checkpoint, with this trial's fields."""
@@ -181,7 +180,6 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
 
         from rayft.models import fetch_model
         from rayft.session import quiet
-        from rayft.training import checkpoint
         from rayft.training.attempt import Run, Setting, pretrained
         from rayft.training.watch import Watch
         from rayft.warm import own_trainable
@@ -204,7 +202,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     with record.writing(recipe, identity, keys):
         record.status = "stopped"  # unless it comes to its end
         attempt = record.claim()
-        start = checkpoint.newest(folder)
+        start = checkpoints.newest(folder)
         config = {
             "model": recipe.model.path, "start": start, "attempt": attempt,
             "begun": time.time(), "identity": identity,
@@ -225,7 +223,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
             raise
         finally:
             run.close()
-            checkpoint.sweep(folder, attempt)
+            checkpoints.sweep(folder, attempt)
 
 
 def prepares(names: Iterable[str]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 from rayft import storage
 from rayft.errors import RunRefused, TrainingError
 from rayft.recipe import Every, Recipe
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -113,15 +113,15 @@ def _killed(recipe: Recipe, steps: int, files: Path) -> int | None:
     folder = storage.join(recipe.folder, "checkpoints")
     process = _start(recipe, files)
     try:
-        while checkpoint.newest(folder) is None:
+        while checkpoints.newest(folder) is None:
             if process.poll() is not None:
                 _ended(process)
                 return None
             time.sleep(LOOK_S)
     finally:
         _kill(process)
-    newest = checkpoint.newest(folder)
-    reached = checkpoint.step_of(newest) if newest else 0
+    newest = checkpoints.newest(folder)
+    reached = checkpoints.step_of(newest) if newest else 0
     return reached if reached < 2 * steps else None
 
 

@@ -73,6 +73,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "training",
+        "training.checkpoints",
         "training.metrics",
         "training.watch",
         "training.pictures",

@@ -21,7 +21,7 @@ import pytest
 import small
 from faulty_s3 import FaultyS3
 from rayft import stopping, storage
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -63,7 +63,7 @@ class Untouched:
         assert all(weights[name].equal(self.weights[name]) for name in weights)
         assert storage.read_json(storage.join(run, "result.json"))["metrics"] == self.metrics
         folder = storage.join(run, "checkpoints")
-        assert {os.path.basename(path) for path in checkpoint.committed(folder)} == folders_of(folder)
+        assert {os.path.basename(path) for path in checkpoints.committed(folder)} == folders_of(folder)
 
     def _weights(self, run: str) -> dict[str, Any]:
         from safetensors.torch import load
@@ -168,8 +168,8 @@ def test_a_worker_killed_while_saving_to_s3_that_is_slow(untouched: Untouched, s
 
         def saving() -> bool:
             """The second checkpoint is on its way, and not there yet."""
-            return len(checkpoint.committed(folder)) >= 1 and len(folders_of(folder)) > len(
-                checkpoint.committed(folder)
+            return len(checkpoints.committed(folder)) >= 1 and len(folders_of(folder)) > len(
+                checkpoints.committed(folder)
             )
 
         small.wait_for(saving, process)
@@ -209,9 +209,9 @@ def test_damage_is_noticed_in_a_checkpoint_and_in_a_prepared_shard(
     run = tmp_path / "runs" / "harmed"
     path = untouched.write("harmed", str(tmp_path / "runs"))
     process = started("run", path)
-    small.wait_for(lambda: len(checkpoint.committed(str(run / "checkpoints"))) >= 2, process)
+    small.wait_for(lambda: len(checkpoints.committed(str(run / "checkpoints"))) >= 2, process)
     cluster.kill(process)
-    *_, before, newest = checkpoint.committed(str(run / "checkpoints"))
+    *_, before, newest = checkpoints.committed(str(run / "checkpoints"))
     file = Path(newest) / "rank-00001.safetensors"
     key = storage.read_json(str(run / "run.json"))["prepared"]["train"]
     (shard,) = (tmp_path / "runs" / "prepared" / key).rglob("*.parquet")
@@ -219,7 +219,7 @@ def test_damage_is_noticed_in_a_checkpoint_and_in_a_prepared_shard(
     damage(shard)
     told = small.finish(started("run", path))
     assert f"{file}: is not as it was written (its SHA-256 differs)" in told
-    assert f"going on from step {checkpoint.step_of(before)}" in told
+    assert f"going on from step {checkpoints.step_of(before)}" in told
     assert f"{shard}: is not as it was prepared" in told
     untouched.assert_equal(str(run))
 
@@ -235,9 +235,9 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(untouched: Un
         assert "saving a checkpoint" in told
         result = storage.read_json(str(run / "result.json"))
         assert result["status"] == storage.read_json(str(run / "run.json"))["status"] == "stopped"
-        newest = checkpoint.newest(str(run / "checkpoints"))
+        newest = checkpoints.newest(str(run / "checkpoints"))
         assert newest is not None
-        done = checkpoint.step_of(newest)
+        done = checkpoints.step_of(newest)
         assert result["error"].endswith(f"the same command goes on from step {done}")
     assert f"going on from step {done}" in small.finish(started("run", path))
     untouched.assert_equal(str(run))
@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_is_whole(
     (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert "is full; free some space" in line
     folder = str(runs / "full" / "checkpoints")
-    assert [os.path.basename(one) for one in checkpoint.committed(folder)] == ["step-000003-a1"]
+    assert [os.path.basename(one) for one in checkpoints.committed(folder)] == ["step-000003-a1"]
     assert folders_of(folder) == {"step-000003-a1"}
     disk("200m")
     assert "going on from step 3" in small.finish(started("run", path))

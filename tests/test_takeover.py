@@ -11,7 +11,7 @@ import small
 from rayft import attempts, storage
 from rayft.recipe import Recipe
 from rayft.takeover import take_over
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 
 
 def recipe(folder: Path, name: str, rate: float = 1e-3) -> Recipe:
@@ -22,8 +22,8 @@ def saved(run: str, step: int, finished: bool = False) -> str:
     """A checkpoint of attempt 1 with one file of tensors; its path."""
     if not attempts.newest(run):
         attempts.claim(run, [], 0)
-    path = storage.join(run, "checkpoints", checkpoint.folder_name(step, 1))
-    best = {"step": step, "checkpoint": checkpoint.folder_name(step, 1)}
+    path = storage.join(run, "checkpoints", checkpoints.folder_name(step, 1))
+    best = {"step": step, "checkpoint": checkpoints.folder_name(step, 1)}
     state: dict[str, Any] = {"step": step, "total_steps": 30, "best": best, "waited": 2, "finished": finished}
     storage.write_json(storage.join(path, "state.json"), {**state, "pending": False, "world": 1, "scores": {"a": 1.0}})
     storage.write_bytes(storage.join(path, "rank-00000.safetensors"), b"weights of step %d" % step)
@@ -37,8 +37,8 @@ def test_the_copy_is_all_that_counts_and_has_no_best_model_of_its_own(tmp_path: 
     saved(taker.folder, 20)
     path = take_over(taker, saved(donor, step, finished=step == 30))
     assert path is not None
-    assert checkpoint.newest(f"{taker.folder}/checkpoints") == path
-    assert checkpoint.committed(f"{taker.folder}/checkpoints") == [path]
+    assert checkpoints.newest(f"{taker.folder}/checkpoints") == path
+    assert checkpoints.committed(f"{taker.folder}/checkpoints") == [path]
     state = storage.read_json(f"{path}/state.json")
     assert {name: state[name] for name in ("step", "best", "waited", "finished", "pending")} == {
         "step": step, "best": None, "waited": 0, "finished": False, "pending": pending,
@@ -46,7 +46,7 @@ def test_the_copy_is_all_that_counts_and_has_no_best_model_of_its_own(tmp_path: 
     assert Path(path, "rank-00000.safetensors").read_bytes() == b"weights of step %d" % step
     assert Recipe.load(f"{taker.folder}/recipe.yaml").train.learning_rate == 0.5
     storage.delete(donor)
-    assert checkpoint.newest(f"{taker.folder}/checkpoints") == path
+    assert checkpoints.newest(f"{taker.folder}/checkpoints") == path
 
 
 def test_the_newest_stands_for_one_that_is_deleted_while_it_is_copied(
@@ -65,11 +65,11 @@ def test_the_newest_stands_for_one_that_is_deleted_while_it_is_copied(
     monkeypatch.setattr(storage, "download", slow)
     path = take_over(taker, first)
     assert path is not None
-    assert checkpoint.step_of(path) == 12
+    assert checkpoints.step_of(path) == 12
     assert Path(path, "rank-00000.safetensors").read_bytes() == b"weights of step 12"
     gone = take_over(taker, first)  # from the beginning
     assert gone is not None
-    assert checkpoint.step_of(gone) == 12
+    assert checkpoints.step_of(gone) == 12
 
 
 def test_where_nothing_is_left_to_take_over_nothing_changes(tmp_path: Path) -> None:
@@ -77,5 +77,5 @@ def test_where_nothing_is_left_to_take_over_nothing_changes(tmp_path: Path) -> N
     own, path = saved(taker.folder, 20), saved(donor, 10)
     storage.delete(donor)
     assert take_over(taker, path) is None
-    assert checkpoint.newest(f"{taker.folder}/checkpoints") == own
+    assert checkpoints.newest(f"{taker.folder}/checkpoints") == own
     assert attempts.newest(taker.folder) == 1

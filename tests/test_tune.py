@@ -194,12 +194,12 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
 def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[str, Any], home: Path) -> None:
     import ray.tune
 
-    from rayft.training import checkpoint
+    from rayft.training import checkpoints
     from rayft.trial import Shared, Trial
 
     best = whole["best"]
     giver = trials.folder_of(whole["run"], best["trial"])
-    donor = checkpoint.committed(f"{giver}/checkpoints")[0]
+    donor = checkpoints.committed(f"{giver}/checkpoints")[0]
     fields = {**best["fields"], RATE: 1e-12}  # which moves nothing
     plain = sweep(home, "heir", {RATE: {"choice": [1e-12]}}, trials=1, scheduler="pbt")
     plain["cluster"]["workers"] = 2
@@ -207,7 +207,7 @@ def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[st
     trial = ray.tune.with_parameters(Trial, shared=shared)({"number": 0, "fields": fields})
     trial.load_checkpoint({"checkpoint": donor})
     told = trial.step()
-    assert (told["step"], told["rows"]) == (2 * checkpoint.step_of(donor), 2 * 203)
+    assert (told["step"], told["rows"]) == (2 * checkpoints.step_of(donor), 2 * 203)
     assert told["scores"]["eval_loss"] == pytest.approx(trials.evaluations(giver)[0]["eval_loss"], rel=1e-5)
     assert trial.step()["finished"]
     trial.cleanup()

@@ -18,7 +18,7 @@ from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
-from rayft.training import checkpoint, engine, export, freeze, overfitting, pictures, prefix
+from rayft.training import checkpoint, checkpoints, engine, export, freeze, overfitting, pictures, prefix
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.evaluate import Network, evaluate
 from rayft.training.first_token import read_first
@@ -154,7 +154,7 @@ class Run:
             if self.done:
                 return True
             dist.barrier()  # rank 0 has committed what all go on from
-            self.start = checkpoint.newest(self.saver.folder)
+            self.start = checkpoints.newest(self.saver.folder)
             self.close()
 
     def _saved(self, step: int) -> None:
@@ -163,8 +163,8 @@ class Run:
 
     def keep(self) -> None:
         """Commits a checkpoint of where the run stands, unless there is one; after an evaluation."""
-        newest = checkpoint.newest(self.saver.folder)
-        if newest is None or checkpoint.step_of(newest) < self.progress.step:
+        newest = checkpoints.newest(self.saver.folder)
+        if newest is None or checkpoints.step_of(newest) < self.progress.step:
             save_checkpoint(self._job(None), self.progress, self.timing)
             self.saver.finish()
 

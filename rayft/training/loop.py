@@ -17,7 +17,7 @@ from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
-from rayft.training import checkpoint, pictures
+from rayft.training import checkpoint, checkpoints, pictures
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients, sum_over_ranks
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
@@ -343,7 +343,7 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
             "step": progress.step,
             "metric": f"eval_{metric}",
             "value": value,
-            "checkpoint": checkpoint.folder_name(progress.step, job.attempt),
+            "checkpoint": checkpoints.folder_name(progress.step, job.attempt),
             "scores": progress.scores,
         }
     progress.waited = 0 if ahead else progress.waited + 1

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from rayft import attempts, storage
 from rayft.errors import TrainingError
-from rayft.training import checkpoint
+from rayft.training import checkpoint, checkpoints
 from rayft.training.metrics import Metrics
 
 LOOK_S = 0.2  # between two looks of rank 0 for the indexes of the others
@@ -57,7 +57,7 @@ class Saver:
         """
         self.finish()
         self.begun = time.monotonic()
-        path = storage.join(self.folder, checkpoint.folder_name(state["step"], self.attempt))
+        path = storage.join(self.folder, checkpoints.folder_name(state["step"], self.attempt))
         index = checkpoint.snapshot(engine, statistics, self.rank, self.world, self._buffers)
         written = json.dumps({**state, "world": self.world, "shapes": checkpoint.shapes(engine, statistics)})
         best = state["best"]["checkpoint"] if state["best"] else None
@@ -106,7 +106,7 @@ class Saver:
         storage.commit(path, marker)
         self.committed(marker["step"])
         attempts.hold(self.run, self.attempt)
-        checkpoint.prune(self.folder, self.keep)
+        checkpoints.prune(self.folder, self.keep)
 
     def _wait(self, path: str) -> None:
         """Until every rank's index is there."""

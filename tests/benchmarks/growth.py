@@ -114,7 +114,7 @@ def ranks(world: int) -> Row:
     import torch.distributed as dist
 
     from rayft import attempts, storage
-    from rayft.training import checkpoint
+    from rayft.training import checkpoint, checkpoints
     from rayft.training.saver import Saver
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -122,7 +122,7 @@ def ranks(world: int) -> Row:
         attempts.claim(run, [], 0)
         saver = Saver(run, 1, 1, 600, None, lambda step: None)
         saver.world = world
-        path = storage.join(saver.folder, checkpoint.folder_name(1, 1))
+        path = storage.join(saver.folder, checkpoints.folder_name(1, 1))
         names = [f"model.layers.{number}.self_attn.weight" for number in range(PARAMETERS)]
         shapes = {name: [world * ELEMENTS] for name in names}
         storage.write_json(

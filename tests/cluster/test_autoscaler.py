@@ -9,7 +9,7 @@ import pytest
 
 import small
 from rayft import storage
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ def test_an_autoscaler_hears_how_many_workers_a_run_could_use(tmp_path: Path) ->
     run = storage.join(plain["storage"], "small")
 
     def several() -> bool:
-        newest = checkpoint.newest(storage.join(run, "checkpoints"))
+        newest = checkpoints.newest(storage.join(run, "checkpoints"))
         return newest is not None and world_of(newest) > 1
 
     with small.Cluster(tmp_path, cpus=1, nodes=2) as cluster:

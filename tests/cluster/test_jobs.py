@@ -17,7 +17,7 @@ from cluster.local import Nodes
 from faulty_s3 import FaultyS3
 from group import run_group
 from rayft import storage
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 from whole import trained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -146,8 +146,8 @@ def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
     run = storage.join(bucket, "head")
 
     def further(step: int) -> bool:
-        found = checkpoint.newest(storage.join(run, "checkpoints"))
-        return found is not None and checkpoint.step_of(found) > step
+        found = checkpoints.newest(storage.join(run, "checkpoints"))
+        return found is not None and checkpoints.step_of(found) > step
 
     following = small.start("submit", path, "--upload", "--follow", **leads)
     small.wait_for(lambda: further(0), following, every_s=LOOK_S)
@@ -158,7 +158,7 @@ def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
     for index in range(3):
         cluster.start(index)
     following = small.start("submit", path, "--upload", "--follow", **leads)
-    begun = checkpoint.step_of(checkpoint.newest(storage.join(run, "checkpoints")) or "")
+    begun = checkpoints.step_of(checkpoints.newest(storage.join(run, "checkpoints")) or "")
     small.wait_for(lambda: further(begun), following, every_s=LOOK_S)
     found = answered(leads, "jobs", "stop", "head")
     assert found["status"] == "stopped"

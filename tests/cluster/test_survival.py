@@ -24,7 +24,7 @@ from cluster.local import Nodes
 from faulty_s3 import FaultyS3
 from group import run_group
 from rayft import stopping, storage
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 from whole import trained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -75,7 +75,7 @@ def read(run: str) -> tuple[dict[int, float], dict[str, Any]]:
     """Losses by step, of which each stands once, and result.json; nothing half-written is left."""
     folder = storage.join(run, "checkpoints")
     there = {path.rstrip("/").rpartition("/")[2] for path in storage.folders(folder)}
-    assert there == {path.rpartition("/")[2] for path in checkpoint.committed(folder)}
+    assert there == {path.rpartition("/")[2] for path in checkpoints.committed(folder)}
     rows = [json.loads(line) for line in storage.read_text(storage.join(run, "metrics.jsonl")).splitlines()]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert [step for step, _ in losses] == list(range(1, len(losses) + 1))
@@ -115,8 +115,8 @@ def begun() -> Iterator[Begin]:
 
 def committed(run: str, step: int) -> Callable[[], bool]:
     def there() -> bool:
-        found = checkpoint.newest(storage.join(run, "checkpoints"))
-        return found is not None and checkpoint.step_of(found) >= step
+        found = checkpoints.newest(storage.join(run, "checkpoints"))
+        return found is not None and checkpoints.step_of(found) >= step
 
     return there
 
@@ -127,7 +127,7 @@ def claimed(run: str, attempt: int) -> Callable[[], bool]:
 
 def saved_by(run: str, attempt: int) -> Callable[[], bool]:
     """A group that has not yet started would wait for a machine that comes; one that has saved goes on without it."""
-    return lambda: any(path.endswith(f"-a{attempt}") for path in checkpoint.committed(f"{run}/checkpoints"))
+    return lambda: any(path.endswith(f"-a{attempt}") for path in checkpoints.committed(f"{run}/checkpoints"))
 
 
 def test_machines_leave_come_and_die_and_a_new_head_goes_on(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rayft import attempts, storage
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
-from rayft.training import checkpoint, engine, freeze
+from rayft.training import checkpoints, engine, freeze
 from rayft.training.attempt import Run, Setting, pretrained
 from rayft.training.laps import Laps
 from rayft.training.loop import Job, Progress, save_checkpoint, steps
@@ -76,7 +76,7 @@ def stretch(run: Run, folder: str, until: int) -> list[float]:
 def save(run: Run, folder: str) -> str:
     """Saves where the run stands below `folder`; the checkpoint's path. Another's of the same step and attempt goes."""
     if dist.get_rank() == 0:
-        storage.delete(storage.join(folder, "checkpoints", checkpoint.folder_name(run.progress.step, run.attempt)))
+        storage.delete(storage.join(folder, "checkpoints", checkpoints.folder_name(run.progress.step, run.attempt)))
         if not attempts.newest(folder):
             attempts.claim(folder, [], 0)
     dist.barrier()
@@ -84,7 +84,7 @@ def save(run: Run, folder: str) -> str:
     save_checkpoint(job, run.progress, run.timing)
     job.saver.finish()
     dist.barrier()
-    return storage.join(folder, "checkpoints", checkpoint.folder_name(run.progress.step, run.attempt))
+    return storage.join(folder, "checkpoints", checkpoints.folder_name(run.progress.step, run.attempt))
 
 
 def released(run: Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from group import run_group
-from rayft import attempts, storage
-from rayft.errors import CheckpointError, Damaged, Superseded
-from rayft.training import checkpoint
+from rayft import storage
+from rayft.errors import CheckpointError, Damaged
+from rayft.training import checkpoint, checkpoints
 from runs import losses_of, plain, unfrozen_gradually
 from test_loop import STEPS, plain_loop
 
@@ -80,7 +79,7 @@ class Runs:
         return str(self.folder / f"{variant}-{place[0]}-{place[1]}")
 
     def saved(self, variant: str, place: Place) -> str:
-        return storage.join(self.run(variant, place), "checkpoints", checkpoint.folder_name(SAVED, 1))
+        return storage.join(self.run(variant, place), "checkpoints", checkpoints.folder_name(SAVED, 1))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +198,7 @@ def write(
     commit: bool = True,
     best: str | None = None,
 ) -> Path:
-    path = folder / "checkpoints" / checkpoint.folder_name(step, attempt)
+    path = folder / "checkpoints" / checkpoints.folder_name(step, attempt)
     path.mkdir(parents=True)
     engine = stepped(network)
     for rank in range(ranks):
@@ -318,78 +317,6 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
             saved.load_weights(wider)
         with pytest.raises(CheckpointError, match=r"holds second\.bias and 1 more that the model lacks"):
             saved.load_weights(renamed)
-
-
-# --- which of them count
-
-
-def test_what_is_not_committed_does_not_exist(tmp_path: Path) -> None:
-    folder = str(tmp_path / "checkpoints")
-    assert checkpoint.newest(folder) is None
-    write(tmp_path, Small(), 9, 1)
-    write(tmp_path, Small(), 12, 3, commit=False)
-    write(tmp_path, Small(), 9, 2)
-    write(tmp_path, Small(), 10, 1)
-    (tmp_path / "checkpoints" / "notes").mkdir()
-    names = [Path(path).name for path in checkpoint.committed(folder)]
-    assert names == ["step-000009-a1", "step-000009-a2", "step-000010-a1"]
-    assert checkpoint.newest(folder) == str(tmp_path / "checkpoints" / "step-000010-a1")
-
-
-def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
-    for step in (999_999, 1_000_000):
-        write(tmp_path, Small(), step)
-    newest = checkpoint.newest(str(tmp_path / "checkpoints"))
-    assert newest is not None
-    assert newest.endswith("step-1000000-a1")
-
-
-def test_an_attempt_that_was_superseded_adds_nothing(tmp_path: Path) -> None:
-    """However late it commits, and whatever the clocks say."""
-    run, folder = str(tmp_path), str(tmp_path / "checkpoints")
-    assert attempts.claim(run, [], 0) == 1
-    write(tmp_path, Small(), 3, 1)
-    names = [Path(path).name for path in checkpoint.committed(folder)]
-    assert attempts.claim(run, names, 1) == 2
-    write(tmp_path, Small(), 6, 1)
-    write(tmp_path, Small(), 5, 2)
-    assert [Path(path).name for path in checkpoint.committed(folder)] == ["step-000003-a1", "step-000005-a2"]
-    attempts.hold(run, 2)
-    with pytest.raises(Superseded, match=rf"was taken over by process {os.getpid()} on .* \(attempt 2\)"):
-        attempts.hold(run, 1)
-
-
-def test_a_checkpoint_counts_only_with_its_best_model(tmp_path: Path) -> None:
-    folder = str(tmp_path / "checkpoints")
-    write(tmp_path, Small(), 1)
-    best = write(tmp_path, Small(), 2, best="step-000002-a1")
-    write(tmp_path, Small(), 3, best="step-000002-a1")
-    assert checkpoint.newest(folder) == str(tmp_path / "checkpoints" / "step-000003-a1")
-    checkpoint.discard(str(best), "harmed")
-    assert checkpoint.newest(folder) == str(tmp_path / "checkpoints" / "step-000001-a1")
-    assert (best / "DAMAGED").read_text() == "harmed\n"
-
-
-def test_what_an_attempt_left_uncommitted_is_swept(tmp_path: Path) -> None:
-    write(tmp_path, Small(), 1, 1)
-    half, other = write(tmp_path, Small(), 2, 1, commit=False), write(tmp_path, Small(), 2, 2, commit=False)
-    checkpoint.sweep(str(tmp_path / "checkpoints"), 1)
-    assert [half.exists(), other.exists()] == [False, True]
-
-
-def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    folder, best = tmp_path / "checkpoints", "step-000002-a1"
-    for step in range(1, 7):
-        write(tmp_path, Small(), step, best=best if step > 1 else None)
-    write(tmp_path, Small(), 3, 2, commit=False)
-    write(tmp_path, Small(), 8, 2, commit=False)
-    checkpoint.prune(str(folder), 2)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "step-000002-a1", "step-000005-a1", "step-000006-a1", "step-000008-a2",
-    ]  # fmt: skip
-    write(tmp_path, Small(), 7, best="step-000007-a1")
-    checkpoint.prune(str(folder), 1)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000007-a1", "step-000008-a2"]
 
 
 def test_a_remote_checkpoint_is_read_and_checked(tmp_path: Path, s3: str) -> None:

@@ -15,7 +15,7 @@ from rayft.data.prepare import prepare
 from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
-from rayft.training import checkpoint, standin, states
+from rayft.training import checkpoint, checkpoints, standin, states
 from rayft.training.prefix import Cost, impossible
 from small import recipe as small_recipe
 from small import small_bert
@@ -109,7 +109,7 @@ def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: di
     (off, on) = run_group(trained_all, 1, cases)[0]
     assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
     assert on["served"] > 0
-    with checkpoint.Checkpoint(checkpoint.newest(f"{Recipe.parse(cases[1]).folder}/checkpoints") or "") as saved:
+    with checkpoint.Checkpoint(checkpoints.newest(f"{Recipe.parse(cases[1]).folder}/checkpoints") or "") as saved:
         adapted = {name.split("layers.")[1].split(".")[0] for name in saved.state["shapes"] if "lora_" in name}
     assert adapted == {"2"}
     recipe = Recipe.parse(cases[1])

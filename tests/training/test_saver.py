@@ -12,7 +12,7 @@ import pytest
 from group import run_group
 from rayft import attempts, storage
 from rayft.errors import StorageError, Superseded, TrainingError
-from rayft.training import checkpoint
+from rayft.training import checkpoints
 from rayft.training.saver import Saver
 
 
@@ -27,8 +27,8 @@ def engine_of(width: int = 4) -> Any:
 
 
 def newest_step(folder: str) -> int:
-    found = checkpoint.newest(storage.join(folder, "checkpoints"))
-    return checkpoint.step_of(found) if found else 0
+    found = checkpoints.newest(storage.join(folder, "checkpoints"))
+    return checkpoints.step_of(found) if found else 0
 
 
 def alone(folder: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def apart(folder: str) -> str:
 def test_a_rank_that_does_not_write_its_part_is_named(tmp_path: Path) -> None:
     told, _ = run_group(apart, 2, str(tmp_path))
     assert "rank 1 has not written its part of the checkpoint within 0.5 s (failure.timeout_s)" in told
-    assert checkpoint.newest(str(tmp_path / "checkpoints")) is None
+    assert checkpoints.newest(str(tmp_path / "checkpoints")) is None
 
 
 def test_waiting_returns_when_the_thread_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from rayft import attempts, storage
 from rayft.data.prepare import prepare
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
-from rayft.training import checkpoint
+from rayft.training import checkpoint, checkpoints
 from rayft.training.attempt import Run, Setting
 from rayft.training.watch import Watch
 
@@ -28,7 +28,7 @@ def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
     path = fetch_model(recipe.model.path)
     rank = dist.get_rank()
     prepared = prepare(recipe, path)
-    start = checkpoint.newest(f"{recipe.folder}/checkpoints")
+    start = checkpoints.newest(f"{recipe.folder}/checkpoints")
     attempt = attempts.newest(recipe.folder) + 1
     dist.barrier()
     if rank == 0:
@@ -48,7 +48,7 @@ def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
     served = run.prefix.rows_served if run.prefix is not None else 0
     run.close()
     rows = [json.loads(line) for line in storage.read_text(f"{recipe.folder}/metrics.jsonl").splitlines()]
-    with checkpoint.Checkpoint(checkpoint.newest(f"{recipe.folder}/checkpoints") or "") as saved:
+    with checkpoint.Checkpoint(checkpoints.newest(f"{recipe.folder}/checkpoints") or "") as saved:
         steps = saved.state["step"]
     return {
         "losses": [row["loss"] for row in rows if "loss" in row],

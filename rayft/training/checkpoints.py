@@ -1,0 +1,95 @@
+"""The checkpoints of a run: which there are, which count, which go. What one holds, `checkpoint.py` knows.
+
+`checkpoints/step-000200-a2/` is that of attempt 2 after step 200. It exists with its marker, written last, and counts
+unless another attempt had superseded its own by then.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rayft import attempts, storage
+from rayft.errors import CheckpointError
+
+NAME = re.compile(r"step-(\d+)-a(\d+)$")
+
+
+def folder_name(step: int, attempt: int) -> str:
+    return f"step-{step:06d}-a{attempt}"
+
+
+def committed(folder: str) -> list[str]:
+    """The checkpoints below `<run>/checkpoints` that count, oldest first (by step, then attempt), as full paths.
+
+    Those that were committed, and not by an attempt that another had superseded by then (`attempts.py`).
+    """
+    return [path for path, _ in _counting(folder)]
+
+
+def newest(folder: str) -> str | None:
+    """The checkpoint to go on from, or None: the newest whose best model is still there."""
+    found = _counting(folder)
+    names = {_name(path) for path, _ in found}
+    usable = [path for path, marker in found if marker.get("best") is None or marker["best"] in names]
+    return usable[-1] if usable else None
+
+
+def _counting(folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """(path, what its commit marker says), oldest first."""
+    fence = attempts.accepts(folder.rstrip("/").rpartition("/")[0])
+    found = []
+    for path in sorted(_folders(folder), key=_place):
+        if fence is not None and _place(path)[1] != fence[0] and _name(path) not in fence[1]:
+            continue
+        marker = storage.committed(path)
+        if marker is not None:
+            found.append((path, marker))
+    return found
+
+
+def step_of(path: str) -> int:
+    """Optimizer steps done where that checkpoint stands."""
+    return _place(path)[0]
+
+
+def _folders(folder: str) -> list[str]:
+    return [path for path in storage.folders(folder) if NAME.search(path)]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _place(path: str) -> tuple[int, int]:
+    found = NAME.search(path)
+    if found is None:
+        raise CheckpointError(f"{path}: not a checkpoint's folder")
+    return int(found[1]), int(found[2])
+
+
+def prune(folder: str, keep: int) -> None:
+    """Deletes all checkpoints but the newest `keep` (at least 1), the best model of each of these, and what is newer.
+
+    What a killed save left without a marker goes too, once something newer is committed.
+    """
+    whole = _counting(folder)
+    if not whole:
+        return
+    kept = {_name(path) for path, _ in whole[-keep:]} | {marker.get("best") for _, marker in whole[-keep:]}
+    for path in _folders(folder):
+        if _name(path) not in kept and _place(path) < _place(whole[-1][0]):
+            storage.delete(path)
+
+
+def discard(path: str, why: str) -> None:
+    """Makes a damaged checkpoint count no longer; it stays until the next one is committed, with `why` beside it."""
+    storage.write_text(storage.join(path, "DAMAGED"), why + "\n")
+    storage.delete(storage.join(path, storage.MARKER))
+
+
+def sweep(folder: str, attempt: int) -> None:
+    """Deletes what `attempt` began and did not commit. Nobody may be writing there any more."""
+    for path in _folders(folder):
+        if _place(path)[1] == attempt and storage.committed(path) is None:
+            storage.delete(path)
