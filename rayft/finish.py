@@ -52,7 +52,7 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
     import torch
 
     from rayft.training import checkpoint, export, freeze, pictures
-    from rayft.training.attempt import pretrained
+    from rayft.training.assembly import pretrained
     from rayft.training.evaluate import Network, evaluate
     from rayft.training.first_token import read_first
     from rayft.training.watch import Watch

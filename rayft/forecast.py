@@ -47,7 +47,7 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     from rayft.models import fetch_model
     from rayft.session import quiet
     from rayft.training import freeze
-    from rayft.training.attempt import pretrained
+    from rayft.training.assembly import pretrained
     from rayft.training.evaluate import Network
     from rayft.training.first_token import read_first
     from rayft.training.standin import captured

@@ -138,7 +138,7 @@ class _Check:
 
     def _model(self) -> None:
         from rayft.session import quiet
-        from rayft.training.attempt import pretrained
+        from rayft.training.assembly import pretrained
 
         quiet()
         recipe = self.recipe
@@ -261,7 +261,7 @@ class _Check:
         from rayft import depths, forecast
         from rayft.run import decided
         from rayft.training import plan
-        from rayft.training.attempt import pretrained
+        from rayft.training.assembly import pretrained
         from rayft.tune import at_once
 
         recipe, placed, facts = self.recipe, self.recipe.cluster, self.facts or {}
@@ -282,7 +282,7 @@ class _Check:
     def _tell_cost(self, facts: dict[str, Any], memory: int | None) -> None:
         """Parameters, and the memory that they need."""
         from rayft.training import plan
-        from rayft.training.attempt import pretrained
+        from rayft.training.assembly import pretrained
 
         recipe, steps = self.recipe, self.report["steps"]
         epochs = -(-steps["total"] // steps["per_epoch"]) if steps else recipe.train.epochs or 1

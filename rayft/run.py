@@ -146,7 +146,7 @@ def prepared_for(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
 def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
     """How many parameters learn; shows notes on what preparation did to the rows, and the plan."""
     from rayft.training import plan
-    from rayft.training.attempt import pretrained
+    from rayft.training.assembly import pretrained
     from rayft.training.schedule import order, total_steps
 
     if without_weights(model_path):

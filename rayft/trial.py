@@ -180,7 +180,8 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
 
         from rayft.models import fetch_model
         from rayft.session import quiet
-        from rayft.training.attempt import Run, Setting, pretrained
+        from rayft.training.assembly import pretrained
+        from rayft.training.attempt import Run, Setting
         from rayft.training.watch import Watch
         from rayft.warm import own_trainable
 

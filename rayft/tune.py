@@ -257,7 +257,7 @@ class Sweep:
         """The pretrained network, in the object store."""
         import ray
 
-        from rayft.training.attempt import pretrained
+        from rayft.training.assembly import pretrained
         from rayft.warm import Warm, packed
 
         base = pretrained(self.recipe, fetch_model(self.recipe.model.path))

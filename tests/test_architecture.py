@@ -97,6 +97,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.prefix",
         "training.timing",
         "training.loop",
+        "training.assembly",
         "training.attempt",
         "training.worker",
     ),

@@ -18,10 +18,9 @@ from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Pretrained
-from rayft.training import checkpoint, checkpoints, engine, export, freeze, overfitting, pictures, prefix
-from rayft.training.batch_norm import BatchNorms
+from rayft.training import checkpoint, checkpoints, engine, export, freeze, overfitting, pictures
+from rayft.training.assembly import assemble, pretrained
 from rayft.training.evaluate import Network, evaluate
-from rayft.training.first_token import read_first
 from rayft.training.loop import Emit, Job, Progress, leading_metric, save_checkpoint, train
 from rayft.training.metrics import Metrics
 from rayft.training.prefix import Source, fill
@@ -32,24 +31,6 @@ from rayft.training.timing import Timing
 from rayft.training.watch import Watch
 
 Load = Callable[[Pretrained, dict[str, Any], Any], Any]
-
-
-def pretrained(recipe: Recipe, path: str) -> Pretrained:
-    """How a task loads the recipe's base model from the resolved `path`.
-
-    Weights that learn are float32. Those below adapters never do, and are kept in the recipe's dtype.
-    """
-    model = recipe.model
-    return Pretrained(
-        path=path,
-        revision=model.revision,
-        dtype=model.dtype if model.lora is not None else "float32",
-        attention=model.attention,
-        quantize=model.quantize,
-        dropout=model.dropout,
-        trust_remote_code=model.trust_remote_code,
-        seed=recipe.train.seed,
-    )
 
 
 @dataclass(frozen=True)
@@ -202,42 +183,13 @@ class Run:
 
     def _build(self) -> None:
         """The model at the current epoch's freezing depth, in an engine, with the newest checkpoint's state."""
-        recipe = self.recipe
         epoch = min(self.progress.step, self.total - 1) // self.order.steps_per_epoch
-        stage = int(recipe.deepspeed.zero_stage)
-        config = engine.deepspeed_config(recipe, stage)
-        sharding = _shard_while_loading(config) if stage == 3 else None
-        network: Any = self.load(self.base, self.facts, self.processor)
-        if recipe.model.lora is not None:
-            network = freeze.adapted(network, recipe, self.task.blocks(network), export.new_parameters(network))
-        self.blocks = self.task.blocks(network)
-        learning = freeze.freeze(network, recipe.model, self.blocks, epoch)
-        first = read_first(self.task, network, self.blocks)
-        self.setting.own(network)
-        for name in learning.trainable:
-            self.progress.cohorts.setdefault(name, epoch)
-        if recipe.model.dtype != "float32" and stage < 3:
-            freeze.store_frozen_in(network, getattr(torch, recipe.model.dtype))
-        if recipe.model.gradient_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
-        saved = checkpoint.Checkpoint(self.start) if self.start else None
-        if saved:
-            saved.load_weights(network)
-        freeze.train_mode(network, self.blocks, batch_norm=True)
-        self.norms = BatchNorms(network, recipe.model.batch_norm_rows)
-        groups = freeze.parameter_groups(
-            network, learning, len(self.blocks.blocks), recipe.train, self.progress.cohorts
-        )
-        self.prefix = None
-        if prefix.impossible(recipe, learning.depth) is None:
-            self.prefix = Prefix(network, self.blocks, self.task.steady(learning.depth), first)
-        self.engine = engine.build(network, groups, config)
-        if recipe.model.compile:
-            self.engine.module.compile()
-        if saved:
-            with saved:
-                saved.load_moments(self.engine)
-        del sharding
+
+        def load() -> Any:
+            return self.load(self.base, self.facts, self.processor)
+
+        made = assemble(self.recipe, load, self.setting.own, epoch, self.progress.cohorts, self.start)
+        self.engine, self.blocks, self.norms, self.prefix = made.engine, made.blocks, made.norms, made.prefix
 
     def _filled(self) -> Prefix | None:
         """What stands in for the frozen blocks, with their states for the rows to come; None where that won't pay."""
@@ -378,10 +330,3 @@ class Run:
             "pipeline": self.task.pipeline(),
             "timing": self.timing.figures(self.begun, self.device, saved_s),
         }
-
-
-def _shard_while_loading(config: dict[str, Any]) -> Any:
-    """While this object lives, transformers builds models sharded: no rank holds one whole."""
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(config)

@@ -28,7 +28,7 @@ from rayft.data.source import fragments, read
 from rayft.inference import Answering, Block, Model
 from rayft.models import fetch_model
 from rayft.recipe import Recipe, set_field
-from rayft.training.attempt import pretrained
+from rayft.training.assembly import pretrained
 from small import ROOT, small_bert
 from whole import trained_all
 

@@ -21,7 +21,7 @@ from rayft.recipe import Recipe
 from rayft.sections import Model, Train
 from rayft.tasks.loading import from_pretrained
 from rayft.tasks.task import Pretrained, stacked_blocks
-from rayft.training import attempt, engine, freeze, prefix, states
+from rayft.training import assembly, engine, freeze, prefix, states
 from rayft.training.evaluate import Network
 from rayft.training.standin import Prefix, captured
 from tasks.architectures import ARCHITECTURES, LENGTHS, ROWS, Architecture, Rows, inputs
@@ -237,7 +237,7 @@ def sharded_losses(folder: str, names: list[str]) -> dict[str, list[float]]:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small parameters are sharded too
     found = {}
     for name in names:
-        sharding = attempt._shard_while_loading(config)
+        sharding = assembly._shard_while_loading(config)
         network, learning, count = loaded(f"{folder}/{name}", ARCHITECTURES[name])
         built = engine.build(network, freeze.parameter_groups(network, learning, count, TRAIN), config)
         built.eval()

@@ -15,7 +15,7 @@ from rayft.recipe import Recipe
 from rayft.tasks import loading
 from rayft.tasks.task import Pretrained
 from rayft.training import freeze, plan
-from rayft.training.attempt import pretrained
+from rayft.training.assembly import pretrained
 
 MODEL = str(Path(__file__).resolve().parents[2] / "jobs" / "models" / "tiny_lm")
 RECIPE: dict[str, Any] = {

@@ -16,7 +16,8 @@ from rayft import attempts, storage
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks
 from rayft.training import checkpoints, engine, freeze
-from rayft.training.attempt import Run, Setting, pretrained
+from rayft.training.assembly import pretrained
+from rayft.training.attempt import Run, Setting
 from rayft.training.laps import Laps
 from rayft.training.loop import Job, Progress, save_checkpoint, steps
 from rayft.training.saver import Saver

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rayft import storage
 from rayft.recipe import Recipe
 from rayft.training import checkpoint, freeze
-from rayft.training.attempt import pretrained
+from rayft.training.assembly import pretrained
 from rayft.training.export import DETAILS, export, new_parameters
 from small import small_bert
 

@@ -1,0 +1,99 @@
+"""From a pretrained model to an engine: adapters, freezing, a checkpoint's weights, ZeRO, a checkpoint's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rayft.recipe import Recipe
+from rayft.tasks.task import Blocks, Pretrained
+from rayft.training import checkpoint, engine, export, freeze, prefix
+from rayft.training.batch_norm import BatchNorms
+from rayft.training.first_token import read_first
+from rayft.training.standin import Prefix
+
+
+def pretrained(recipe: Recipe, path: str) -> Pretrained:
+    """How a task loads the recipe's base model from the resolved `path`.
+
+    Weights that learn are float32. Those below adapters never do, and are kept in the recipe's dtype.
+    """
+    model = recipe.model
+    return Pretrained(
+        path=path,
+        revision=model.revision,
+        dtype=model.dtype if model.lora is not None else "float32",
+        attention=model.attention,
+        quantize=model.quantize,
+        dropout=model.dropout,
+        trust_remote_code=model.trust_remote_code,
+        seed=recipe.train.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """`prefix` stands in for the frozen blocks, where what they give could be stored."""
+
+    engine: Any
+    blocks: Blocks
+    norms: BatchNorms
+    prefix: Prefix | None
+
+
+def assemble(
+    recipe: Recipe,
+    load: Callable[[], Any],
+    own: Callable[[Any], None],
+    epoch: int,
+    cohorts: dict[str, int],
+    start: str | None,
+) -> Assembled:
+    """The network that `load` makes, frozen as at `epoch`, in an engine, with the state of the checkpoint `start`.
+
+    `own` makes tensors that learn writable, where `load` maps them. `cohorts` gets, for each parameter that learns, the
+    epoch in which it began to, unless it has it.
+    """
+    task, stage = recipe.task, int(recipe.deepspeed.zero_stage)
+    config = engine.deepspeed_config(recipe, stage)
+    sharding = _shard_while_loading(config) if stage == 3 else None
+    network: Any = load()
+    if recipe.model.lora is not None:
+        network = freeze.adapted(network, recipe, task.blocks(network), export.new_parameters(network))
+    blocks = task.blocks(network)
+    learning = freeze.freeze(network, recipe.model, blocks, epoch)
+    first = read_first(task, network, blocks)
+    own(network)
+    for name in learning.trainable:
+        cohorts.setdefault(name, epoch)
+    if recipe.model.dtype != "float32" and stage < 3:
+        freeze.store_frozen_in(network, getattr(torch, recipe.model.dtype))
+    if recipe.model.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    saved = checkpoint.Checkpoint(start) if start else None
+    if saved:
+        saved.load_weights(network)
+    freeze.train_mode(network, blocks, batch_norm=True)
+    norms = BatchNorms(network, recipe.model.batch_norm_rows)
+    groups = freeze.parameter_groups(network, learning, len(blocks.blocks), recipe.train, cohorts)
+    standing = None
+    if prefix.impossible(recipe, learning.depth) is None:
+        standing = Prefix(network, blocks, task.steady(learning.depth), first)
+    made = engine.build(network, groups, config)
+    if recipe.model.compile:
+        made.module.compile()
+    if saved:
+        with saved:
+            saved.load_moments(made)
+    del sharding
+    return Assembled(made, blocks, norms, standing)
+
+
+def _shard_while_loading(config: dict[str, Any]) -> Any:
+    """While this object lives, transformers builds models sharded: no rank holds one whole."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
