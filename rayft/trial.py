@@ -242,7 +242,7 @@ def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]
 
 
 def _evaluated(run: Any, finished: bool = False) -> Evaluated:
-    from rayft.training.loop import leading_metric
+    from rayft.training.progress import leading_metric
 
     saved = run.prefix.saved_s if run.prefix is not None else 0.0
     scores, value = run.progress.scores, run.progress.scores[f"eval_{leading_metric(run.recipe)}"]
@@ -275,7 +275,7 @@ def _nested(recipe: Recipe) -> Work:
     """A run whose driver is a thread of this process; what it shows are the evaluations."""
     from rayft import stopping
     from rayft.run import run
-    from rayft.training.loop import leading_metric
+    from rayft.training.progress import leading_metric
 
     events: queue.Queue[Any] = queue.Queue()
     over = object()

@@ -151,7 +151,7 @@ class Sweep:
     show: Show
 
     def __post_init__(self) -> None:
-        from rayft.training.loop import leading_metric
+        from rayft.training.progress import leading_metric
 
         assert self.recipe.tune is not None
         self.tune: Tune = self.recipe.tune

@@ -74,6 +74,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "training",
         "training.checkpoints",
+        "training.progress",
         "training.metrics",
         "training.watch",
         "training.pictures",

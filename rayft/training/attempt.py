@@ -21,9 +21,10 @@ from rayft.tasks.task import Blocks, Pretrained
 from rayft.training import checkpoint, checkpoints, engine, export, freeze, overfitting, pictures
 from rayft.training.assembly import assemble, pretrained
 from rayft.training.evaluate import Network, evaluate
-from rayft.training.loop import Emit, Job, Progress, leading_metric, save_checkpoint, train
+from rayft.training.loop import Emit, Job, save_checkpoint, train
 from rayft.training.metrics import Metrics
 from rayft.training.prefix import Source, fill
+from rayft.training.progress import Progress, leading_metric
 from rayft.training.saver import Saver
 from rayft.training.schedule import order, total_steps
 from rayft.training.standin import Prefix

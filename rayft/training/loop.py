@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -17,13 +17,14 @@ from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
-from rayft.training import checkpoint, checkpoints, pictures
+from rayft.training import checkpoint, pictures
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients, sum_over_ranks
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.laps import Laps
 from rayft.training.metrics import Metrics
+from rayft.training.progress import Progress, leading_metric
 from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
 from rayft.training.standin import Prefix
@@ -31,22 +32,6 @@ from rayft.training.timing import Timing
 from rayft.training.watch import Watch
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Progress:
-    """Where a run stands and what it remembers: everything a checkpoint's `state.json` holds beside the tensors.
-
-    `step` optimizer steps are done; `waited` counts evaluations without a better score (early stopping).
-    """
-
-    step: int = 0
-    best: dict[str, Any] | None = None  # {"step", "metric", "value", "checkpoint"}
-    waited: int = 0
-    pending: bool = False  # the evaluation at `step` is still to come
-    scores: dict[str, float] = field(default_factory=dict)
-    cohorts: dict[str, int] = field(default_factory=dict)  # parameter -> the epoch in which it began to learn
-    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -300,13 +285,6 @@ def _record(job: Job, step: Step, timing: Timing) -> None:
     job.laps.to(None)
 
 
-def leading_metric(recipe: Recipe) -> str:
-    """The metric, without `eval_`, that says which model is best."""
-    stopping = recipe.train.early_stopping
-    named = recipe.train.metric or (stopping.metric if stopping else None) or recipe.task.first_metric
-    return named.removeprefix("eval_")
-
-
 def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]:
     """Scores the validation split. (Is the model the best so far, was the run asked to leave before that was known.)"""
     begun = time.monotonic()
@@ -323,31 +301,12 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
     timing.evaluating += time.monotonic() - begun
     if scores is None:
         return False, True
-    progress.pending = False
-    progress.scores = {f"eval_{name}": value for name, value in scores.items()}
+    better = progress.judge(scores, leading_metric(job.recipe), job.task.lower_is_better, job.attempt)
     row = {"step": progress.step, "epoch": round(progress.step / job.steps_per_epoch, 6), **progress.scores}
     if job.metrics is not None:
         job.metrics.write(row)
     job.emit({"event": "scores", **row})
-    metric = leading_metric(job.recipe)
-    if metric not in scores:
-        raise KeyError(f"the task has no metric {metric!r}; it has {', '.join(sorted(scores))}")
-    value = scores[metric]
-    sign = -1.0 if metric in job.task.lower_is_better else 1.0
-    best, loss = progress.best, scores.get("loss", math.inf)
-    ahead = best is None or sign * value > sign * best["value"]
-    # Few validation rows often give equal scores: the one with the lower loss is the better model then.
-    level = best is not None and value == best["value"] and loss < best["scores"].get("eval_loss", math.inf)
-    if ahead or level:
-        progress.best = {
-            "step": progress.step,
-            "metric": f"eval_{metric}",
-            "value": value,
-            "checkpoint": checkpoints.folder_name(progress.step, job.attempt),
-            "scores": progress.scores,
-        }
-    progress.waited = 0 if ahead else progress.waited + 1
-    return ahead or level, False
+    return better, False
 
 
 def save_checkpoint(job: Job, progress: Progress, timing: Timing) -> None:

@@ -19,7 +19,8 @@ from rayft.training import checkpoints, engine, freeze
 from rayft.training.assembly import pretrained
 from rayft.training.attempt import Run, Setting
 from rayft.training.laps import Laps
-from rayft.training.loop import Job, Progress, save_checkpoint, steps
+from rayft.training.loop import Job, save_checkpoint, steps
+from rayft.training.progress import Progress
 from rayft.training.saver import Saver
 from rayft.training.timing import Timing
 from rayft.training.watch import Watch
