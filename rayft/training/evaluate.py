@@ -140,6 +140,14 @@ def evaluate(
         before([])
         if not _write(network, waiting, batch_size, watch, together):
             return None
+    return _scored(task, mine, total, items, keep)
+
+
+def _scored(
+    task: Task, mine: list[tuple[int, int, Prediction, str | None]], total: float, items: int, keep: Keep | None
+) -> dict[str, float]:
+    """The scores of what all ranks hold: `total` is the loss summed over this one's `items`; collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, (total, items))
     counted = sum(i for _, i in gathered)

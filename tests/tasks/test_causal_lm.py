@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +31,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rayft import warm
 from rayft.data.pack import pack, packed_table
 from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm import CausalLM, likelihood
@@ -622,6 +626,23 @@ def test_attention_of_packed_sequences_is_computed_for_each_where_the_layers_ask
         network(input_ids=torch.ones_like(positions), position_ids=positions, use_cache=False)
         each = [(8, True)] if fields.get("sliding_window") == 6 else [(size, False) for size in (5, 3, 7, 1)]
         assert seen == each * network.config.num_hidden_layers
+
+
+def test_a_process_that_got_its_network_from_another_knows_the_attention(tmp_path: Path) -> None:
+    """As trials do, which unpack what the sweep's driver has loaded."""
+    network, tokenizer, task = tiny("llama", "sdpa"), trained_tokenizer(pad_token="<pad>"), CausalLM(max_length=40)
+    assert attend_each(network)
+    packed = packed_table(rows_of_tokens(5), [[0, 1, 2], [3, 4]])
+    batch = task.collate({name: packed.column(name).to_pylist() for name in packed.column_names}, tokenizer, {})
+    with torch.no_grad():
+        logits = task.forward(network, batch)
+    (tmp_path / "given").write_bytes(pickle.dumps((warm.packed(network), task.model_dump(), batch, logits)))
+    there = (
+        "import pickle, sys, torch; from rayft import warm; from rayft.tasks.causal_lm import CausalLM\n"
+        "given, fields, batch, logits = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "assert torch.equal(CausalLM(**fields).forward(warm.unpacked(given).eval(), batch), logits)"
+    )
+    subprocess.run([sys.executable, "-c", there, str(tmp_path / "given")], check=True)
 
 
 def rows_of_tokens(count: int) -> pa.Table:

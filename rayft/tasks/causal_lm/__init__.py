@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
-from rayft.tasks.causal_lm.each import attend_each
+from rayft.tasks.causal_lm.each import attend_each, make_known
 from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
@@ -243,6 +243,7 @@ class CausalLM(Task):
         """(predicted tokens, vocabulary) logits: for prompts and padding none are computed."""
         from transformers.utils.generic import is_flash_attention_requested
 
+        make_known()
         inputs = {name: value for name, value in batch.items() if name != "targets"}
         asked = batch["targets"] != IGNORED
         # Flash attention tells packed sequences apart in a single row only.

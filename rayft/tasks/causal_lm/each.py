@@ -6,6 +6,7 @@ attention leaves out the others on GPUs; here the processor does, with torch's o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,12 +37,22 @@ def attend_each(network: Any) -> bool:
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
     finally:
-        # In a compiled model both are computed as they are: other lengths would be another program.
-        _register(torch.compiler.disable(_attention), torch.compiler.disable(_mask))
+        make_known()
     if not all(handed) or len(handed) != network.config.get_text_config().num_hidden_layers:
         return False
     network.set_attn_implementation(NAME)
     return True
+
+
+def make_known() -> None:
+    """Tells transformers of the attention: also in a process that has got its network from another."""
+    _register(*_uncompiled())
+
+
+@functools.cache
+def _uncompiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """In a compiled model attention and mask are computed as they are: other lengths would be another program."""
+    return torch.compiler.disable(_attention), torch.compiler.disable(_mask)
 
 
 def _register(attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
