@@ -34,7 +34,7 @@ from transformers.masking_utils import sdpa_mask
 from rayft import warm
 from rayft.data.pack import pack, packed_table
 from rayft.errors import DataError, ModelError
-from rayft.tasks.causal_lm import CausalLM, likelihood
+from rayft.tasks.causal_lm import CausalLM, each, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.causal_lm.each import attend_each
@@ -626,6 +626,22 @@ def test_attention_of_packed_sequences_is_computed_for_each_where_the_layers_ask
         network(input_ids=torch.ones_like(positions), position_ids=positions, use_cache=False)
         each = [(8, True)] if fields.get("sliding_window") == 6 else [(size, False) for size in (5, 3, 7, 1)]
         assert seen == each * network.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("sees", "lengths"),
+    [
+        (lambda token, other: token >= other, [8, 8]),
+        (lambda token, other: (token >= other) & (token // 5 == other // 5), [5, 3, 5, 3]),  # packed, or in chunks
+        (lambda token, other: (token >= other) & (token - other < 8), [8, 8]),  # a window that cuts nothing
+        (lambda token, other: (token >= other) & (token - other < 7), None),
+        (lambda token, other: (token >= other) | ((token // 2 == 1) & (other // 2 == 1)), None),  # an image within
+        (lambda token, other: token >= 0 * other, None),  # both ways
+    ],
+)
+def test_lengths_say_all_of_a_mask_or_there_are_none(sees: Callable[..., torch.Tensor], lengths: list[int]) -> None:
+    found = each._lengths(lambda row, head, token, other: sees(token + 0 * row, other), 2, 8)
+    assert (None if found is None else found.tolist()) == lengths
 
 
 def test_a_process_that_got_its_network_from_another_knows_the_attention(tmp_path: Path) -> None:

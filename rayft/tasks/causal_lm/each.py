@@ -85,9 +85,9 @@ def _lengths(sees: Callable[..., torch.Tensor], rows: int, tokens: int) -> torch
     begins[:, 1:] = ~sees(row, 0, token[1:], token[:-1])
     rows_of, first = begins.nonzero(as_tuple=True)
     lengths = torch.diff(rows_of * tokens + first, append=torch.tensor([rows * tokens]))
-    last = first + lengths - 1
-    whole = sees(rows_of, 0, last, first) & (~sees(rows_of, 0, first, last) | (lengths == 1))
-    return lengths if bool(whole.all()) else None
+    back = sees(rows_of, 0, first + lengths - 1, first)  # else a window cuts the sequence
+    ahead = sees(row, 0, token[:-1], token[1:])  # as the tokens of an image do
+    return lengths if bool(back.all()) and not bool(ahead.any()) else None
 
 
 def _attention(
