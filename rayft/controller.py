@@ -1,12 +1,15 @@
 """Ray Train's controller in the process that calls `fit`, where Ray Train gives it one of its own.
 
 Another process would import for three seconds of a processor what this one has imported, beside the workers that do so
-too, and hold 250 MB. Should this process die, its workers die with it, as the controller would.
+too, and hold 250 MB. Should this process die, its workers die with it, as the controller would. Nor is there an actor
+through which workers would wait for each other when they report to Ray Train: these never do, and it would import for
+another second.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 from typing import Any
 
 import ray
@@ -19,16 +22,31 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 from rayft import session
 
 
+class _Nobody:
+    """In place of the actor through which reporting workers wait for each other."""
+
+    def options(self, **_: Any) -> _Nobody:
+        return self
+
+    def remote(self, **_: Any) -> _Nobody:
+        return self
+
+
 class _Workers(WorkerGroup):
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        """As it was when processes were started for it ahead."""
+        return custom_runtime_env
+
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As Ray Train's, but without an actor to ask for checkpoints that were reported: here none are."""
+        """As Ray Train's, but without the actors that have to do with reports of checkpoints: here there are none."""
         shared = {
             "train_run_context": self._train_run_context,
             "storage_context": self._storage_context,
             "worker_callbacks": self._worker_callbacks_to_propagate,
-            "synchronization_actor": sync_actor,
+            "synchronization_actor": None,
             "controller_actor": None,
         }
         told = []
@@ -68,6 +86,12 @@ def run(*, scaling_policy: ScalingPolicy, **arguments: Any) -> Result:
     For a thread without an event loop. An error of the workers is in the result.
     """
     policy = _Still(scaling_policy.scaling_config) if session.is_own() else scaling_policy
-    controller = _Controller(scaling_policy=policy, **arguments)
-    asyncio.run(controller.run())
+    group = importlib.import_module("ray.train.v2._internal.execution.worker_group.worker_group")
+    state = importlib.import_module("ray.train.v2._internal.execution.worker_group.state")
+    with (
+        session.replaced(group, SynchronizationActor=_Nobody()),
+        session.replaced(state, _shutdown_sync_actor=lambda nobody: None),
+    ):
+        controller = _Controller(scaling_policy=policy, **arguments)
+        asyncio.run(controller.run())
     return controller.get_result()

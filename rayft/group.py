@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft import controller, placement, prestart, session, storage
@@ -28,7 +28,6 @@ from rayft.errors import RayftError, WorkersLost
 from rayft.failure import Left, cause
 from rayft.network import GroupConfig
 from rayft.recipe import Recipe
-from rayft.training import worker
 from rayft.training.schedule import order, total_steps
 from rayft.training.watch import LEAVE
 
@@ -85,7 +84,14 @@ def fit(
         storage.delete(storage.join(recipe.folder, "ray"))
 
 
-class _Trainer(TorchTrainer):
+def _work(config: dict[str, Any]) -> None:
+    """What every worker does. Its module comes with torch, which this process need not import."""
+    from rayft.training import worker
+
+    worker.work(config)
+
+
+class _Trainer(DataParallelTrainer):
     """Without three processes that Ray Train starts and that have nothing of their own to do here."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
@@ -97,11 +103,11 @@ class _Trainer(TorchTrainer):
         idle = set() if self.datasets else {"DatasetsCallback"}
         if ray.get_runtime_context().get_actor_id() is None:
             idle.add("PlacementGroupCleanerCallback")
-        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc] # Ray's types are of Train V1
+        callbacks: list[Any] = super()._create_default_callbacks()
         return [callback for callback in callbacks if type(callback).__name__ not in idle]
 
 
-def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], start: Start, board: Any) -> TorchTrainer:
+def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], start: Start, board: Any) -> _Trainer:
     rows, training, cluster = order(recipe, prepared["train"]), prepared["train"], recipe.cluster
     streamed = start.feeds and streams(recipe.data.stream, training.manifest.shards, recipe.task.varies)
     config = {
@@ -126,9 +132,9 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
     task = recipe.task if recipe.task.varies else None
     feed = Feed(training.folder, training.manifest.shards, rows, steps, lambda: position, task)
     return _Trainer(
-        worker.work,
+        _work,
         train_loop_config=config,
-        torch_config=GroupConfig(
+        backend_config=GroupConfig(
             backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=recipe.failure.timeout_s + SLACK_S
         ),
         scaling_config=ray.train.ScalingConfig(
@@ -167,7 +173,7 @@ class _Group:
         recipe: Recipe,
         most: int,
         step: int,
-        trainer: TorchTrainer,
+        trainer: _Trainer,
         board: Any,
         show: Show,
         asked: Callable[[], Left | RayftError | None],

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +31,13 @@ HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "rayft.ahead.worker"}
 def environment(cluster: Cluster) -> dict[str, Any]:
     """The runtime environment of a run's workers, and of nothing else.
 
-    Those with GPUs import nothing ahead: a process that looks for GPUs before Ray says which are its own sees all.
+    What the environment here says to Ray Train holds for them too, as Ray Train would have it. That is not asked: its
+    import takes half a second, in which the processes can begin. Those with GPUs import nothing ahead: a process that
+    looks for GPUs before Ray says which are its own sees all.
     """
-    return {"env_vars": WORKER_ENVIRONMENT | MEMORY_ENVIRONMENT | ({} if cluster.gpus_per_worker else HOOK)}
+    said = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    ahead = {} if cluster.gpus_per_worker else HOOK
+    return {"env_vars": WORKER_ENVIRONMENT | said | MEMORY_ENVIRONMENT | ahead}
 
 
 def workers(cluster: Cluster) -> Callable[[], None]:
@@ -98,9 +103,8 @@ def wanted(cluster: Cluster) -> Any:
     import ray
     from ray.runtime_env import RuntimeEnv
 
-    groups: Any = importlib.import_module("ray.train.v2._internal.execution.worker_group.worker_group")
     private: Any = importlib.import_module("ray._private.utils")
-    info = private.get_runtime_env_info(RuntimeEnv(**groups.WorkerGroup._get_worker_runtime_env(environment(cluster))))
+    info = private.get_runtime_env_info(RuntimeEnv(**environment(cluster)))
     own = json.loads(info.serialized_runtime_env)
     around = json.loads(ray.get_runtime_context().get_runtime_env_string() or "{}")
     if around:  # of a job, or of a trial: Ray adds what is not said, and writes it anew

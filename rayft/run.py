@@ -16,7 +16,8 @@ from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.stopping import Stop
-from rayft.training import checkpoints
+from rayft.training import checkpoints, footprint
+from rayft.training.schedule import order, total_steps
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -52,13 +53,19 @@ def run(
     identity = model_identity(model_path, recipe.model.revision, recipe.train.seed)
     if not restart:
         record.refuse_other_model(identity)
+    from rayft.data.prepare import Preparation
     from rayft.session import cluster
 
+    rows = Preparation(recipe, model_path)
+    prepared = rows.found()
+    # Where rows are prepared and parameters counted, this process needs neither torch nor transformers.
+    light = prepared is not None and known(recipe, model_path, prepared) is not None
+    workers, cpus = recipe.cluster.max_workers, recipe.cluster.cpus_per_worker
     with (
-        cluster(recipe.cluster.max_workers, recipe.cluster.cpus_per_worker),
-        _processes(recipe, show) as settled,
+        cluster(workers, cpus, imports=() if light else ahead.START),
+        _processes(recipe, () if light else ahead.DRIVER, show) as settled,
     ):
-        prepared = prepared_for(recipe, model_path, show)
+        prepared = prepared or rows.made(_preparing(show))
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
@@ -84,12 +91,12 @@ def run(
 
 
 @contextmanager
-def _processes(recipe: Recipe, show: Show) -> Iterator[Callable[[], None]]:
+def _processes(recipe: Recipe, imports: tuple[str, ...], show: Show) -> Iterator[Callable[[], None]]:
     """Has the workers' processes started, and imports beside them; gives what waits until workers can have them."""
     show({"event": "stage", "name": "preparing"})
     placement.refuse(recipe)
     settled = prestart.workers(recipe.cluster)
-    with ahead.importing(*ahead.DRIVER):
+    with ahead.importing(*imports):
         yield settled
 
 
@@ -145,19 +152,20 @@ def prepared_for(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
 
 def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
     """How many parameters learn; shows notes on what preparation did to the rows, and the plan."""
-    from rayft.training import plan
-    from rayft.training.assembly import pretrained
-    from rayft.training.schedule import order, total_steps
-
     if without_weights(model_path):
         show({"event": "note", "text": UNTRAINED.format(recipe.model.path)})
     for split, data in prepared.items():
         for text in data.manifest.notes(split):
             show({"event": "note", "text": text})
-    per_epoch = order(recipe, prepared["train"]).steps_per_epoch
-    steps = total_steps(recipe.train, per_epoch)
-    base, facts = pretrained(recipe, model_path), prepared["train"].manifest.facts
-    parameters = plan.parameters(recipe, base, facts, recipe.task.processor(base), -(-steps // per_epoch))
+    steps, epochs = _steps(recipe, prepared)
+    parameters = known(recipe, model_path, prepared)
+    if parameters is None:
+        from rayft.training import plan
+        from rayft.training.assembly import pretrained
+
+        base, facts = pretrained(recipe, model_path), prepared["train"].manifest.facts
+        parameters = plan.parameters(recipe, base, facts, recipe.task.processor(base), epochs)
+        footprint.keep(recipe, model_path, prepared["train"], epochs, parameters)
     counts = {
         f"{split}_rows" if split != "train" else "rows": data.manifest.source_rows for split, data in prepared.items()
     }
@@ -175,6 +183,18 @@ def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: 
         }
     )
     return parameters
+
+
+def known(recipe: Recipe, model_path: str, prepared: dict[str, Any]) -> Any:
+    """The parameters, where an earlier run has counted them; None elsewhere."""
+    return footprint.known(recipe, model_path, prepared["train"], _steps(recipe, prepared)[1])
+
+
+def _steps(recipe: Recipe, prepared: dict[str, Any]) -> tuple[int, int]:
+    """Optimizer steps of the whole run, and the epochs that they begin."""
+    per_epoch = order(recipe, prepared["train"]).steps_per_epoch
+    steps = total_steps(recipe.train, per_epoch)
+    return steps, -(-steps // per_epoch)
 
 
 def decided(recipe: Recipe, workers: int, parameters: Any) -> Recipe:
@@ -256,15 +276,11 @@ class Attempts:
 
     def _position(self) -> tuple[int, bool, str | None]:
         """The step of the checkpoint to go on from, whether there are steps to make from there, and its path."""
-        from rayft.training import checkpoint
-        from rayft.training.schedule import total_steps
-
         newest = checkpoints.newest(self.folder)
         if newest is None:
             return 0, True, None
-        with checkpoint.Checkpoint(newest) as saved:
-            step, ended, total = saved.state["step"], saved.state["finished"], saved.state["total_steps"]
-            per_epoch = saved.state["steps_per_epoch"]
+        saved = checkpoints.state(newest)
+        step, ended, total, per_epoch = (saved[k] for k in ("step", "finished", "total_steps", "steps_per_epoch"))
         self.show({"event": "note", "text": f"going on from step {step} ({newest})"})
         now = total_steps(self.recipe.train, per_epoch)
         return step, now > step and (not ended or (now > total and step >= total)), newest

@@ -22,13 +22,14 @@ DATA_CPUS = 2  # beyond the workers' own: reading tasks must never wait for a wo
 
 
 @contextmanager
-def cluster(workers: int = 1, cpus_per_worker: int = 1) -> Iterator[None]:
+def cluster(workers: int = 1, cpus_per_worker: int = 1, *, imports: tuple[str, ...] = ahead.START) -> Iterator[None]:
     """Joins the cluster of `RAY_ADDRESS`, or starts a local one with room for the workers and the readers beside them.
 
-    A Ray that this process has already joined is used as it is and left running.
+    A Ray that this process has already joined is used as it is and left running. `imports` are modules that will be
+    needed, imported meanwhile.
     """
     quiet()
-    with ahead.importing(*ahead.START), _silent(), _joined(workers * cpus_per_worker):
+    with ahead.importing(*imports), _silent(), _joined(workers * cpus_per_worker):
         yield
 
 
@@ -82,7 +83,7 @@ def refuse_lost() -> None:
 
 
 @contextmanager
-def _replaced(target: Any, **others: Any) -> Iterator[None]:
+def replaced(target: Any, **others: Any) -> Iterator[None]:
     """Inside, these are attributes of a module or class."""
     plain = {name: getattr(target, name) for name in others}
     for name, other in others.items():
@@ -103,7 +104,7 @@ def _silent() -> AbstractContextManager[None]:
 
     It prints past Python's logging, for as long as this process is connected.
     """
-    return _replaced(importlib.import_module("ray._private.worker"), print_to_stdstream=_nothing)
+    return replaced(importlib.import_module("ray._private.worker"), print_to_stdstream=_nothing)
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def _own_processes() -> Iterator[list[Any]]:
         started.append(plain(_without_agent(command), process_group=0, **options))
         return started[-1]
 
-    with _replaced(services, ConsolePopen=start):
+    with replaced(services, ConsolePopen=start):
         yield started
 
 
@@ -133,8 +134,8 @@ def _bare() -> Iterator[None]:
     node: Any = importlib.import_module("ray._private.node").Node
     private: Any = importlib.import_module("ray._private.utils")
     with (
-        _replaced(node, start_api_server=_nothing, start_monitor=_nothing, start_log_monitor=_nothing),
-        _replaced(private, get_dashboard_dependency_error=_nothing),  # it would import them to see
+        replaced(node, start_api_server=_nothing, start_monitor=_nothing, start_log_monitor=_nothing),
+        replaced(private, get_dashboard_dependency_error=_nothing),  # it would import them to see
     ):
         yield
 

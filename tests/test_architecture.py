@@ -79,6 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.watch",
         "training.pictures",
         "training.schedule",
+        "training.footprint",
         "training.freeze",
         "training.laps",
         "training.links",

@@ -47,13 +47,36 @@ def alone(tmp_path: Path, text: str, plain: dict[str, Any]) -> subprocess.Comple
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_a_run_on_its_own_ray_has_its_workers_a_board_and_a_barrier_and_starts_each_process_once(
-    tmp_path: Path,
-) -> None:
+def test_a_run_on_its_own_ray_has_its_workers_and_a_board_and_starts_each_process_once(tmp_path: Path) -> None:
     plain = small.recipe(tmp_path, small.small_bert(tmp_path / "bert"), train__max_steps=3)
     assert plain["cluster"]["workers"] == 2
     done = alone(tmp_path, WATCHED, plain)
     assert done.returncode == 0, done.stderr
-    names = ["Board", "RayTrainWorker", "RayTrainWorker", "SynchronizationActor", "ahead", "ahead"]
+    names = ["Board", "RayTrainWorker", "RayTrainWorker", "ahead", "ahead"]
     assert json.loads(done.stdout) == names
     assert done.stderr == ""
+
+
+LIGHT = """
+import json, sys
+from rayft.recipe import Recipe
+from rayft.run import run
+
+recipe = Recipe.parse(json.load(open(sys.argv[1])))
+result = run(recipe, show=lambda event: None)
+print(json.dumps({"loaded": sorted({"torch", "transformers"} & set(sys.modules)), "metrics": result["metrics"]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_run_on_rows_that_are_prepared_needs_neither_torch_nor_transformers_itself(tmp_path: Path) -> None:
+    """Nor does one that goes on; and what another run has counted gives the same model."""
+    plain = small.recipe(tmp_path, small.small_bert(tmp_path / "bert"), train__epochs=1, deepspeed__zero_stage="auto")
+    found = []
+    for changes in ({}, {"name": "second"}, {"name": "second", "train": {**plain["train"], "epochs": 2}}):
+        done = alone(tmp_path, LIGHT, {**plain, **changes})
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert [one["loaded"] for one in found] == [["torch", "transformers"], [], []]
+    assert found[0]["metrics"] == found[1]["metrics"] != found[2]["metrics"]

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import ray
-from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
-from rayft import prestart
+from rayft import controller, prestart
 from rayft.sections import Cluster
 from rayft.session import quiet
 
@@ -33,7 +32,7 @@ class Driver:
         settled = prestart.workers(cluster)
         settled()
         ahead = prestart._known() - before
-        own = WorkerGroup._get_worker_runtime_env(prestart.environment(cluster))
+        own = controller._Workers._get_worker_runtime_env(prestart.environment(cluster))
         made: Any = [ray.remote(num_cpus=0, runtime_env=own)(Worker).remote() for _ in range(cluster.max_workers)]
         taken = set(ray.get([worker.pid.remote() for worker in made]))
         return len(taken) == cluster.max_workers and taken == ahead == prestart._known() - before

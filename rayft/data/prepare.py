@@ -11,7 +11,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -106,6 +106,71 @@ class Prepared:
         return cls.open(folder) if storage.exists(storage.join(folder, "manifest.json")) else None
 
 
+class Preparation:
+    """The recipe's splits "train", "validation" and, where given, "test": to be found prepared, or prepared now.
+
+    `model_path` is what `fetch_model` gave. `splits` asks for some of them only. `facts` are those of an earlier
+    preparation, where other rows are prepared for a model that has been trained; else they come from train. Raises
+    DataError where there are no such files.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model_path: str,
+        *,
+        splits: Sequence[str] | None = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        self._recipe, self._facts = recipe, facts
+        self._wanted = [name for name in ("train", "validation", "test") if splits is None or name in splits]
+        self._cuts = recipe.data.validation is None and any(name in self._wanted for name in ("train", "validation"))
+        self._parts = splits_of(recipe, self._wanted, with_train=facts is None or self._cuts)
+        self._model = Pretrained(model_path, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+        self._home = _home(recipe)
+
+    def found(self) -> dict[str, Prepared] | None:
+        """Every split, where all are prepared: reads no row, and needs neither Ray nor torch."""
+        known = self._known(lambda train: _scanned_before(self._recipe, train, self._cuts, self._home))
+        if known is None:
+            return None
+        there = {name: Prepared.find(folder) for name, folder in self._folders(known).items()}
+        found = {name: one for name, one in there.items() if one is not None}
+        return found if len(found) == len(there) else None
+
+    def made(self, progress: Progress | None = None) -> dict[str, Prepared]:
+        """Every split, prepared now where it was not.
+
+        `progress(stage, done, total)` is called on the way; Ray has to be initialised unless all is prepared already.
+        DataError names files and rows that can't be used.
+        """
+        show = progress or (lambda stage, done, total: None)
+        known = self._known(lambda train: _scanned(self._recipe, train, self._cuts, self._home, show))
+        assert known is not None  # what scans, knows
+        folders = self._folders(known)
+        there = {name: Prepared.find(folder) for name, folder in folders.items()}
+        missing = [self._parts[name] for name, one in there.items() if one is None]
+        encoder = Encoder(self._recipe.task, self._model, self._recipe.model.path, self._processor, known.facts)
+        made = _make(self._recipe, missing, folders, known, encoder, show)
+        return {name: one or made[name] for name, one in there.items()}
+
+    def _known(self, scanned: Callable[[Split], Scan | None]) -> Scan | None:
+        """What is known of the training rows, as far as `scanned` knows it."""
+        if self._facts is not None and not self._cuts:
+            return Scan(facts=self._facts)
+        known = scanned(self._parts["train"])
+        return known if known is None or self._facts is None else known.model_copy(update={"facts": self._facts})
+
+    def _folders(self, known: Scan) -> dict[str, str]:
+        named = {name: self._parts[name] for name in self._wanted if name in self._parts}
+        keys = {name: split_key(self._recipe, split, known, self._processor) for name, split in named.items()}
+        return {name: storage.join(self._home, key) for name, key in keys.items()}
+
+    @cached_property
+    def _processor(self) -> str:
+        return processor_hash(self._recipe.task, self._model)
+
+
 def prepare(
     recipe: Recipe,
     model_path: str,
@@ -114,50 +179,41 @@ def prepare(
     splits: Sequence[str] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Prepared]:
-    """The recipe's splits, found prepared or prepared now: "train", "validation" and, where given, "test".
-
-    `model_path` is what `fetch_model` gave. `splits` asks for some of them only. `facts` are those of an earlier
-    preparation, where other rows are prepared for a model that has been trained; else they come from train.
-    `progress(stage, done, total)` is called on the way; Ray has to be initialised unless all is prepared already.
-    DataError names files and rows that can't be used.
-    """
-    show = progress or (lambda stage, done, total: None)
-    wanted = [name for name in ("train", "validation", "test") if splits is None or name in splits]
-    cuts = recipe.data.validation is None and any(name in wanted for name in ("train", "validation"))
-    parts = splits_of(recipe, wanted, with_train=facts is None or cuts)
-    home = storage.join(storage.absolute(recipe.storage), "prepared")
-    known = _scanned(recipe, parts["train"], cuts, home, show) if facts is None or cuts else Scan(facts={})
-    if facts is not None:
-        known = known.model_copy(update={"facts": facts})
-    model = Pretrained(model_path, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    encoder = Encoder(recipe.task, model, recipe.model.path, processor_hash(recipe.task, model), known.facts)
-    keys = {name: split_key(recipe, parts[name], known, encoder.processor) for name in wanted if name in parts}
-    found = {name: Prepared.find(storage.join(home, key)) for name, key in keys.items()}
-    missing = [parts[name] for name, prepared in found.items() if prepared is None]
-    made = _make(recipe, missing, {name: storage.join(home, key) for name, key in keys.items()}, known, encoder, show)
-    return {name: prepared or made[name] for name, prepared in found.items()}
+    """The recipe's splits, found prepared or prepared now; see Preparation."""
+    return Preparation(recipe, model_path, splits=splits, facts=facts).made(progress)
 
 
 def facts_of(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """The facts of the training rows, found or scanned now, where the rows can't be prepared; raises as `prepare`."""
     train = splits_of(recipe, ["train"], with_train=True)["train"]
-    home = storage.join(storage.absolute(recipe.storage), "prepared")
     show = progress or (lambda stage, done, total: None)
-    return _scanned(recipe, train, recipe.data.validation is None, home, show).facts
+    return _scanned(recipe, train, recipe.data.validation is None, _home(recipe), show).facts
+
+
+def _home(recipe: Recipe) -> str:
+    return storage.join(storage.absolute(recipe.storage), "prepared")
 
 
 def _scanned(recipe: Recipe, train: Split, cut: bool, home: str, show: Progress) -> Scan:
     """Facts and cut: a function of the training rows and the task, kept under a key of their own."""
-    path = storage.join(home, f"facts-{facts_key(recipe, train, cut)}.json")
-    if storage.exists(path):
-        return Scan.model_validate(storage.read_json(path))
+    if before := _scanned_before(recipe, train, cut, home):
+        return before
     total = rows_of(train.pieces)
     units = units_of(train.pieces)
     found = scan(
         recipe.task, units, train.sources, recipe.data.columns, cut, lambda done: show("reading rows", done, total)
     )
-    storage.write_json(path, found.model_dump(mode="json"))
+    storage.write_json(_scan_path(recipe, train, cut, home), found.model_dump(mode="json"))
     return found
+
+
+def _scanned_before(recipe: Recipe, train: Split, cut: bool, home: str) -> Scan | None:
+    path = _scan_path(recipe, train, cut, home)
+    return Scan.model_validate(storage.read_json(path)) if storage.exists(path) else None
+
+
+def _scan_path(recipe: Recipe, train: Split, cut: bool, home: str) -> str:
+    return storage.join(home, f"facts-{facts_key(recipe, train, cut)}.json")
 
 
 def _plan(recipe: Recipe, split: Split, known: Scan, folder: str, here: bool) -> Plan:

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rayft import storage
-from rayft.errors import CheckpointError, Damaged, StorageDenied, StorageDown, StorageError, StorageMissing
+from rayft.errors import CheckpointError, Damaged, StorageError, StorageMissing
+from rayft.training import checkpoints
 from rayft.training.engine import Piece, gradient_scaler, inner_optimizer, pieces, shape_of
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -110,20 +111,7 @@ def _gathered(path: str, world: int) -> dict[str, Any]:
 def _indexes(path: str, world: int) -> list[dict[str, Any]]:
     """What every rank has written of its tensors, some read at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda rank: _json(path, rank_files(rank)[1]), range(world)))
-
-
-def _json(path: str, name: str) -> Any:
-    """A file of the checkpoint `path`; Damaged where it is missing or torn."""
-    file = storage.join(path, name)
-    try:
-        return storage.read_json(file)
-    except StorageMissing:
-        raise Damaged(path, file, "is missing") from None
-    except (StorageDown, StorageDenied):
-        raise
-    except StorageError:
-        raise Damaged(path, file, "is not as it was written") from None
+        return list(pool.map(lambda rank: checkpoints.read_json(path, rank_files(rank)[1]), range(world)))
 
 
 def _unwritten(file: Path, why: str) -> str:
@@ -166,7 +154,7 @@ class Checkpoint:
         self.path = path
         self._temporary = None if storage.is_local(path) else tempfile.TemporaryDirectory(prefix="rayft-checkpoint-")
         self.local = self._temporary.name if self._temporary else path
-        self.state: dict[str, Any] = _json(path, "state.json")
+        self.state: dict[str, Any] = checkpoints.state(path)
         self._checksums: dict[str, str] = {}
         self._open: dict[str, Any] = {}
 
@@ -182,7 +170,7 @@ class Checkpoint:
     def _pieces(self) -> dict[str, list[tuple[int, int, str, int, int]]]:
         """Of each parameter (start, length, file, key there, optimizer steps); reads the checksums along."""
         if storage.exists(storage.join(self.path, INDEX)):
-            index = _json(self.path, INDEX)
+            index = checkpoints.read_json(self.path, INDEX)
         else:  # written before there was one
             index = _gathered(self.path, self.state["world"])
         found: dict[str, list[tuple[int, int, str, int, int]]] = {name: [] for name in index["names"]}

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from rayft import attempts, storage
-from rayft.errors import CheckpointError
+from rayft.errors import CheckpointError, Damaged, StorageDenied, StorageDown, StorageError, StorageMissing
 
 NAME = re.compile(r"step-(\d+)-a(\d+)$")
 
@@ -66,6 +66,25 @@ def _place(path: str) -> tuple[int, int]:
     if found is None:
         raise CheckpointError(f"{path}: not a checkpoint's folder")
     return int(found[1]), int(found[2])
+
+
+def read_json(path: str, name: str) -> Any:
+    """A file of the checkpoint `path`; Damaged where it is missing or torn."""
+    file = storage.join(path, name)
+    try:
+        return storage.read_json(file)
+    except StorageMissing:
+        raise Damaged(path, file, "is missing") from None
+    except (StorageDown, StorageDenied):
+        raise
+    except StorageError:
+        raise Damaged(path, file, "is not as it was written") from None
+
+
+def state(path: str) -> dict[str, Any]:
+    """Where training stood when the checkpoint was saved; Damaged where that can't be read."""
+    found: dict[str, Any] = read_json(path, "state.json")
+    return found
 
 
 def prune(folder: str, keep: int) -> None:

@@ -20,51 +20,6 @@ from rayft.recipe import Recipe
 from rayft.training import dropout, shared
 
 
-def zero_stage(recipe: Recipe, trainable: int, frozen: int, memory: int | None) -> int:
-    """The ZeRO stage of the recipe; `auto` takes the least sharding whose state fits into half of `memory` (bytes).
-
-    Half, because activations need the rest. None (unknown memory) takes the least that the offload allows. A model that
-    is compiled or quantized keeps its weights whole: stage 2 at most.
-    """
-    if recipe.deepspeed.zero_stage != "auto":
-        return int(recipe.deepspeed.zero_stage)
-    least = {"none": 0, "optimizer": 1, "parameters": 3}[recipe.deepspeed.offload]
-    if memory is None:
-        return least
-    most = 2 if recipe.model.compile or recipe.model.quantize else 3
-    for stage in range(least, most):
-        if state_bytes(recipe, stage, trainable, frozen) <= memory / 2:
-            return stage
-    return most
-
-
-def state_bytes(recipe: Recipe, stage: int, trainable: int, frozen: int) -> int:
-    """Bytes of weights, gradients and optimizer state per worker; parts offloaded to host memory don't count.
-
-    Stage 0 keeps 16 bytes a trainable parameter; stages 1 and 2 hold the full weights and gradients beside a share of
-    an fp32 copy and its moments (stage 2 shares the gradients too); stage 3 shares all (Rajbhandari et al. 2020).
-    """
-    world, offload = recipe.cluster.max_workers, recipe.deepspeed.offload
-    weights = 4 * trainable + frozen_width(recipe, stage) * frozen
-    gradients, moments, master = 4 * trainable, 8 * trainable, 4 * trainable
-    if stage == 0:
-        return weights + gradients + moments
-    moments, master = moments // world, master // world
-    if offload != "none":
-        moments = master = 0
-    if stage >= 2:
-        gradients //= world
-    if stage == 3:
-        weights = 0 if offload == "parameters" else weights // world
-        master = 0  # the shard of a float32 weight is its own master
-    return weights + gradients + moments + master
-
-
-def frozen_width(recipe: Recipe, stage: int) -> int:
-    """Bytes of a frozen parameter: the recipe's dtype where it is whole; what is sharded while loading is float32."""
-    return 2 if recipe.model.dtype != "float32" and stage < 3 else 4
-
-
 def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
     """The engine's configuration. The micro-batch and accumulation keys are formal: the loop cuts batches itself."""
     zero: dict[str, Any] = {"stage": stage}

@@ -1,11 +1,11 @@
-"""What a run will hold, before anything is built: its parameters, from an outline of the model without weights."""
+"""How many parameters a run trains, before anything is built: from an outline of the model without weights."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,37 +14,8 @@ from rayft.errors import ModelError
 from rayft.recipe import Recipe
 from rayft.tasks.loading import require_bitsandbytes
 from rayft.tasks.task import Pretrained
-from rayft.training import batch_norm, engine, export, freeze
-
-FOUR_BITS = 4.127 / 8  # bytes of a weight in 4 bits and its share of the quantized constants (Dettmers et al. 2023)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """`trainable` learn in the first epoch, `most` in the last (gradual unfreezing); `total` are all, adapters too, and
-    `narrow` of them are kept in 4 bits. `norms` BatchNorms learn, or would where the recipe asked for it."""
-
-    trainable: int
-    most: int
-    total: int
-    narrow: int = 0
-    norms: int = 0
-
-    @property
-    def frozen(self) -> int:
-        return self.total - self.trainable
-
-    def state_bytes(self, recipe: Recipe, stage: int) -> int:
-        """Bytes of weights, gradients and optimizer state per worker, at the end of the run."""
-        return engine.state_bytes(recipe, stage, self.most, self._frozen_at_end(recipe))
-
-    def zero_stage(self, recipe: Recipe, memory: int | None) -> int:
-        """The stage of the whole run, for workers that have `memory` bytes each."""
-        return engine.zero_stage(recipe, self.most, self._frozen_at_end(recipe), memory)
-
-    def _frozen_at_end(self, recipe: Recipe) -> int:
-        """Frozen parameters, those in 4 bits as fewer ones of the usual width."""
-        return self.total - self.most - int(self.narrow * (1 - FOUR_BITS / engine.frozen_width(recipe, 0)))
+from rayft.training import batch_norm, export, freeze
+from rayft.training.footprint import Parameters
 
 
 def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: Any, epochs: int) -> Parameters:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 
-import torch
-
 from rayft.data.order import Order
 from rayft.data.prepare import Prepared
 from rayft.data.window import order_of
@@ -49,5 +47,7 @@ def due(every: Every, step: int, steps_per_epoch: int) -> bool:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seeds torch for one step: what is random depends on where the run stands, so that no state has to be kept."""
+    import torch
+
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

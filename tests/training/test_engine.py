@@ -61,33 +61,6 @@ def test_extra_keys_do_not_reach_the_next_configuration() -> None:
     assert "stage3_max_live_parameters" not in engine.deepspeed_config(recipe(), stage)["zero_optimization"]
 
 
-def test_the_least_sharding_that_fits_is_taken() -> None:
-    """100 M parameters on 4 workers: 1,600 MB whole; 800 + 300, 400 + 100 + 300 and 400 MB at stages 1, 2 and 3."""
-    of = recipe(deepspeed__zero_stage="auto", cluster__workers=4)
-    sizes = [engine.state_bytes(of, stage, 100_000_000, 0) / 1e6 for stage in range(4)]
-    assert sizes == [1600, 1100, 800, 400]
-    for stage, size in enumerate(sizes):
-        assert engine.zero_stage(of, 100_000_000, 0, int(2e6 * size)) == stage
-        assert engine.zero_stage(of, 100_000_000, 0, int(2e6 * size) - 2) == min(3, stage + 1)
-    assert engine.zero_stage(of, 100_000_000, 0, None) == 0
-    compiled = recipe(deepspeed__zero_stage="auto", cluster__workers=4, model__compile=True)
-    assert engine.zero_stage(compiled, 100_000_000, 0, 1) == 2
-    assert engine.zero_stage(recipe(deepspeed__zero_stage=1), 100_000_000, 0, 1) == 1
-    assert engine.zero_stage(recipe(deepspeed__zero_stage="auto", deepspeed__offload="optimizer"), 9, 0, 10**9) == 1
-    assert engine.zero_stage(recipe(deepspeed__zero_stage="auto", deepspeed__offload="parameters"), 9, 0, 10**9) == 3
-
-
-def test_frozen_parameters_count_in_the_precision_they_are_stored_in() -> None:
-    narrow = recipe(model__dtype="bfloat16", cluster__workers=2)
-    assert [engine.state_bytes(narrow, stage, 0, 1000) for stage in range(4)] == [2000, 2000, 2000, 2000]
-    assert [engine.state_bytes(recipe(cluster__workers=2), stage, 0, 1000) for stage in range(4)] == [
-        4000,
-        4000,
-        4000,
-        2000,
-    ]
-
-
 # --- what it learns
 
 
