@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 START = ("torch",)
 DRIVER = (*START, "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
-WORKER = (*DRIVER, "rayft.network", "rayft.training.worker")
+WORKER = (*DRIVER, "ray.train.torch", "rayft.network", "rayft.training.worker")
 
 
 @contextlib.contextmanager

@@ -32,17 +32,25 @@ def finish(recipe: Recipe, prepared: dict[str, Prepared], target: str) -> dict[s
 
 
 def _by_run(recipe: Recipe, target: str) -> dict[str, float]:
-    """The run is asked for what it left out: its steps are done."""
+    """Its workers test and export what the trial has come to. What its folder says of the trial stays as it is."""
     import tempfile
 
     from rayft.run import run
 
-    storage.delete(storage.join(recipe.folder, "result.json"))
-    result = run(recipe, show=lambda event: None)
+    path = storage.join(recipe.folder, "result.json")
+    own = storage.read_json(path) if storage.exists(path) else None
+    try:
+        result = run(recipe, show=lambda event: None, trains=False)
+    finally:
+        if own is None:
+            storage.delete(path)
+        else:
+            storage.write_json(path, own)
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:
         storage.download(result["export"], local)
         storage.delete(target)
         storage.upload(local, target)
+    storage.delete(result["export"])
     scores: dict[str, float] = result["metrics"]
     return scores
 

@@ -45,7 +45,8 @@ class Start:
     """What a worker group starts from: the attempt that it writes as, and the checkpoint (None: the beginning).
 
     `step` optimizer steps are done; with `feeds` there are more to do. `begun` is when the command was given, in
-    seconds since 1970, `identity` the base model's. With `exports` the best model is tested and exported in the end.
+    seconds since 1970, `identity` the base model's. With `exports` the best model is tested and exported in the end;
+    without `trains` that is all that is done.
     """
 
     attempt: int
@@ -55,6 +56,7 @@ class Start:
     feeds: bool
     identity: str
     exports: bool
+    trains: bool
 
 
 def fit(
@@ -123,6 +125,7 @@ def _trainer(recipe: Recipe, model_path: str, prepared: dict[str, Prepared], sta
         "streams": streamed,
         "identity": start.identity,
         "exports": start.exports,
+        "trains": start.trains,
     }
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:

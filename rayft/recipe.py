@@ -281,7 +281,7 @@ def _check(data: dict[str, Any]) -> tuple[Recipe | None, list[Fault]]:
     if recipe is not None:
         found += rules.broken(recipe, unsound)
         if recipe.tune is not None and kind is not None:
-            found += unsearchable(recipe.tune, data, _schema((kind,)), _errors_of)
+            found += unsearchable(recipe.tune, data, _schema((kind,)), _errors_of, _broken_in)
     return recipe, found
 
 
@@ -295,6 +295,20 @@ def _validated(data: Mapping[str, Any]) -> tuple[Recipe | None, list[ErrorDetail
 def _errors_of(data: Mapping[str, Any]) -> list[ErrorDetails]:
     task, _, _, errors = task_section.read(data.get("task"))
     return errors + _validated({**data, "task": task or Task.model_construct(type="")})[1]
+
+
+def _broken_in(data: Mapping[str, Any]) -> list[Fault]:
+    """The rules between fields that a trial with the plain form `data` breaks; none where a field itself is faulty."""
+    task, _, _, errors = task_section.read(data.get("task"))
+    recipe, more = _validated({**data, "task": task or Task.model_construct(type="")})
+    return list(rules.broken(alone(recipe), ())) if recipe is not None and not errors + more else []
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """As a trial has it: without a sweep, and no more rows passed through at once than its batch has."""
+    train = recipe.train
+    micro = min(train.micro_batch_size, train.global_batch_size)
+    return recipe.model_copy(update={"tune": None, "train": train.model_copy(update={"micro_batch_size": micro})})
 
 
 def _sound_part(data: Mapping[str, Any]) -> Recipe | None:

@@ -85,7 +85,9 @@ class Roster:
         return number, self.known[number].fields
 
     def _next(self) -> int | None:
-        waiting, new = self.waiting, len(self.known) if len(self.known) < self.total else None
+        """Of those that were never begun the first, also where somebody has deleted its folder."""
+        absent = (number for number in range(self.total) if number not in self.known)
+        waiting, new = self.waiting, next(absent, None) if len(self.known) < self.total else None
         if self.rungs is None:
             return waiting[0] if waiting else new
         for number in waiting:  # interrupted before they came to a rung

@@ -29,11 +29,13 @@ def run(
     restart: bool = False,
     take_over: bool = False,
     exports: bool = True,
+    trains: bool = True,
     begun: float | None = None,
 ) -> dict[str, Any]:
     """Trains what `recipe` says, or goes on where its run stopped; returns what result.json holds.
 
-    With `exports` false it ends with the best evaluation: nothing is tested or exported. The time to the first step
+    With `exports` false it ends with the best evaluation: nothing is tested or exported. With `trains` false no step is
+    made: the best model of a run that has one is tested and exported, wherever it stands. The time to the first step
     counts from `begun`, when the command was given, in seconds since 1970 (None: now).
 
     Raises a RayftError: before anything is started where the run is refused, else after result.json says what failed.
@@ -43,7 +45,7 @@ def run(
     show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)
     record.refuse_second_writer(take_over, show)
-    finished = None if restart else _settle(recipe, record, show)
+    finished = _settle(recipe, record, show) if trains and not restart else None
     if finished is not None:
         return finished
     storage.check_writable(recipe.storage)
@@ -75,7 +77,7 @@ def run(
         stop = Stop(recipe.folder)
         with record.writing(recipe, identity, keys), stop.listening():
             try:
-                Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show, exports).run()
+                Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show, exports, trains).run()
             except (KeyboardInterrupt, Stopped) as error:
                 told = str(error) or "interrupted; the same command goes on from the last checkpoint"
                 record.end("stopped", told)
@@ -123,17 +125,18 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
         return record.result()
     before = record.recipe()
     if standing == "longer" and before is not None and recipe.train.schedule != "constant":
-        now = _length(recipe)
+        now = length(recipe)
         show(
             {
                 "event": "note",
-                "text": f"the {recipe.train.schedule} schedule now ends later: {_length(before)} -> {now}",
+                "text": f"the {recipe.train.schedule} schedule now ends later: {length(before)} -> {now}",
             }
         )
     return None
 
 
-def _length(recipe: Recipe) -> str:
+def length(recipe: Recipe) -> str:
+    """How long it trains, in words."""
     parts = [f"{recipe.train.epochs} epochs" if recipe.train.epochs is not None else ""]
     parts.append(f"{recipe.train.max_steps} steps" if recipe.train.max_steps is not None else "")
     return ", at most ".join(part for part in parts if part)
@@ -218,6 +221,7 @@ class Attempts:
     begun: float
     show: Show
     exports: bool
+    trains: bool
 
     @property
     def folder(self) -> str:
@@ -253,7 +257,8 @@ class Attempts:
             if workers < self.recipe.cluster.max_workers:
                 self.show({"event": "note", "text": f"working with {workers} workers until there is room for more"})
             recipe = decided(self.recipe, workers, self.parameters)
-            start = group.Start(attempt, self.begun, path, step, feeds, self.record.model, self.exports)
+            identity = self.record.model
+            start = group.Start(attempt, self.begun, path, step, feeds, identity, self.exports, self.trains)
             most = self.recipe.cluster.max_workers
             try:
                 return group.fit(
@@ -283,7 +288,8 @@ class Attempts:
         step, ended, total, per_epoch = (saved[k] for k in ("step", "finished", "total_steps", "steps_per_epoch"))
         self.show({"event": "note", "text": f"going on from step {step} ({newest})"})
         now = total_steps(self.recipe.train, per_epoch)
-        return step, now > step and (not ended or (now > total and step >= total)), newest
+        more = now > step and (not ended or (now > total and step >= total))
+        return step, self.trains and more, newest
 
     def _repair(self, outcome: Left | RayftError) -> None:
         """What was found damaged counts no longer: the checkpoint before is used then, shards are prepared anew."""

@@ -159,6 +159,8 @@ class Halving(_OfThisProcess, FIFOScheduler):
         self.sweep = sweep
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "value" not in result:  # another process has taken the trial over, and the sweep with it
+            return TrialScheduler.CONTINUE
         number = number_of(trial.config, trial.trial_id)
         came = self.sweep.roster.rungs.note(number, result[UNIT], result["value"])
         return (

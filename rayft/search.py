@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -14,8 +16,9 @@ from rayft.document import set_field
 from rayft.errors import Fault, RecipeError
 from rayft.sections import Metric, Natural, Number, Positive, Section, Whole, wrong
 
-# Fields that say which run it is or where, so that trials can't differ in them.
-_FIXED = ("name", "storage", "tune", "submit", "task.type")
+# Fields that say which run it is, or where and on what it runs, so that trials can't differ in them.
+_FIXED = ("name", "storage", "tune", "submit", "cluster", "task.type")
+MOST_TRIED = 64  # combinations with the other fields' values before one is taken to be at fault
 
 
 class Space(Section):
@@ -79,11 +82,14 @@ def unsearchable(
     data: Mapping[str, Any],
     schema: faults.Schema,
     errors_of: Callable[[Mapping[str, Any]], list[ErrorDetails]],
+    broken: Callable[[Mapping[str, Any]], list[Fault]],
 ) -> Iterator[Fault]:
     """The fields of a sweep that the recipe with the plain form `data` lacks, and the values that they can't take.
 
-    `schema` describes that recipe; `errors_of` gives pydantic's complaints about the plain form of one.
+    `schema` describes that recipe; `errors_of` gives pydantic's complaints about the plain form of one, and `broken`
+    the rules between fields that a trial with that form would break.
     """
+    before = {(fault.where, fault.what) for fault in broken(data)}
     for name, space in tune.search.items():
         where = f"tune.search.{name}"
         if any((name + ".").startswith(fixed + ".") for fixed in _FIXED):
@@ -93,7 +99,8 @@ def unsearchable(
             yield Fault(where, "no such field in this recipe", None, fits, faults.nearest_name(name, schema))
         else:
             for value in space.values():
-                yield from _misfit(where, name, value, data, schema, errors_of)
+                misfits = list(_misfit(where, name, value, data, schema, errors_of))
+                yield from misfits or _breaks(tune, name, value, data, broken, before)
 
 
 def _misfit(
@@ -114,3 +121,28 @@ def _misfit(
     for path, fault in faults.translate(errors_of(trial), trial, schema):
         if (faults.dotted(path) + ".").startswith(name + "."):
             yield Fault(where, fault.what, fault.value, fault.fits, fault.nearest)
+
+
+def _breaks(
+    tune: Tune,
+    name: str,
+    value: Any,
+    data: Mapping[str, Any],
+    broken: Callable[[Mapping[str, Any]], list[Fault]],
+    before: set[tuple[str, str]],
+) -> Iterator[Fault]:
+    """A rule that `value` in the field `name` breaks, whatever the other fields of the sweep are."""
+    others = {other: space.values() for other, space in tune.search.items() if other != name}
+    found: list[Fault] = []
+    for values in itertools.islice(itertools.product(*others.values()), MOST_TRIED):
+        trial = copy.deepcopy(dict(data))
+        with contextlib.suppress(RecipeError):  # told of the field that it belongs to
+            for field, given in ((name, value), *zip(others, values, strict=True)):
+                set_field(trial, field, given)
+        own = [fault for fault in broken(trial) if (fault.where, fault.what) not in before]
+        if not own:
+            return
+        found = found or own
+    for fault in found:
+        what = fault.what if fault.where == name else f"with it {fault.where} is {fault.what}"
+        yield Fault(f"tune.search.{name}", what, faults.show(value), fault.fits)

@@ -19,13 +19,13 @@ from typing import Any
 import ray.tune
 
 from rayft import ahead, storage
-from rayft.errors import RayftError, Stopped, Superseded
+from rayft.errors import RayftError, RecipeError, Stopped, Superseded
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.takeover import take_over
 from rayft.training import checkpoints
-from rayft.trials import trial_recipe
+from rayft.trials import folder_of, trial_recipe
 
 FINISHED = "finished"
 
@@ -88,10 +88,14 @@ class Trial(ray.tune.Trainable):
 
     def _start(self, config: dict[str, Any]) -> None:
         self.number, self.begun = number_of(config, self.trial_id), time.monotonic()
-        self.recipe = trial_recipe(self.sweep, self.number, config["fields"])
-        single = self.recipe.cluster.max_workers == 1
-        self.work: Work = _here(self.recipe, self.shared) if single else _nested(self.recipe)
+        self.folder = folder_of(self.sweep.folder, self.number)
         self.last: dict[str, Any] = {"rows": 0}
+        self.work: Work = self._work(config["fields"])
+
+    def _work(self, fields: dict[str, Any]) -> Work:
+        """Begins with the first step: fields that don't go together are a failure like any other."""
+        recipe = trial_recipe(self.sweep, self.number, fields)
+        yield from _here(recipe, self.shared) if recipe.cluster.max_workers == 1 else _nested(recipe)
 
     def step(self) -> dict[str, Any]:
         """Trains up to the next evaluation, or to the end."""
@@ -100,8 +104,7 @@ class Trial(ray.tune.Trainable):
         except Superseded:  # population based training has started this trial again while its step was on its way
             return dict(self.last)
         except Exception as error:  # noqa: BLE001 # the sweep goes on; the trial's folder and the table say why
-            text = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
-            return {**self.last, "error": text.splitlines()[0], "done": True, "seconds": self._seconds}
+            return {**self.last, "error": _sentence(error), "done": True, "seconds": self._seconds}
         if evaluated is None:
             return {**self.last, FINISHED: True, "done": True, "seconds": self._seconds}
         self.last = {
@@ -137,16 +140,23 @@ class Trial(ray.tune.Trainable):
         if self.sweep.tune is not None and self.sweep.tune.scheduler == "asha":
             with contextlib.suppress(Keep, StopIteration):
                 self.work.throw(Keep())
-        return {"checkpoint": checkpoints.newest(storage.join(self.recipe.folder, "checkpoints"))}
+        return {"checkpoint": checkpoints.newest(storage.join(self.folder, "checkpoints"))}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Goes on from another trial's checkpoint, with this trial's fields."""
         path = (checkpoint or {}).get("checkpoint")
         if path is not None:
             self.work.close()
-            if not path.startswith(self.recipe.folder.rstrip("/") + "/"):  # else it was only paused
-                take_over(self.recipe, path)
+            if not path.startswith(self.folder.rstrip("/") + "/"):  # else it was only paused
+                take_over(trial_recipe(self.sweep, self.number, self.config["fields"]), path)
             self._start(self.config)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, RecipeError):
+        return "; ".join(str(fault) for fault in error.faults)
+    text = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
 
 
 # --- one worker: in this process
@@ -305,7 +315,11 @@ def _nested(recipe: Recipe) -> Work:
             event = events.get()
             if isinstance(event, Exception):
                 raise event
-            if event is over or "event" not in event:
+            if event is over:
+                return
+            if "event" not in event:  # its result: the run is ahead of who asks for its evaluations
+                value, reached = event["best"]["value"], (event["steps"], event["rows"])
+                yield Evaluated(*reached, value, value, dict(event["metrics"]), finished=True)
                 return
             scores = {key: value for key, value in event.items() if key.startswith("eval_")}
             value = scores[name]

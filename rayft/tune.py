@@ -19,7 +19,7 @@ from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.roster import Roster
-from rayft.run import decided, prepared_for, shown_plan
+from rayft.run import decided, length, prepared_for, shown_plan
 from rayft.search import Tune
 from rayft.stopping import Stop
 from rayft.tasks.task import Blocks
@@ -34,6 +34,12 @@ ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # what has to be kept lies in the trials' folders
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+
+CHANGED = (
+    "# Population based training changed these fields on the way, and let trials go on from each other's weights.\n"
+    "# This recipe trains with the last ones from the beginning, and gives another model; the best one is in export/.\n"
+)
 
 
 def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool = False) -> dict[str, Any]:
@@ -103,14 +109,14 @@ def _refuse_missing_loggers(tune: Tune) -> None:
 def _local(recipe: Recipe) -> int:
     """How many trials this machine's processors run at a time."""
     cluster = recipe.cluster
-    return max(1, (os.cpu_count() or 1) // cluster.cpus_per_worker) if cluster.max_workers == 1 else 1
+    return max(1, (os.cpu_count() or 1) // (cluster.cpus_per_worker * cluster.max_workers))
 
 
 def at_once(recipe: Recipe) -> int:
     """How many trials run at a time: as many as the cluster holds, those of a local one by its real processors."""
     cluster = recipe.cluster
     room = placement.room(cluster) // cluster.max_workers
-    if os.environ.get("RAY_ADDRESS") is None and cluster.max_workers == 1 and not cluster.gpus_per_worker:
+    if os.environ.get("RAY_ADDRESS") is None and not cluster.gpus_per_worker:
         room = min(room, _local(recipe))
     return max(1, room)
 
@@ -122,7 +128,11 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
         if before is not None:
             raise RunRefused(f"{recipe.folder} is a run, not a sweep; give the sweep another `name=`")
         return None
-    record.standing(recipe)
+    if record.standing(recipe) == "longer":
+        raise RunRefused(
+            f"{recipe.folder} was swept with trials of {length(before)}, and would be with {length(recipe)}, whose "
+            "scores say something else; give it another `name=`, or start over with --restart"
+        )
     for name in ("search", "sampler", "seed", "metric", "mode"):
         if getattr(before.tune, name) != getattr(recipe.tune, name):
             raise RunRefused(
@@ -182,6 +192,12 @@ class Sweep:
                 f"the best so far is trial {best.number} ({self.metric} {best.value:.4g})" if best else "no scores yet"
             )
             raise SweepStopped(asked, so_far)
+        if best is None and self._late() and not roster.ended:
+            minutes = self.tune.budget.minutes if self.tune.budget else 0
+            raise TrainingError(
+                f"no trial was evaluated within tune.budget of {minutes:g} minutes; a larger one fits, or a smaller "
+                "train.evaluate_every; the same command goes on"
+            )
         if best is None:
             reasons = sorted({trial.error or "no score" for trial in roster.ended})
             raise TrainingError(f"none of {len(roster.ended)} trials has a score: {'; '.join(reasons[:3])}")
@@ -270,8 +286,10 @@ class Sweep:
 
     def asked(self) -> bool:
         """Is it time to end: a request, another process's take-over, or the budget's end?"""
-        late = self.over_at is not None and time.time() > self.over_at
-        return late or self.stop.asked() is not None or self.record.superseded is not None
+        return self._late() or self.stop.asked() is not None or self.record.superseded is not None
+
+    def _late(self) -> bool:
+        return self.over_at is not None and time.time() > self.over_at
 
     # -- the answer
 
@@ -284,7 +302,8 @@ class Sweep:
         best = self.roster.best
         if best is not None:
             alone = self._recipe_of(best).model_copy(update={"name": f"{self.recipe.name}-best"})
-            storage.write_text(storage.join(self.folder, "best.yaml"), alone.to_yaml())
+            told = CHANGED if self.tune.scheduler == "pbt" else ""
+            storage.write_text(storage.join(self.folder, "best.yaml"), told + alone.to_yaml())
         return best
 
     def _result(self, status: str, best: Known | None, export: str | None, scores: dict[str, float]) -> dict[str, Any]:

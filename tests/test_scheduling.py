@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,3 +127,12 @@ def test_one_trial_comes_to_its_end_where_no_third_is_left(tmp_path: Path) -> No
 def test_a_trials_number_follows_from_tunes_own_where_configs_are_copied() -> None:
     assert number_of({"number": 7, "fields": {}}, "8bc0d_00003") == 7
     assert number_of({"place": 0, "numbers": [4, 5, 9], "fields": {}}, "8bc0d_00002") == 9
+
+
+def test_a_trial_whose_folder_was_deleted_is_begun_again_and_no_other_is(tmp_path: Path) -> None:
+    made = sweep(tmp_path, "none", BEFORE)
+    shutil.rmtree(made.roster.known[1].folder)
+    again = Roster(made.roster.folder, made.tune, METRIC, True, 100, lambda event: None)
+    proposed = [again.propose() for _ in range(3)]
+    assert [found[0] for found in proposed if found] == [1, 3, 4]
+    assert [trial.number for trial in again.ended] == [0, 2]

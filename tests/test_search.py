@@ -73,6 +73,7 @@ def test_any_field_of_the_recipe_may_vary(search: dict[str, Any]) -> None:
         ({"task.max_lenght": {"choice": [1]}}, "did you mean `task.max_length`?"),
         ({"name": {"choice": ["a"]}}, "not a field that trials can differ in"),
         ({"tune.trials": {"choice": [3]}}, "not a field that trials can differ in"),
+        ({"cluster.workers": {"choice": [1, 2]}}, "not a field that trials can differ in"),
         ({"train.seed": {}}, "tune.search.train.seed: not one search space"),
         ({"train.seed": {"choice": [1], "uniform": [0, 1]}}, "not one search space"),
         ({"train.seed": {"chioce": [1]}}, "tune.search.train.seed.chioce: unknown key, got [1]; did you mean"),
@@ -91,3 +92,33 @@ def test_fields_and_values_that_do_not_exist_are_refused(search: dict[str, Any],
         tuned(search)
     assert said in str(caught.value)
     assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"model.dtype": {"choice": ["float16", "float32"]}}, "float16 needs GPUs, got 'float16'; `float32` or"),
+        ({"train.epochs": {"choice": [None, 1]}}, "train.epochs: missing, got null"),
+        (
+            {"deepspeed.offload": {"choice": ["none", "parameters"]}, "deepspeed.zero_stage": {"choice": [0, 1]}},
+            "with it deepspeed.zero_stage is too low for `deepspeed.offload: parameters`, got 'parameters'",
+        ),
+    ],
+)
+def test_a_value_that_goes_with_no_other_is_refused_before_a_trial_has_it(search: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tuned(search, sampler="random")
+    assert said in str(caught.value)
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"deepspeed.offload": {"choice": ["none", "parameters"]}, "deepspeed.zero_stage": {"choice": [0, 3]}},
+        {"model.freeze.layers": {"choice": [0, 2]}, "model.unfreeze_every": {"choice": [None, 1]}},
+        {"train.global_batch_size": {"choice": [8, 64]}},
+    ],
+)
+def test_a_value_that_goes_with_some_other_is_not(search: dict[str, Any]) -> None:
+    tuned(search, sampler="random")

@@ -188,6 +188,9 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
     assert min(rows[0]["score"], rows[2]["score"]) < 0.9 * min(began)
     ends = [Recipe.load(f"{trials.folder_of(result['run'], row['trial'])}/recipe.yaml") for row in rows]
     assert [row[RATE] for row in rows] == [recipe.train.learning_rate for recipe in ends]
+    answer = Path(result["run"], "best.yaml").read_text(encoding="utf-8")
+    assert answer.startswith("# Population based training changed")
+    assert Recipe.parse(yaml.safe_load(answer)).train.learning_rate == rows[result["best"]["trial"]][RATE]
 
 
 @pytest.mark.slow
@@ -211,6 +214,31 @@ def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[st
     assert told["scores"]["eval_loss"] == pytest.approx(trials.evaluations(giver)[0]["eval_loss"], rel=1e-5)
     assert trial.step()["finished"]
     trial.cleanup()
+
+
+@pytest.mark.slow
+def test_fields_that_do_not_go_together_fail_their_trial_alone_with_the_reason(home: Path, ray_local: None) -> None:
+    import ray.tune
+
+    from rayft.trial import Shared, Trial
+
+    plain = sweep(home, "unfit", {RATE: {"choice": [1e-4]}}, trials=1)
+    shared = Shared(Recipe.parse(plain).resolved().dump(), {}, "", None)
+    fields = {"model.unfreeze_every": 1}
+    trial = ray.tune.with_parameters(Trial, shared=shared)({"number": 0, "fields": fields})
+    told = trial.step()
+    assert told["done"]
+    assert told["error"].startswith("model.unfreeze_every: ")
+    trial.cleanup()
+
+
+@pytest.mark.slow
+def test_another_length_is_refused_by_a_sweep_whose_trials_have_theirs(whole: dict[str, Any], home: Path) -> None:
+    plain = sweep(home, "whole", GRID, sampler="grid")
+    plain["train"] = {**plain["train"], "epochs": 4}
+    with pytest.raises(RunRefused, match="trials of 2 epochs, and would be with 4 epochs"):
+        tune(Recipe.parse(plain), show=lambda event: None)
+    assert storage.read_json(f"{whole['run']}/result.json") == whole
 
 
 @pytest.mark.slow

@@ -42,12 +42,14 @@ class Setting:
     own         makes tensors that learn writable, where `load` maps them
     processor   the task's, where it was made before
     exports     whether the best model is tested and exported in the end
+    trains      whether steps are made; else the run has ended where it stands
     """
 
     load: Load | None = None
     own: Callable[[Any], None] = lambda network: None
     processor: Any = None
     exports: bool = True
+    trains: bool = True
 
 
 class Run:
@@ -181,6 +183,7 @@ class Run:
         # A run that ended goes on when its recipe now asks for more.
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
             self.progress.finished = False
+        self.progress.finished |= not self.setting.trains
 
     def _build(self) -> None:
         """The model at the current epoch's freezing depth, in an engine, with the newest checkpoint's state."""

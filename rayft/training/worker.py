@@ -22,7 +22,7 @@ def work(config: dict[str, Any]) -> None:
     `config`: `recipe` (dump, its ZeRO stage decided), `model` (what `fetch_model` takes), `prepared` ({split: folder}),
     `attempt`, `start` (the checkpoint to go on from, or None), `begun` (epoch seconds of the command), `board` (the
     driver's actor, or None), `feeds` (are there steps to make?), `streams` (does Ray Data read their rows?), `identity`
-    (of the base model), `exports` (see Setting).
+    (of the base model), `exports` and `trains` (see Setting).
     Leaves checkpoints, metrics, export and result.json in the run's folder; or, asked to leave, a checkpoint and the
     event `left`.
     """
@@ -53,7 +53,9 @@ def work(config: dict[str, Any]) -> None:
             size = recipe.train.micro_batch_size
             return iter(Shares(dataset, run.order, run.position, dist.get_world_size(), dist.get_rank(), size))
 
-        run = Run(recipe, config, prepared, device, emit, watch, Setting(exports=config["exports"]))
+        run = Run(
+            recipe, config, prepared, device, emit, watch, Setting(exports=config["exports"], trains=config["trains"])
+        )
         feed = streamed if config["streams"] else Run.own_shares
         for _ in run.go(feed if config["feeds"] else None):
             pass
