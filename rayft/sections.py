@@ -231,7 +231,7 @@ Metric = Annotated[Text, AfterValidator(_metric)]  # with or without `eval_` in 
 
 class EarlyStopping(Section):
     metric: Metric | None = None
-    """A validation score; null: the task's first."""
+    """A validation score; null: the one by which the best model is chosen."""
     patience: Positive
     """Evaluations in a row without a better score after which the run ends."""
 

@@ -86,6 +86,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.shared",
         "training.dropout",
         "training.first_token",
+        "training.loss_scale",
         "training.engine",
         "training.batch_norm",
         "training.checkpoint",

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from rayft.errors import DataError
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor, steady
+from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.sound import FRAME_S, Wanted, read_sound
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -126,7 +126,6 @@ class AudioClassification(Task):
             model,
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
-            **steady(config),
         )
         fit_head(network, tuple(config.id2label.values()), names, model.seed)
         ignore_padding(network)

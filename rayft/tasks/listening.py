@@ -77,14 +77,6 @@ def inputs(extractor: Any, sounds: Sequence[bytes]) -> Batch:
     return {name: torch.from_numpy(values), "attention_mask": torch.from_numpy(mask)}
 
 
-def steady(config: Any) -> dict[str, Any]:
-    """What is set on a speech model's config before it is loaded: no whole blocks are left out while it learns.
-
-    Which blocks are, every process would draw on its own, and wait for gradients that the others don't have.
-    """
-    return {name: 0.0 for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop") if hasattr(config, name)}
-
-
 def listen(model: Any, batch: Batch) -> Any:
     """One forward pass; labels are left out. Inputs get the width of the weights."""
     from rayft.tasks.padded_norm import PaddedGroupNorm

@@ -107,6 +107,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     config alone all are drawn, and `rayft_drawn` names the head's. ModelError where it can't be loaded.
     """
     config = load_config(model, **config_fields)
+    keep_blocks(config)
     set_dropout(config, model.dropout)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "trust_remote_code": model.trust_remote_code}
     if model.attention:
@@ -141,6 +142,16 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     # What was drawn is the head: adapters must train it whole.
     network.rayft_drawn = draw_parameters(network, _drawn(info), model.seed)
     return network
+
+
+def keep_blocks(config: Any) -> None:
+    """Sets on a model's config that no whole blocks are left out while it learns (LayerDrop).
+
+    Which are, every process would draw on its own, and then exchange gradients that the others don't have.
+    """
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
 
 
 @contextlib.contextmanager

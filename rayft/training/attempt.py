@@ -92,7 +92,7 @@ class Run:
         if self.start:
             self._restore()
         chief = dist.get_rank() == 0
-        metrics = Metrics(self.recipe.folder, self.progress.step) if chief else None
+        metrics = Metrics(self.recipe.folder, self.progress.step, self.progress.pending) if chief else None
         self.saver = Saver(
             self.recipe.folder,
             self.attempt,
@@ -135,9 +135,9 @@ class Run:
                     return False
             self.watch.at("writing a checkpoint")
             self.saver.release()
+            dist.barrier()  # rank 0 has committed what all go on from, or go back to
             if self.done:
                 return True
-            dist.barrier()  # rank 0 has committed what all go on from
             self.start = checkpoints.newest(self.saver.folder)
             self.close()
 
@@ -179,7 +179,9 @@ class Run:
         with checkpoint.Checkpoint(str(self.start)) as saved:
             state = saved.state
         names = ("step", "best", "waited", "pending", "scores", "cohorts", "finished")
-        self.progress = Progress(**{name: state[name] for name in names})
+        self.progress = Progress(
+            **{name: state[name] for name in names}, foremost=state.get("foremost", (state["best"] or {}).get("value"))
+        )
         # A run that ended goes on when its recipe now asks for more.
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
             self.progress.finished = False

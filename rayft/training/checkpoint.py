@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from rayft import storage
 from rayft.errors import CheckpointError, Damaged, StorageError, StorageMissing
 from rayft.training import checkpoints
-from rayft.training.engine import Piece, gradient_scaler, inner_optimizer, pieces, shape_of
+from rayft.training.engine import Piece, inner_optimizer, pieces, shape_of
+from rayft.training.loss_scale import gradient_scaler
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 INDEX = "index.json"  # of all ranks
@@ -253,7 +254,8 @@ class Checkpoint:
                 for kind in KINDS[1:]:
                     value = self.read(piece.name, kind, piece.start, piece.length)
                     piece.moment(engine, kind).copy_(value)
-                inner.state[piece.flat]["step"].fill_(self.step_of(piece.name))
+                counter = inner.state[piece.flat]["step"]  # of all pieces of one tensor
+                counter.fill_(max(int(counter), self.step_of(piece.name)))
         scaler = gradient_scaler(engine)
         if scaler is not None and self.state.get("loss_scale"):
             scaler.load_state_dict(self.state["loss_scale"])

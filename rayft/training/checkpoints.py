@@ -22,17 +22,16 @@ def folder_name(step: int, attempt: int) -> str:
 def committed(folder: str) -> list[str]:
     """The checkpoints below `<run>/checkpoints` that count, oldest first (by step, then attempt), as full paths.
 
-    Those that were committed, and not by an attempt that another had superseded by then (`attempts.py`).
+    Those that were committed, not by an attempt that another had superseded by then (`attempts.py`), and whose best
+    model is still there.
     """
     return [path for path, _ in _counting(folder)]
 
 
 def newest(folder: str) -> str | None:
-    """The checkpoint to go on from, or None: the newest whose best model is still there."""
+    """The checkpoint to go on from, or None."""
     found = _counting(folder)
-    names = {_name(path) for path, _ in found}
-    usable = [path for path, marker in found if marker.get("best") is None or marker["best"] in names]
-    return usable[-1] if usable else None
+    return found[-1][0] if found else None
 
 
 def _counting(folder: str) -> list[tuple[str, dict[str, Any]]]:
@@ -45,7 +44,8 @@ def _counting(folder: str) -> list[tuple[str, dict[str, Any]]]:
         marker = storage.committed(path)
         if marker is not None:
             found.append((path, marker))
-    return found
+    names = {_name(path) for path, _ in found}
+    return [(path, marker) for path, marker in found if marker.get("best") is None or marker["best"] in names]
 
 
 def step_of(path: str) -> int:
@@ -90,14 +90,16 @@ def state(path: str) -> dict[str, Any]:
 def prune(folder: str, keep: int) -> None:
     """Deletes all checkpoints but the newest `keep` (at least 1), the best model of each of these, and what is newer.
 
-    What a killed save left without a marker goes too, once something newer is committed.
+    What a killed save left without a marker goes too, once something newer is committed; and what older attempts left
+    that counts no longer, however many steps it has.
     """
     whole = _counting(folder)
     if not whole:
         return
     kept = {_name(path) for path, _ in whole[-keep:]} | {marker.get("best") for _, marker in whole[-keep:]}
     for path in _folders(folder):
-        if _name(path) not in kept and _place(path) < _place(whole[-1][0]):
+        newer = _place(path) >= _place(whole[-1][0]) and _place(path)[1] >= _place(whole[-1][0])[1]
+        if _name(path) not in kept and not newer:
             storage.delete(path)
 
 

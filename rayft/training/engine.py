@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from rayft.recipe import Recipe
-from rayft.training import dropout, shared
+from rayft.training import dropout, loss_scale, shared
+from rayft.training.loss_scale import gradient_scaler
 
 
 def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
@@ -121,6 +122,7 @@ def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[s
     if engine.zero_optimization_stage() == 0 and here and engine.communication_data_type == torch.float32:
         # It would copy every gradient to and fro; `reduce_gradients` does without. Nor does that make them narrower.
         engine.enable_backward_allreduce = False
+    loss_scale.install(engine)
     reset_moments(engine)
     return engine
 
@@ -203,9 +205,18 @@ def gradient_scale(engine: Any) -> int:
 
 
 def reduce_gradients(engine: Any) -> None:
-    """After the last backward pass of a step: the sums over the ranks, where the engine has not reduced them itself."""
-    if not engine.enable_backward_allreduce and _shared is not None:
-        shared.sum_gradients(_shared, trainable(engine))
+    """After the last backward pass of a step: the sums over the ranks, where the engine has not reduced them itself.
+
+    A parameter that had no part in the loss has a gradient of zero then, on one worker as on several.
+    """
+    if engine.enable_backward_allreduce:
+        return
+    learning = trainable(engine)
+    if _shared is not None:
+        shared.sum_gradients(_shared, learning)
+    for parameter in learning:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
@@ -227,12 +238,13 @@ def trainable(engine: Any) -> list[torch.Tensor]:
 
 
 def grad_norm(engine: Any, max_norm: float) -> float:
-    """The global gradient norm at stage 0, where the next step clips to `max_norm`; 0.0 at other stages.
+    """Has the next step clip to `max_norm`; the global gradient norm at stage 0, and 0.0 at others, which take it then.
 
     It is that of the gradients without a loss scale. They are divided within the optimizer's step, which reads them
     anyway; with a loss scale, whose scaler does the same with its own number, before it.
     """
     if engine.zero_optimization_stage() > 0:
+        loss_scale.before_step(engine, max_norm)
         return 0.0
     gradients = [parameter.grad for parameter in trainable(engine) if parameter.grad is not None]
     scaler = gradient_scaler(engine)
@@ -246,10 +258,10 @@ def grad_norm(engine: Any, max_norm: float) -> float:
     return float(norm)
 
 
-def gradient_scaler(engine: Any) -> Any:
-    """The gradient scaler of float16 mixed precision, or None."""
-    own = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    return own or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+def update(engine: Any) -> None:
+    """The optimizer's step, after `grad_norm`."""
+    engine.step()
+    loss_scale.after_step(engine)
 
 
 def destroy(engine: Any) -> None:

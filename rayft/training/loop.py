@@ -19,12 +19,13 @@ from rayft.recipe import Recipe
 from rayft.tasks.task import Blocks, Task
 from rayft.training import checkpoint, pictures
 from rayft.training.batch_norm import BatchNorms
-from rayft.training.engine import grad_norm, gradient_scale, gradient_scaler, reduce_gradients, sum_over_ranks
+from rayft.training.engine import grad_norm, gradient_scale, reduce_gradients, sum_over_ranks, update
 from rayft.training.evaluate import Network, evaluate, features_of, to_device
 from rayft.training.freeze import train_mode
 from rayft.training.laps import Laps
+from rayft.training.loss_scale import gradient_scaler
 from rayft.training.metrics import Metrics
-from rayft.training.progress import Progress, leading_metric
+from rayft.training.progress import Progress, leading_metric, patient_metric
 from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
 from rayft.training.standin import Prefix
@@ -126,7 +127,7 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
         norm = grad_norm(job.engine, job.recipe.train.max_grad_norm)
         _finite_gradient(job.engine, norm, number)
         job.watch.at("updating the weights")
-        job.engine.step()
+        update(job.engine)
         laps.to("collective")
         job.norms.follow()
         _finite_gradient(job.engine, float(job.engine.get_global_grad_norm() or 0.0), number)
@@ -301,7 +302,8 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
     timing.evaluating += time.monotonic() - begun
     if scores is None:
         return False, True
-    better = progress.judge(scores, leading_metric(job.recipe), job.task.lower_is_better, job.attempt)
+    metric, patient_with = leading_metric(job.recipe), patient_metric(job.recipe)
+    better = progress.judge(scores, metric, job.task.lower_is_better, job.attempt, patient_with)
     row = {"step": progress.step, "epoch": round(progress.step / job.steps_per_epoch, 6), **progress.scores}
     if job.metrics is not None:
         job.metrics.write(row)

@@ -17,8 +17,12 @@ class Metrics:
     On local storage the file grows with each; else it goes up at `sync`.
     """
 
-    def __init__(self, run: str, step: int) -> None:
-        """Keeps what was written up to `step` (inclusive) by earlier attempts, and drops the rest."""
+    def __init__(self, run: str, step: int, pending: bool = False) -> None:
+        """Keeps what was written up to `step` (inclusive) by earlier attempts, and drops the rest.
+
+        Of what was evaluated at `step` the first line stays, since a run that ends there tells its scores once more;
+        none does where that evaluation is `pending`.
+        """
         self.remote = None if storage.is_local(run) else run
         self._temporary = tempfile.TemporaryDirectory(prefix="rayft-metrics-") if self.remote else None
         self.folder = Path(self._temporary.name if self._temporary else run)
@@ -27,7 +31,9 @@ class Metrics:
         source = storage.join(run, "metrics.jsonl")
         lines = storage.read_text(source).splitlines() if storage.exists(source) else []
         kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
-        storage.write_text(str(self.file), "".join(line + "\n" for line in kept))
+        last = [line for line in kept if (row := json.loads(line))["step"] == step and "loss" not in row]
+        again = last if pending else last[1:]
+        storage.write_text(str(self.file), "".join(line + "\n" for line in kept if line not in again))
         self._stream = self.file.open("a", encoding="utf-8")
         from torch.utils.tensorboard.writer import SummaryWriter
 

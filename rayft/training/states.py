@@ -68,6 +68,8 @@ def states_folder(prepared: str, recipe: Recipe, identity: str, depth: int, stag
         "narrow": recipe.model.dtype != "float32" and stage < 3,
         "attention": recipe.model.attention,
         **({"first": True} if first else {}),
+        # Below adapters norms and biases are narrow too.
+        **({"adapters": True} if recipe.model.lora is not None and recipe.model.dtype != "float32" else {}),
         **({"quantize": recipe.model.quantize} if recipe.model.quantize else {}),
         "versions": [str(torch.__version__), transformers.__version__],
     }

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rayft.errors import ModelError
-from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor, steady
+from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor
 from rayft.tasks.task import Pretrained
 from speech_models import make_listener, make_writer, wav2vec2
 
@@ -75,10 +75,6 @@ def test_masked_spans_follow_from_the_seed_of_torch_and_short_sounds_have_room_f
 
     assert torch.equal(seen(5, sounds()), seen(6, sounds()))
     assert seen(5, [content[:2000] for content in sounds()]).isfinite().all()  # less than a span, 0.2 seconds
-
-
-def test_no_blocks_are_left_out() -> None:
-    assert steady(wav2vec2(2)) == {"layerdrop": 0.0}
 
 
 def test_extractors_that_read_less_than_is_asked_for_are_refused(tmp_path: Path) -> None:

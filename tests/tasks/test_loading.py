@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    OPTConfig,
 )
 
 from rayft import tasks
@@ -152,3 +153,12 @@ def test_of_a_config_alone_only_the_head_counts_as_new(tmp_path: Path) -> None:
     for meta in (False, True):
         network = from_pretrained(AutoModelForSequenceClassification, Pretrained(str(tmp_path), meta=meta))
         assert set(network.rayft_drawn) == {"classifier.weight", "classifier.bias"}
+
+
+def test_no_whole_blocks_are_left_out_while_a_model_learns(tmp_path: Path) -> None:
+    """Each process would draw others, and exchange gradients that the rest don't have."""
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=50, num_attention_heads=2, layerdrop=0.5, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(str(tmp_path))
+    network: Any = from_pretrained(AutoModelForSequenceClassification, Pretrained(str(tmp_path)))
+    assert network.model.decoder.layerdrop == 0.0

@@ -20,6 +20,7 @@ from rayft.training.assembly import pretrained
 from rayft.training.attempt import Run, Setting
 from rayft.training.laps import Laps
 from rayft.training.loop import Job, save_checkpoint, steps
+from rayft.training.loss_scale import gradient_scaler
 from rayft.training.progress import Progress
 from rayft.training.saver import Saver
 from rayft.training.timing import Timing
@@ -207,3 +208,35 @@ def compiled(folder: str, stages: list[int]) -> list[tuple[list[float], list[flo
             released(run)
         results.append((losses[0], losses[1], graphs))
     return results
+
+
+def scaled_steps(folder: str, cases: list[dict[str, Any]]) -> list[tuple[float, list[float], list[int]]]:
+    """On a worker: for each recipe the norm of the first moments after one step; after each of three steps the loss
+    scale and how many steps it has stood. Gradients of the third are infinite on the last rank."""
+    results = []
+    for given in cases:
+        run = run_of(folder, given, None)
+        run._build()
+        norm, scales, growth = 0.0, [], []
+        for step in (1, 2, 3):
+            if step == 3 and dist.get_rank() == dist.get_world_size() - 1:
+                learning = engine.trainable(run.engine)[-1]
+                learning.register_hook(lambda gradient: gradient * float("inf"))
+            stretch(run, folder, step)
+            scaler = gradient_scaler(run.engine)
+            scales.append(float(scaler.get_scale()))
+            growth.append(int(scaler.state_dict()["_growth_tracker"]))
+            if step == 1:
+                norm = _norm_of_moments(run)
+        results.append((norm, scales, growth))
+        released(run)
+    return results
+
+
+def _norm_of_moments(run: Run) -> float:
+    """Of all ranks; at stage 0 each holds all."""
+    own = sum(float(piece.moment(run.engine, "exp_avg").double().pow(2).sum()) for piece in engine.pieces(run.engine))
+    total = torch.tensor(own, dtype=torch.float64)
+    if run.engine.zero_optimization_stage():
+        dist.all_reduce(total)
+    return float(total.sqrt())

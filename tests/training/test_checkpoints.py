@@ -88,3 +88,20 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 7, best="step-000007-a1")
     checkpoints.prune(str(folder), 1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000007-a1", "step-000008-a2"]
+
+
+def test_what_counts_no_longer_never_costs_what_is_new(tmp_path: Path) -> None:
+    """The best model was damaged, those that named it with it; another attempt has begun again below their steps."""
+    run, folder = str(tmp_path), str(tmp_path / "checkpoints")
+    attempts.claim(run, [], 0)
+    best = write(tmp_path, 2, best="step-000002-a1")
+    for step in (8, 12):
+        write(tmp_path, step, best="step-000002-a1")
+    checkpoints.discard(str(best), "harmed")
+    assert checkpoints.committed(folder) == []
+    attempts.claim(run, [], 1)
+    new = write(tmp_path, 2, 2, best="step-000002-a2")
+    write(tmp_path, 4, 2, commit=False)
+    checkpoints.prune(folder, 2)
+    assert checkpoints.newest(folder) == str(new)
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["step-000002-a2", "step-000004-a2"]

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from group import run_group
 from rayft.training import engine
-from runs import compiled, losses_of, memory_of, plain
+from runs import compiled, losses_of, memory_of, plain, scaled_steps
 from test_loop import recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed"
@@ -76,7 +76,7 @@ LEARNED: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "bfloat16 frozen": [(stage, {"model__dtype": "bfloat16", "model__freeze": 1}) for stage in range(4)],
     "lora": [(0, {"model__lora": "{r: 3}"})],
     # On a GPU, says the recipe; a scaler of losses works here as well.
-    "float16": [(stage, {"model__dtype": "float16", "cluster__gpus_per_worker": 1}) for stage in (0, 2)],
+    "float16": [(stage, {"model__dtype": "float16", "cluster__gpus_per_worker": 1}) for stage in range(4)],
     "bfloat16 lora": [(stage, {"model__dtype": "bfloat16", "model__lora": "{r: 3}"}) for stage in range(4)],
     "sent in 16 bits": [(stage, {"deepspeed__extra": "{communication_data_type: bf16}"}) for stage in range(4)],
     # What DeepSpeed does unless told otherwise, so that the test below is known to see it.
@@ -131,6 +131,22 @@ def test_a_loss_scale_that_is_too_large_is_halved_and_its_steps_left_out(
     for result in learned["float16"]:
         assert result["losses"][0] == pytest.approx(whole[0], rel=0.02)
         assert all(loss == pytest.approx(whole[0], rel=0.2) for loss in result["losses"])
+
+
+CLIPPED = 0.05  # far below the norm of the first gradients
+
+
+@pytest.mark.slow
+def test_with_a_loss_scale_gradients_are_clipped_as_without(bert: str, tmp_path: Path) -> None:
+    """The scale grows by steps, not by groups of parameters; an overflow on one rank leaves the step out on all."""
+    half = {"model__dtype": "float16", "cluster__gpus_per_worker": 1, "train__max_grad_norm": CLIPPED}
+    for decay in (1.0, 0.9):  # one group of parameters, and several
+        cases = [plain(deepspeed__zero_stage=stage, train__layer_lr_decay=decay, **half) for stage in range(4)]
+        found = run_group(scaled_steps, 2, bert, cases)[0]
+        for moments, scales, growth in found:
+            assert moments == pytest.approx(0.1 * CLIPPED, rel=0.02)  # what is left of Adam's first average
+            assert scales == [65536.0, 65536.0, 32768.0]
+            assert growth == [1, 2, 0]
 
 
 @pytest.mark.slow

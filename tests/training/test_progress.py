@@ -46,3 +46,24 @@ def test_the_best_model_is_that_of_the_best_score(metric: str, evaluations: list
 def test_a_metric_that_the_task_has_not_is_named() -> None:
     with pytest.raises(KeyError, match="the task has no metric 'f1'; it has accuracy, loss"):
         Progress().judge({"loss": 1.0, "accuracy": 0.5}, "f1", (), 1)
+
+
+def test_early_stopping_waits_for_its_own_metric() -> None:
+    """Whichever of the two chooses the best model."""
+    progress, waited, better = Progress(), [], []
+    for step, (accuracy, loss) in enumerate([(0.5, 3.0), (0.5, 2.0), (0.6, 2.5), (0.5, 1.0)], 1):
+        progress.step = step
+        scores = {"accuracy": accuracy, "loss": loss}
+        better.append(progress.judge(scores, "loss", ("loss",), 1, patient_with="accuracy"))
+        waited.append(progress.waited)
+    assert better == [True, True, False, True]
+    assert waited == [0, 1, 0, 1]
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    progress = Progress()
+    assert progress.judge({"loss": float("nan")}, "loss", ("loss",), 1)
+    assert progress.judge({"loss": 2.0}, "loss", ("loss",), 1)
+    assert not progress.judge({"loss": float("nan")}, "loss", ("loss",), 1)
+    assert progress.best is not None
+    assert progress.best["value"] == progress.foremost == 2.0

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from rayft.errors import DataError, ModelError
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.listening import ignore_padding, inputs, listen, steady
+from rayft.tasks.listening import ignore_padding, inputs, listen
 from rayft.tasks.loading import draw_parameters, from_pretrained, load_config, pad
 from rayft.tasks.sound import FRAME_S, Sound, Wanted, need, read_sound
 from rayft.tasks.speech_recognition.letters import ctc_loss, frames_needed, read_off, spelled
@@ -120,7 +120,7 @@ class SpeechRecognition(Task):
         """A head for letters is kept where the model's own tokenizer gives it its meaning, else drawn anew."""
         config = load_config(model)
         if processor.writes:
-            network: Any = from_pretrained(transformers.AutoModelForSpeechSeq2Seq, model, **steady(config))
+            network: Any = from_pretrained(transformers.AutoModelForSpeechSeq2Seq, model)
             if self.language is not None and hasattr(network.generation_config, "lang_to_id"):
                 network.generation_config.language = self.language
                 network.generation_config.task = "transcribe"
@@ -129,7 +129,7 @@ class SpeechRecognition(Task):
         fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_zero_infinity": True}
         if processor.own is not None and (config.vocab_size or 0) > len(tokenizer):
             fields.pop("vocab_size")  # the head has room that no letter uses
-        network = from_pretrained(transformers.AutoModelForCTC, model, **fields, **steady(config))
+        network = from_pretrained(transformers.AutoModelForCTC, model, **fields)
         ignore_padding(network)
         if not hasattr(network, "_get_feat_extract_output_lengths"):
             raise ModelError(f"{model.path} does not tell how many frames it makes of a sound; wav2vec2's kin does")
