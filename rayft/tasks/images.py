@@ -113,6 +113,12 @@ def normalised(rows: list[bytes], shapes: list[list[int]], processor: Any) -> to
     return values
 
 
+def as_wide(pictures: torch.Tensor, model: Any) -> torch.Tensor:
+    """`pictures` in the dtype of the model's weights: outside of training, nothing but this narrows them."""
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
+    return pictures.to(dtype)
+
+
 def augmented(row: bytes, shape: list[int], how: Augment, rng: np.random.Generator) -> bytes:
     """A picture of the same shape that `how` makes of `row`; every way draws its numbers, used or not."""
     from PIL import Image, ImageEnhance

@@ -11,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 from rayft.errors import DataError, ModelError
 from rayft.tasks.image_classification import ImageClassification
@@ -64,6 +71,25 @@ def test_the_model_sees_what_its_pipeline_shows_it(folder: str) -> None:
     theirs = pipeline("image-classification", model=folder, image_processor=processor, device="cpu")(CELLS, top_k=1)
     assert [one["label"] for one in ours] == [one[0]["label"] for one in theirs]
     assert [one["score"] for one in ours] == pytest.approx([one[0]["score"] for one in theirs], rel=1e-5)
+
+
+def test_a_model_that_was_saved_in_bfloat16_answers_as_it_did(tmp_path: Path) -> None:
+    """A ResNet's convolutions take pictures of their own width alone."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, id2label=dict(enumerate(FACTS["labels"])))
+    ResNetForImageClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    task = ImageClassification()
+    processor = task.processor(Pretrained(str(tmp_path)))
+    made = encoded(str(tmp_path), CELLS)
+    batch = task.collate(made.features, processor, FACTS)
+    with torch.no_grad():
+        whole, narrow = (
+            task.forward(task.load(Pretrained(str(tmp_path), dtype=dtype), FACTS, processor).eval(), batch).logits
+            for dtype in ("float32", "bfloat16")
+        )
+    torch.testing.assert_close(narrow.float(), whole, rtol=0.05, atol=0.02)
 
 
 def test_grey_transparent_and_turned_pictures_are_read(folder: str) -> None:

@@ -22,7 +22,7 @@ from rayft.errors import DataError
 from rayft.models import without_weights
 from rayft.tasks.charts import roc
 from rayft.tasks.face_recognition import arcface, verification
-from rayft.tasks.images import Augment, augmented, load_image_processor, normalised, picture_shape, pixels
+from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, picture_shape, pixels
 from rayft.tasks.labels import in_order, label_name
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained
@@ -156,7 +156,7 @@ class FaceRecognition(Task):
         return int((batch["labels"] != arcface.UNKNOWN).sum())
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        return model(pixel_values=batch["pixel_values"])
+        return model(pixel_values=as_wide(batch["pixel_values"], model))
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """ArcFace, summed over the rows whose person is among the training rows."""
