@@ -20,7 +20,7 @@ from pydantic import field_validator
 from rayft.errors import DataError
 from rayft.tasks.charts import confusion_matrix
 from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, pixels
-from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -140,7 +140,7 @@ class ImageClassification(Task):
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
         )
-        fit_head(network, tuple(load_config(model).id2label.values()), names, model.seed)
+        fit_head(network, known_labels(load_config(model)), names, model.seed)
         return network
 
     def vary(self, features: Columns, rng: np.random.Generator) -> Columns:

@@ -66,6 +66,11 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(known[:SHOWN]) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
 
 
+def known_labels(config: Any) -> tuple[str, ...]:
+    """The label names of a model in the order of their ids; a config.json may hold them as text sorts: 0, 1, 10, 2."""
+    return tuple(name for _, name in sorted(config.id2label.items()))
+
+
 def fit_head(network: Any, known: Sequence[str], names: Sequence[str], seed: int) -> None:
     """Makes the last linear layer answer for `names` in their order, given that it was loaded for `known`.
 

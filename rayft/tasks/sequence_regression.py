@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from rayft.tasks.labels import fit_head
+from rayft.tasks.labels import fit_head, known_labels
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -80,7 +80,7 @@ class SequenceRegression(Task):
             problem_type="regression",
             pad_token_id=processor.pad_token_id,
         )
-        before = tuple(load_config(model).id2label.values())
+        before = known_labels(load_config(model))
         fit_head(network, NAMES if len(before) == 1 else before, NAMES, model.seed)
         return network
 
