@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from transformers import (
+    EfficientNetImageProcessorPil,
+    ImageGPTImageProcessorPil,
+    MobileViTImageProcessorPil,
     ResNetConfig,
     ResNetForImageClassification,
+    SamImageProcessorPil,
+    Siglip2ImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -196,6 +201,45 @@ def test_a_processor_that_keeps_sizes_is_refused(tmp_path: Path) -> None:
     ViTImageProcessorPil(do_resize=False).save_pretrained(tmp_path)
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="brings pictures to different sizes"):
+        ImageClassification().processor(Pretrained(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        MobileViTImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+        EfficientNetImageProcessorPil(size={"height": 32, "width": 32}),
+        EfficientNetImageProcessorPil(size={"height": 32, "width": 32}, rescale_factor=1 / 127.5, rescale_offset=True),
+    ],
+    ids=["channels turned round", "normalised twice", "from -1 to 1"],
+)
+def test_pictures_are_made_in_two_steps_as_the_processor_makes_them_at_once(own: Any, tmp_path: Path) -> None:
+    own.save_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    task = ImageClassification()
+    processor = task.processor(Pretrained(str(tmp_path)))
+    made = task.encode({"file_name": CELLS}, processor, FACTS, evaluation=True, labelled=False)
+    batch = task.collate(made.features, processor, FACTS)
+    expected = processor([Image.open(cell) for cell in CELLS], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"], expected.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (SamImageProcessorPil(), "does more than resize, cut, rescale, normalise"),
+        (
+            Siglip2ImageProcessorPil(),
+            r"makes no picture of a fixed size \(ValueError: Could not make a flat list .*\);",
+        ),
+        (ImageGPTImageProcessorPil(), r"makes no picture of a fixed size \(ValueError: Clusters must be provided"),
+    ],
+    ids=["pads what is normalised", "patches", "colours that are counted"],
+)
+def test_a_processor_that_two_steps_do_not_reproduce_is_refused(own: Any, says: str, tmp_path: Path) -> None:
+    own.save_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=says):
         ImageClassification().processor(Pretrained(str(tmp_path)))
 
 

@@ -90,7 +90,9 @@ def test_both_heads_of_a_distilled_model_answer_for_the_labels(model: str, tmp_p
 def test_the_layer_before_a_head_is_none_though_it_has_its_shape(tmp_path: Path) -> None:
     """DistilBERT's of width 4, for four labels."""
     names = ["a", "b", "c", "d"]
-    config = DistilBertConfig(dim=4, hidden_dim=8, n_layers=1, n_heads=2, vocab_size=20, id2label=dict(enumerate(names)))
+    config = DistilBertConfig(
+        dim=4, hidden_dim=8, n_layers=1, n_heads=2, vocab_size=20, id2label=dict(enumerate(names))
+    )
     before: Any = AutoModelForSequenceClassification.from_config(config)
     before.save_pretrained(tmp_path)
     task, facts = find("text-classification")(), {"labels": names[::-1]}
