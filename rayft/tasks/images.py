@@ -107,12 +107,31 @@ def opened(column: str, value: Any) -> Any:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            wide = picture.mode.startswith(("I", "F"))
+            picture = picture if wide else picture.convert("RGB")
     except Image.DecompressionBombWarning:
         raise ValueError(f"`{column}`: {file_name(value)} has too many pixels for a picture to train on") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         reason = next(iter(str(fault).splitlines()), type(fault).__name__).split(" <")[0].rstrip(".")
         raise ValueError(f"`{column}`: {file_name(value)} is no whole picture: {reason}") from None
+    return _narrowed(picture, f"`{column}`: {file_name(value)}") if wide else picture
+
+
+def _narrowed(picture: Any, name: str) -> Any:
+    """The upper 8 of the 16 bits that a grey value has, as in scans; ValueError where values are none of 16 bits.
+
+    Pillow's own `convert` would cut everything above 255 off.
+    """
+    from PIL import Image
+
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
+        raise ValueError(
+            f"{name} has grey values from {values.min():g} to {values.max():g} "
+            f"({'fractions' if picture.mode == 'F' else '32 bits'}); whole numbers of 8 or 16 bits fit"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 def picture_shape(processor: Any) -> tuple[int, ...]:

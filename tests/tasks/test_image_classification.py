@@ -61,6 +61,12 @@ def png(picture: Image.Image, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def tiff(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "tiff")
+    return file.getvalue()
+
+
 def test_the_model_sees_what_its_pipeline_shows_it(folder: str) -> None:
     task = ImageClassification()
     source = Pretrained(folder)
@@ -105,6 +111,33 @@ def test_grey_transparent_and_turned_pictures_are_read(folder: str) -> None:
     made = encoded(folder, [png(grey), png(grey.convert("RGBA")), {"bytes": png(turned, exif=exif), "path": None}])
     assert not made.bad
     assert len(set(made.features["pixels"])) == 1
+
+
+def test_grey_values_of_16_bits_keep_their_shades(folder: str) -> None:
+    """As scans have them; Pillow knows several kinds of them."""
+    shades = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    wide = shades.astype(np.uint16) * 256 + 255
+    exif = Image.Exif()
+    exif[274] = 2  # mirrored
+    turned = png(Image.fromarray(np.ascontiguousarray(wide[:, ::-1])), exif=exif)
+    cells = [png(Image.fromarray(shades)), png(Image.fromarray(wide)), turned]
+    cells += [tiff(Image.fromarray(wide.astype(kind))) for kind in (">u2", np.int32)]
+    assert [Image.open(io.BytesIO(cell)).mode for cell in cells] == ["L", "I;16", "I;16", "I;16B", "I"]
+    made = encoded(folder, cells)
+    assert not made.bad
+    assert len(set(made.features["pixels"])) == 1
+    assert len(set(made.features["pixels"][0])) > 32
+
+
+def test_wider_grey_values_are_named(folder: str) -> None:
+    shades = np.arange(64).reshape(8, 8)
+    cells = [
+        tiff(Image.fromarray(values)) for values in (shades.astype(np.float32) / 64, (shades * 2000 - 1).astype("i4"))
+    ]
+    assert encoded(folder, cells).bad == {
+        0: "`file_name`: it has grey values from 0 to 0.984375 (fractions); whole numbers of 8 or 16 bits fit",
+        1: "`file_name`: it has grey values from -1 to 125999 (32 bits); whole numbers of 8 or 16 bits fit",
+    }
 
 
 def test_every_bad_picture_is_named(folder: str, tmp_path: Path) -> None:
