@@ -90,6 +90,23 @@ def test_letters_come_from_the_training_texts_in_their_case() -> None:
         SpeechRecognition().facts([{"text": [" ", None]}])
 
 
+def test_the_sign_between_words_is_a_blank_and_no_letter(folders: dict[str, str]) -> None:
+    """As a letter it would take the sign's place, and the ids would run beyond the head."""
+    task, source = SpeechRecognition(), Pretrained(folders["listener"])
+    processor = task.processor(source)
+    facts = task.facts([{"text": ["ze|ro", "zero"]}])
+    assert facts == {"letters": ["e", "o", "r", "z"]}
+    rows = {"file_name": DIGITS["file_name"][:2], "text": ["ze|ro", "ze ro"]}
+    made = task.encode(rows, processor, facts, evaluation=False)
+    assert made.features["labels"][0] == made.features["labels"][1]
+    network: Any = task.load(source, facts, processor)
+    assert sorted(made_tokenizer(tuple(facts["letters"])).get_vocab().values()) == list(
+        range(network.config.vocab_size)
+    )
+    batch = task.collate(made.features, processor, facts)
+    assert torch.isfinite(task.loss(task.forward(network, batch), batch))
+
+
 def test_made_letters_go_with_the_model_and_are_kept_from_then_on(folders: dict[str, str], tmp_path: Path) -> None:
     task = SpeechRecognition()
     source = Pretrained(folders["listener"])

@@ -24,7 +24,7 @@ from rayft.tasks.listening import ignore_padding, inputs, listen, steady
 from rayft.tasks.loading import draw_parameters, from_pretrained, load_config, pad
 from rayft.tasks.sound import FRAME_S, Sound, Wanted, need, read_sound
 from rayft.tasks.speech_recognition.letters import ctc_loss, frames_needed, read_off, spelled
-from rayft.tasks.speech_recognition.processor import Recogniser, load_recogniser
+from rayft.tasks.speech_recognition.processor import BETWEEN, Recogniser, load_recogniser
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
 
 IGNORED = -100  # the label of places that are not learnt
@@ -70,13 +70,18 @@ class SpeechRecognition(Task):
         return load_recogniser(model, self.max_seconds, self.language)
 
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
-        """{"letters": those of the training texts, sorted}: the vocabulary where the model comes without one."""
+        """{"letters": those of the training texts, sorted}: the vocabulary where the model comes without one.
+
+        The sign that stands between words is no letter: in a text it is spelled as a blank, as wav2vec2's own
+        tokenizers do it.
+        """
         letters: set[str] = set()
         for batch in rows:
             letters.update(*(self._folded(value) for value in batch[self.text] if isinstance(value, str)))
-        if not letters - {" "}:
+        letters -= {" ", BETWEEN}
+        if not letters:
             raise DataError(f"column `{self.text}` of the training rows holds no text; speech-recognition learns it")
-        return {"letters": sorted(letters - {" "})}
+        return {"letters": sorted(letters)}
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
         """`samples` are int16, at the model's rate; `labels` letters or the tokens to write, null in rows without
