@@ -150,6 +150,20 @@ def test_a_writer_is_given_its_prompt_and_learns_the_rest(folders: dict[str, str
     }
 
 
+def test_a_text_that_is_longer_than_a_writer_s_positions_is_left_out(folders: dict[str, str]) -> None:
+    task, source = SpeechRecognition(max_seconds=1, max_new_tokens=600), Pretrained(folders["writer"])
+    processor = task.processor(source)
+    prompt = len(processor.tokenizer({}).prefix_tokens)
+    longest = "z" * (300 - prompt - 1)  # its end is a token too
+    rows = {"file_name": DIGITS["file_name"][1:], "text": [longest, longest + "z"]}
+    made = task.encode(rows, processor, FACTS, evaluation=False)
+    assert made.rows == [0]
+    assert made.dropped == {1: "its text has more tokens than the model has positions for"}
+    network: Any = task.load(source, FACTS, processor)
+    batch = task.collate(made.features, processor, FACTS)
+    assert torch.isfinite(task.loss(task.forward(network, batch), batch))
+
+
 def test_a_writer_writes_what_its_own_generate_does(folders: dict[str, str]) -> None:
     task = SpeechRecognition(language="english", max_seconds=1, max_new_tokens=8)
     source = Pretrained(folders["writer"])

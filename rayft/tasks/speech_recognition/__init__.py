@@ -95,6 +95,7 @@ class SpeechRecognition(Task):
         """One feature per row; references are texts. Lengths are in frames of `FRAME_S`."""
         tokenizer, rate = processor.tokenizer(facts), processor.extractor.sampling_rate
         wanted = Wanted(self.audio, rate, self.max_seconds, self.on_mismatch == "convert")
+        prompt = list(tokenizer.prefix_tokens) if processor.writes else None
         made = Encoded({"samples": [], "labels": [], "prompt": []}, [], [], [] if evaluation and labelled else None)
         for row, value in enumerate(rows[self.audio]):
             text, labels = None, None
@@ -107,11 +108,10 @@ class SpeechRecognition(Task):
             except ValueError as fault:
                 made.bad[row] = str(fault)
                 continue
-            reason = self._unfit(sound, labels, processor.writes, rate)
+            reason = self._unfit(sound, labels, rate, None if prompt is None else processor.positions - len(prompt))
             if reason is not None:
                 made.dropped[row] = reason
                 continue
-            prompt = list(tokenizer.prefix_tokens) if processor.writes else None
             feature = {"samples": sound.samples.tobytes(), "labels": labels, "prompt": prompt}
             for name, values in made.features.items():
                 values.append(feature[name])
@@ -214,7 +214,7 @@ class SpeechRecognition(Task):
         prompt = pad([list(ids) for ids in features["prompt"]], tokenizer.pad_token_id).to(
             batch["input_features"].device
         )
-        room = network.config.max_target_positions - prompt.shape[1]
+        room = processor.positions - prompt.shape[1]
         own = network.generation_config
         settings = transformers.GenerationConfig(
             do_sample=False,
@@ -266,17 +266,20 @@ class SpeechRecognition(Task):
         except ValueError as fault:
             raise ValueError(f"`{self.text}`: {fault}") from None
 
-    def _unfit(self, sound: Sound, labels: list[int] | None, writes: bool, rate: int) -> str | None:
-        """Why a row is left out, or None."""
+    def _unfit(self, sound: Sound, labels: list[int] | None, rate: int, room: int | None) -> str | None:
+        """Why a row is left out, or None. `room` is how many tokens fit behind the prompt; None: letters are given."""
         if sound.seconds < self.min_seconds:
             return "shorter than task.min_seconds"
         if sound.seconds > self.max_seconds:
             return "longer than task.max_seconds"
-        if labels is not None and not writes and frames_needed(labels) > sound.frames(rate):
-            return "its text has more letters than its sound has frames"
-        if labels is not None and writes and len(labels) > self.max_new_tokens:
+        if labels is None:
+            return None
+        if room is None:
+            more = frames_needed(labels) > sound.frames(rate)
+            return "its text has more letters than its sound has frames" if more else None
+        if len(labels) > self.max_new_tokens:
             return "its text has more tokens than task.max_new_tokens"
-        return None
+        return "its text has more tokens than the model has positions for" if len(labels) > room else None
 
 
 def inner(model: Any) -> Any:
