@@ -34,6 +34,7 @@ class SequenceRegression(Task):
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"mse"}
     first_metric: ClassVar[str] = "spearman"
     reads_first: ClassVar[bool] = True
+    smooths: ClassVar[bool] = False
 
     type: Literal["sequence-regression"] = "sequence-regression"
     text: str = "text"
@@ -104,7 +105,7 @@ class SequenceRegression(Task):
         return model(**{name: value for name, value in batch.items() if name != "labels"})
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
-        """The squared error summed over rows; numbers have no labels to smooth."""
+        """The squared error summed over rows."""
         return torch.nn.functional.mse_loss(outputs.logits.float().squeeze(-1), batch["labels"], reduction="sum")
 
     def predict(

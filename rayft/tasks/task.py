@@ -101,6 +101,8 @@ class Task(BaseModel):
     first_metric: ClassVar[str] = "accuracy"
     # False if the rows of a batch pass through the model more than once: what frozen blocks give is then not stored.
     one_pass: ClassVar[bool] = True
+    # False if the loss has no labels to smooth.
+    smooths: ClassVar[bool] = True
     # True if of a row's tokens the head reads the first alone, in an encoder of the BERT kind.
     reads_first: ClassVar[bool] = False
 
