@@ -134,6 +134,10 @@ class Task(BaseModel):
         """The tokenizer, image processor or feature extractor saved with the model."""
         raise NotImplementedError
 
+    def notes(self, processor: Any) -> list[str]:
+        """What of the task's fields does nothing with the model that `processor` belongs to, as sentences."""
+        return []
+
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
         """What has to be known from the training rows, as JSON-able values; `rows` are batches of `fact_columns`."""
         for _ in rows:

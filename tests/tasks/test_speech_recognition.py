@@ -195,6 +195,16 @@ def test_what_the_model_can_not_do_is_refused(
         SpeechRecognition(**fields).processor(Pretrained(folders[model]))
 
 
+def test_a_limit_for_texts_that_are_not_written_is_told(folders: dict[str, str]) -> None:
+    for model, fields, told in (
+        ("letters", {"max_new_tokens": 64}, 1),
+        ("letters", {}, 0),
+        ("writer", {"max_new_tokens": 64, "max_seconds": 1}, 0),
+    ):
+        task = SpeechRecognition(**fields)
+        assert len(task.notes(task.processor(Pretrained(folders[model])))) == told
+
+
 def test_scores_are_errors_per_true_word_and_letter() -> None:
     given = [{"text": "nine"}, {"text": "one to"}, {"text": ""}]
     scores = SpeechRecognition().score(given, ["nine", "one two", "six"])

@@ -69,6 +69,11 @@ class SpeechRecognition(Task):
         need("soundfile", "jiwer")
         return load_recogniser(model, self.max_seconds, self.language)
 
+    def notes(self, processor: Recogniser) -> list[str]:
+        if processor.writes or self.max_new_tokens == type(self).model_fields["max_new_tokens"].default:
+            return []
+        return [f"task.max_new_tokens: {self.max_new_tokens} does nothing, the model gives each frame a letter"]
+
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
         """{"letters": those of the training texts, sorted}: the vocabulary where the model comes without one.
 
