@@ -224,14 +224,20 @@ def test_training_goes_on_from_an_export_with_the_same_people_alone(folder: str,
 def test_transformers_alone_gives_the_embeddings_as_the_model_card_says(folder: str, tmp_path: Path) -> None:
     task, processor, network = exported(folder, tmp_path)
     assert not any("arcface" in name for name in load_file(tmp_path / "model.safetensors"))
-    made = task.encode(ROWS, processor, FACTS, evaluation=True)
+    exif = Image.Exif()
+    exif[274] = 6  # taken with the camera on its side
+    turned = [str(tmp_path / f"{place}.png") for place in range(2)]
+    for path, target in zip(ROWS["file_name"], turned, strict=False):
+        Image.open(path).save(target, exif=exif)
+    rows = {**ROWS, "file_name": [*turned, *ROWS["file_name"][2:]]}
+    made = task.encode(rows, processor, FACTS, evaluation=True)
     batch = task.collate(made.features, processor, FACTS)
     with torch.no_grad():
         ours = task.predict(task.forward(network, batch), batch, made.features, processor, FACTS)
     code = task.usage().split("```python\n")[1].split("```")[0].replace('"."', json.dumps(str(tmp_path)))
     said: dict[str, Any] = {}
     exec(code, said)
-    theirs = said["embed"](*ROWS["file_name"])
+    theirs = said["embed"](*rows["file_name"])
     torch.testing.assert_close(torch.tensor([one["embedding"] for one in ours]), theirs, rtol=1e-4, atol=1e-5)
 
 

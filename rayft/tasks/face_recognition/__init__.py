@@ -33,7 +33,7 @@ The pooled output, brought to length 1, is the embedding of a face; the cosine o
 
 ```python
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 folder = "."  # of this file
@@ -41,7 +41,7 @@ processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pr
 
 
 def embed(*paths):
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
     with torch.inference_mode():
         pooled = model(**processor(pictures, return_tensors="pt")).pooler_output
     return torch.nn.functional.normalize(pooled.flatten(1))
