@@ -5,6 +5,7 @@ Rows are prepared for it, and what was prepared is kept: the run finds it. Every
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ UNSEEN = (
     "model.batch_norm_rows: null keeps the statistics of the model's {} BatchNorms, which have seen no data; 16 lets "
     "them learn"
 )
+NO_DROPOUT = "model.dropout: {} does nothing, the model has no dropout"
+NO_REVISIONS = "model.revision: {!r} does nothing, a folder has no revisions"
 
 
 def check(recipe: Recipe, *, show: Show) -> Report:
@@ -147,6 +150,9 @@ class _Check:
             self.record.refuse_other_model(model_identity(path, recipe.model.revision, recipe.train.seed))
         self.processor = recipe.task.processor(pretrained(recipe, path))
         self.model_path = path
+        self.report["warnings"] += recipe.task.notes(self.processor)
+        if recipe.model.revision is not None and os.path.isdir(path):
+            self.report["warnings"].append(NO_REVISIONS.format(recipe.model.revision))
         if without_weights(path):
             self.report["warnings"].append(UNTRAINED.format(recipe.model.path))
 
@@ -299,6 +305,8 @@ class _Check:
             }
             if counted.norms and recipe.model.batch_norm_rows is None and without_weights(base.path):
                 self.report["warnings"].append(UNSEEN.format(counted.norms))
+            if recipe.model.dropout is not None and not counted.drops:
+                self.report["warnings"].append(NO_DROPOUT.format(recipe.model.dropout))
             self.report["memory"] = {"worker": memory, "zero": needed, "zero_stage": stage}
             if memory is not None and needed[str(stage)] > memory:
                 self.report["warnings"].append(

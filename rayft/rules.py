@@ -128,6 +128,16 @@ def weights_mix_what_is_trained_on(*splits: tuple[Source, ...] | None) -> Faults
                 yield Fault(f"data.{name}", f"a weight for `{source.path}`", show(source.weight), fits)
 
 
+def smoothing_needs_labels(task: Any, smoothing: float, tune: Tune | None) -> Faults:
+    if task.smooths:
+        return
+    name, what = "train.label_smoothing", f"{task.type} has no labels to smooth"
+    if smoothing:
+        yield Fault(name, what, show(smoothing), "0 fits")
+    if tune is not None and name in tune.search:
+        yield Fault(f"tune.search.{name}", what, fits="a search without it fits")
+
+
 def cache_needs_fixed_depth(
     cache: str, unfreeze_every: int | None, freeze: Freeze | None, compiled: bool, tune: Tune | None, task: Any
 ) -> Faults:
@@ -265,6 +275,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("model.quantize", "tune"), quantized_models_are_loaded_alone),
     (("data.validation", "data.test"), weights_mix_what_is_trained_on),
     (("model.unfreeze_every", "model.freeze", "model.lora"), unfreezing_needs_frozen_blocks),
+    (("task", "train.label_smoothing", "tune"), smoothing_needs_labels),
     (
         ("model.cache_frozen", "model.unfreeze_every", "model.freeze", "model.compile", "tune", "task"),
         cache_needs_fixed_depth,

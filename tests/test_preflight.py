@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import ResNetConfig
 
 import small
 from rayft import placement, preflight, storage
@@ -73,6 +74,25 @@ def test_a_sound_run_is_described_and_its_rows_are_kept(tmp_path: Path, bert: st
     for words in ("39, 13 an epoch", "16 rows: 8 rows a worker in 2 micro-batches", "<- this run", "nothing is wrong"):
         assert words in text
     assert text.isascii()
+
+
+# --- what does nothing
+
+
+def test_fields_that_do_nothing_with_the_model_are_told(tmp_path: Path, bert: str, ray_local: None) -> None:
+    report = check(small.recipe(tmp_path, bert, model__revision="v2", model__dropout=0.1))
+    assert report["faults"] == []
+    assert [text for text in report["warnings"] if text.startswith("model.")] == [
+        "model.revision: 'v2' does nothing, a folder has no revisions"
+    ]
+
+
+def test_only_a_model_without_any_dropout_has_none(tmp_path: Path, bert: str) -> None:
+    assert parameters(small.recipe(tmp_path, bert)).drops
+    ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic").save_pretrained(tmp_path)
+    plain = small.recipe(tmp_path, str(tmp_path), task={"type": "image-classification"}, model__dropout=0.1)
+    recipe, base = Recipe.parse(plain), Pretrained(str(tmp_path))
+    assert not plan.parameters(recipe, base, {"labels": ["ham", "spam"]}, None, 1).drops
 
 
 # --- everything that is wrong, at once
@@ -274,10 +294,11 @@ def test_batch_norm_that_has_seen_no_data_is_told_unless_it_learns(
 ) -> None:
     monkeypatch.chdir(small.ROOT)
     plain = Recipe.load("jobs/image_classification.yaml", [f"storage={tmp_path}"]).dump()
-    plain["model"]["batch_norm_rows"] = rows
+    plain["model"] |= {"batch_norm_rows": rows, "dropout": 0.1}
     for split in ("train", "validation", "test"):
         plain["data"][split] = "jobs/data/blood_cells/test"
     report = check(plain)
     assert report["faults"] == []
     told = [text for text in report["warnings"] if text.startswith("model.batch_norm_rows: null keeps the statistics")]
     assert len(told) == (rows is None)
+    assert "model.dropout: 0.1 does nothing, the model has no dropout" in report["warnings"]

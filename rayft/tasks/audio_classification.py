@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayft.errors import DataError
-from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor
 from rayft.tasks.loading import from_pretrained, load_config
@@ -127,7 +127,7 @@ class AudioClassification(Task):
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
         )
-        fit_head(network, tuple(config.id2label.values()), names, model.seed)
+        fit_head(network, known_labels(config), names, model.seed)
         ignore_padding(network)
         return network
 

@@ -19,8 +19,8 @@ from pydantic import field_validator
 
 from rayft.errors import DataError
 from rayft.tasks.charts import confusion_matrix
-from rayft.tasks.images import Augment, augmented, load_image_processor, normalised, pixels
-from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, pixels
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -140,7 +140,7 @@ class ImageClassification(Task):
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
         )
-        fit_head(network, tuple(load_config(model).id2label.values()), names, model.seed)
+        fit_head(network, known_labels(load_config(model)), names, model.seed)
         return network
 
     def vary(self, features: Columns, rng: np.random.Generator) -> Columns:
@@ -169,7 +169,7 @@ class ImageClassification(Task):
         return len(batch["pixel_values"])
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        return model(pixel_values=batch["pixel_values"])
+        return model(pixel_values=as_wide(batch["pixel_values"], model))
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """Cross entropy times the weight of the row's class, summed over rows."""

@@ -22,6 +22,9 @@ from rayft.tasks.task import Pretrained
 
 PACKAGES = {"PIL": "Pillow", "matplotlib": "matplotlib"}
 SIZES = ((32, 48), (64, 40))  # pictures of which a processor has to make one size
+# What a processor does behind resizing and cutting: left to `normalised`, so that it isn't done twice.
+LATER = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
+ROUNDING = 2 / 255  # of the whole range: two steps of 8 bits
 
 
 class Augment(BaseModel):
@@ -47,7 +50,8 @@ class Augment(BaseModel):
 def load_image_processor(model: Pretrained) -> Any:
     """The image processor, on Pillow and so the same on every machine.
 
-    ModelError where there is none, where it doesn't bring pictures to one size, or where packages are missing.
+    ModelError where there is none, where packages are missing, or where it makes no pictures of one size that come out
+    the same in two steps.
     """
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -56,13 +60,38 @@ def load_image_processor(model: Pretrained) -> Any:
         processor = transformers.AutoImageProcessor.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, backend="pil"
         )
-    shapes = [_at_size(np.zeros((*size, 3), np.uint8), processor).shape for size in SIZES]
-    if shapes[0] != shapes[1]:
-        raise ModelError(
-            f"the image processor of {model.path} brings pictures to different sizes (one of {SIZES[0]} to "
-            f"{shapes[0]}); one that resizes to a fixed size fits"
-        )
+    _refuse_unfit(processor, model.path)
     return processor
+
+
+def _refuse_unfit(processor: Any, path: str) -> None:
+    """ModelError where rows that are prepared and then normalised would not be what the processor makes at once."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+    try:
+        at_size = [_at_size(picture, processor) for picture in pictures]
+        if at_size[0].shape != at_size[1].shape:
+            raise ModelError(
+                f"the image processor of {path} brings pictures to different sizes (one of {SIZES[0]} to "
+                f"{at_size[0].shape}); one that resizes to a fixed size fits"
+            )
+        twice = _normalised(at_size[:1], processor, "np")[0]
+        once = processor(images=pictures[:1], return_tensors="np")["pixel_values"][0]
+        same = at_size[0].dtype == np.uint8 and at_size[0].ndim == 3 and twice.shape == once.shape
+        same = same and bool(np.abs(twice - once).max() <= ROUNDING * np.ptp(once))
+    except ModelError:
+        raise
+    except Exception as fault:  # whatever it does without
+        said = next(iter(str(fault).splitlines()), "").split(" [")[0]
+        reason = f"{type(fault).__name__}: {said}".rstrip(".: ")
+        raise ModelError(
+            f"the image processor of {path} makes no picture of a fixed size ({reason}); a ViT's or a ResNet's does"
+        ) from fault
+    if not same:
+        raise ModelError(
+            f"the image processor of {path} does more than resize, cut, rescale, normalise and turn channels round; a "
+            "ViT's or a ResNet's does no more"
+        )
 
 
 def pixels(column: str, value: Any, processor: Any) -> np.ndarray:
@@ -78,12 +107,31 @@ def opened(column: str, value: Any) -> Any:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            wide = picture.mode.startswith(("I", "F"))
+            picture = picture if wide else picture.convert("RGB")
     except Image.DecompressionBombWarning:
         raise ValueError(f"`{column}`: {file_name(value)} has too many pixels for a picture to train on") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         reason = next(iter(str(fault).splitlines()), type(fault).__name__).split(" <")[0].rstrip(".")
         raise ValueError(f"`{column}`: {file_name(value)} is no whole picture: {reason}") from None
+    return _narrowed(picture, f"`{column}`: {file_name(value)}") if wide else picture
+
+
+def _narrowed(picture: Any, name: str) -> Any:
+    """The upper 8 of the 16 bits that a grey value has, as in scans; ValueError where values are none of 16 bits.
+
+    Pillow's own `convert` would cut everything above 255 off.
+    """
+    from PIL import Image
+
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
+        raise ValueError(
+            f"{name} has grey values from {values.min():g} to {values.max():g} "
+            f"({'fractions' if picture.mode == 'F' else '32 bits'}); whole numbers of 8 or 16 bits fit"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 def picture_shape(processor: Any) -> tuple[int, ...]:
@@ -92,25 +140,34 @@ def picture_shape(processor: Any) -> tuple[int, ...]:
 
 
 def _at_size(picture: Any, processor: Any) -> np.ndarray:
-    made: np.ndarray = processor(images=[picture], do_rescale=False, do_normalize=False, return_tensors="np")[
-        "pixel_values"
-    ][0]
+    left_out = {step: False for step in LATER if hasattr(processor, step)}
+    made: np.ndarray = processor(images=[picture], **left_out, return_tensors="np")["pixel_values"][0]
     return made
 
 
 def normalised(rows: list[bytes], shapes: list[list[int]], processor: Any) -> torch.Tensor:
     """(n, channels, height, width) float32, scaled and normalised as the processor does it."""
     pictures = [np.frombuffer(row, np.uint8).reshape(shape) for row, shape in zip(rows, shapes, strict=True)]
+    values: torch.Tensor = _normalised(pictures, processor, "pt").float()
+    return values
+
+
+def _normalised(pictures: list[np.ndarray], processor: Any, tensors: str) -> Any:
     made = processor(
         images=pictures,
         do_resize=False,
         do_center_crop=False,
         do_convert_rgb=False,
         input_data_format="channels_first",
-        return_tensors="pt",
+        return_tensors=tensors,
     )
-    values: torch.Tensor = made["pixel_values"].float()
-    return values
+    return made["pixel_values"]
+
+
+def as_wide(pictures: torch.Tensor, model: Any) -> torch.Tensor:
+    """`pictures` in the dtype of the model's weights: outside of training, nothing but this narrows them."""
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
+    return pictures.to(dtype)
 
 
 def augmented(row: bytes, shape: list[int], how: Augment, rng: np.random.Generator) -> bytes:

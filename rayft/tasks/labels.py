@@ -66,24 +66,45 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(known[:SHOWN]) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
 
 
-def fit_head(network: Any, known: Sequence[str], names: Sequence[str], seed: int) -> None:
-    """Makes the last linear layer answer for `names` in their order, given that it was loaded for `known`.
+def known_labels(config: Any) -> tuple[str, ...]:
+    """The label names of a model in the order of their ids; a config.json may hold them as text sorts: 0, 1, 10, 2."""
+    return tuple(name for _, name in sorted(config.id2label.items()))
 
-    Its rows are rearranged where both are the same names, else drawn from (seed, module's name): weights that were
+
+def fit_head(network: Any, known: Sequence[str], names: Sequence[str], seed: int) -> None:
+    """Makes the network's heads answer for `names` in their order, given that it was loaded for `known`.
+
+    Their rows are rearranged where both are the same names, else drawn from (seed, module's name): weights that were
     trained for other labels only happen to have a shape that fits.
     """
     if list(known) == list(names):
         return
-    name, head = [
+    for name, head in _heads(network, len(names)):
+        if sorted(known) != sorted(names):
+            drawn = draw_parameters(network, [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], seed)
+            network.rayft_drawn = tuple(sorted({*getattr(network, "rayft_drawn", ()), *drawn}))
+            continue
+        order = [list(known).index(entry) for entry in names]
+        with gathered(list(head.parameters())), torch.no_grad():
+            for parameter in head.parameters():
+                parameter.copy_(parameter[order].clone())
+
+
+def _heads(network: Any, labels: int) -> list[tuple[str, Any]]:
+    """The last linear layer with `labels` outputs, and those beside it that read as much, outside the base model.
+
+    A distilled DeiT, LeViT or SwiftFormer has a second head and answers with the mean of both. A square layer is none:
+    where there are as many labels as it has inputs, the dense layer before a head looks just like it.
+    """
+    found = [
         (name, module)
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.out_features == len(names)
-    ][-1]
-    if sorted(known) != sorted(names):
-        drawn = draw_parameters(network, [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], seed)
-        network.rayft_drawn = tuple(sorted({*getattr(network, "rayft_drawn", ()), *drawn}))
-        return
-    order = [list(known).index(entry) for entry in names]
-    with gathered(list(head.parameters())), torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(parameter[order].clone())
+        if isinstance(module, torch.nn.Linear) and module.out_features == labels
+    ]
+    inputs, base = found[-1][1].in_features, f"{network.base_model_prefix}."
+    beside = [
+        (name, module)
+        for name, module in found[:-1]
+        if module.in_features == inputs != labels and not name.startswith(base)
+    ]
+    return [*beside, found[-1]]

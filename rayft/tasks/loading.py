@@ -269,17 +269,25 @@ def _drawn(info: dict[str, Any]) -> set[str]:
 
 
 def set_dropout(config: Any, rate: float | None) -> None:
-    """Sets every dropout probability that the config knows, nested configs too; None leaves them."""
-    if rate is None:
-        return
-    for name, value in list(vars(config).items()):
+    """Sets every dropout probability that the config knows; None leaves them."""
+    if rate is not None:
+        for holder, name in dropouts(config):
+            setattr(holder, name, rate)
+
+
+def dropouts(config: Any) -> list[tuple[Any, str]]:
+    """The dropout probabilities that a config knows, each as the config that holds it, which may be nested, and its
+    name."""
+    found = []
+    for name, value in vars(config).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            set_dropout(value, rate)
+            found += dropouts(value)
         elif (number and ("dropout" in name or name.endswith("_pdrop"))) or (
             value is None and name == "classifier_dropout"
         ):
-            setattr(config, name, rate)
+            found.append((config, name))
+    return found
 
 
 def draw_parameters(network: Any, names: Iterable[str], seed: int) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from rayft.tasks.labels import fit_head
+from rayft.tasks.labels import fit_head, known_labels
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -34,6 +34,7 @@ class SequenceRegression(Task):
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"mse"}
     first_metric: ClassVar[str] = "spearman"
     reads_first: ClassVar[bool] = True
+    smooths: ClassVar[bool] = False
 
     type: Literal["sequence-regression"] = "sequence-regression"
     text: str = "text"
@@ -80,7 +81,7 @@ class SequenceRegression(Task):
             problem_type="regression",
             pad_token_id=processor.pad_token_id,
         )
-        before = tuple(load_config(model).id2label.values())
+        before = known_labels(load_config(model))
         fit_head(network, NAMES if len(before) == 1 else before, NAMES, model.seed)
         return network
 
@@ -104,7 +105,7 @@ class SequenceRegression(Task):
         return model(**{name: value for name, value in batch.items() if name != "labels"})
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
-        """The squared error summed over rows; numbers have no labels to smooth."""
+        """The squared error summed over rows."""
         return torch.nn.functional.mse_loss(outputs.logits.float().squeeze(-1), batch["labels"], reduction="sum")
 
     def predict(

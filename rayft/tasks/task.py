@@ -101,6 +101,8 @@ class Task(BaseModel):
     first_metric: ClassVar[str] = "accuracy"
     # False if the rows of a batch pass through the model more than once: what frozen blocks give is then not stored.
     one_pass: ClassVar[bool] = True
+    # False if the loss has no labels to smooth.
+    smooths: ClassVar[bool] = True
     # True if of a row's tokens the head reads the first alone, in an encoder of the BERT kind.
     reads_first: ClassVar[bool] = False
 
@@ -131,6 +133,10 @@ class Task(BaseModel):
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer, image processor or feature extractor saved with the model."""
         raise NotImplementedError
+
+    def notes(self, processor: Any) -> list[str]:
+        """What of the task's fields does nothing with the model that `processor` belongs to, as sentences."""
+        return []
 
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
         """What has to be known from the training rows, as JSON-able values; `rows` are batches of `fact_columns`."""

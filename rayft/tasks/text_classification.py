@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from rayft.errors import DataError
-from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
+from rayft.tasks.labels import fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -136,7 +136,7 @@ class TextClassification(Task):
             problem_type="multi_label_classification" if self.multi_label else "single_label_classification",
             pad_token_id=processor.pad_token_id,
         )
-        fit_head(network, tuple(load_config(model).id2label.values()), names, model.seed)
+        fit_head(network, known_labels(load_config(model)), names, model.seed)
         return network
 
     def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:

@@ -69,13 +69,15 @@ def frozen_width(recipe: Recipe, stage: int) -> int:
 @dataclass(frozen=True)
 class Parameters:
     """`trainable` learn in the first epoch, `most` in the last (gradual unfreezing); `total` are all, adapters too, and
-    `narrow` of them are kept in 4 bits. `norms` BatchNorms learn, or would where the recipe asked for it."""
+    `narrow` of them are kept in 4 bits. `norms` BatchNorms learn, or would where the recipe asked for it. `drops` tells
+    whether the model has any dropout."""
 
     trainable: int
     most: int
     total: int
     narrow: int = 0
     norms: int = 0
+    drops: bool = True
 
     @property
     def frozen(self) -> int:

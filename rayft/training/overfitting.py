@@ -77,6 +77,6 @@ def _help(recipe: Recipe) -> str:
         "a lower train.learning_rate",
     ]
     fields += ["model.freeze"] if model.freeze is None or model.freeze.layers == 0 else []
-    fields += ["train.label_smoothing"] if train.label_smoothing == 0 else []
+    fields += ["train.label_smoothing"] if train.label_smoothing == 0 and recipe.task.smooths else []
     fields += ["a higher train.weight_decay", "a higher model.dropout"]
     return f"{', '.join(fields[:-1])} or {fields[-1]}"

@@ -12,7 +12,7 @@ import torch
 
 from rayft.errors import ModelError
 from rayft.recipe import Recipe
-from rayft.tasks.loading import require_bitsandbytes
+from rayft.tasks.loading import dropouts, require_bitsandbytes
 from rayft.tasks.task import Pretrained
 from rayft.training import batch_norm, export, freeze
 from rayft.training.footprint import Parameters
@@ -29,6 +29,7 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
     with _quiet():
         network = recipe.task.load(replace(base, meta=True), facts, given)
         narrow = _linear(network) if base.quantize else 0
+        drops = bool(dropouts(network.config)) if hasattr(network, "config") else True
         if recipe.model.lora is not None:
             new = export.new_parameters(network)
             network = freeze.adapted(network, recipe, recipe.task.blocks(network), new)
@@ -42,7 +43,7 @@ def parameters(recipe: Recipe, base: Pretrained, facts: dict[str, Any], given: A
         norms, rows = sum(1 for _ in batch_norm.learning(network)), recipe.model.batch_norm_rows
         if rows is not None and norms == 0:
             raise ModelError(f"model.batch_norm_rows: {rows}, and no BatchNorm learns in this model; null fits")
-    return Parameters(first, last, sum(sizes.values()), narrow, norms)
+    return Parameters(first, last, sum(sizes.values()), narrow, norms, drops)
 
 
 def _linear(network: Any) -> int:

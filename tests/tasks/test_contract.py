@@ -361,6 +361,13 @@ def test_loss_is_a_sum_that_padding_and_company_do_not_change(loaded: Loaded, sm
     torch.testing.assert_close(loss, torch.stack([part for part, _ in parts]).sum(), rtol=1e-5, atol=1e-5)
 
 
+def test_smoothing_changes_the_loss_of_tasks_that_say_so_alone(loaded: Loaded) -> None:
+    batch = loaded.collate(loaded.encode().features)
+    outputs = loaded.task.forward(loaded.network, batch)
+    plain, smooth = (loaded.task.loss(outputs, batch, smoothing).item() for smoothing in (0.0, 0.1))
+    assert (plain != smooth) == loaded.task.smooths
+
+
 def test_loss_teaches_every_parameter_that_a_step_uses(loaded: Loaded) -> None:
     batch = loaded.collate(loaded.encode().features)
     loaded.network.zero_grad()

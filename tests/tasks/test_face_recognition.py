@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score, roc_curve
-from transformers import BertConfig, ResNetConfig, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import BertConfig, ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from rayft.errors import DataError, ModelError
 from rayft.recipe import Lora
@@ -224,15 +224,37 @@ def test_training_goes_on_from_an_export_with_the_same_people_alone(folder: str,
 def test_transformers_alone_gives_the_embeddings_as_the_model_card_says(folder: str, tmp_path: Path) -> None:
     task, processor, network = exported(folder, tmp_path)
     assert not any("arcface" in name for name in load_file(tmp_path / "model.safetensors"))
-    made = task.encode(ROWS, processor, FACTS, evaluation=True)
+    exif = Image.Exif()
+    exif[274] = 6  # taken with the camera on its side
+    turned = [str(tmp_path / f"{place}.png") for place in range(2)]
+    for path, target in zip(ROWS["file_name"], turned, strict=False):
+        Image.open(path).save(target, exif=exif)
+    rows = {**ROWS, "file_name": [*turned, *ROWS["file_name"][2:]]}
+    made = task.encode(rows, processor, FACTS, evaluation=True)
     batch = task.collate(made.features, processor, FACTS)
     with torch.no_grad():
         ours = task.predict(task.forward(network, batch), batch, made.features, processor, FACTS)
     code = task.usage().split("```python\n")[1].split("```")[0].replace('"."', json.dumps(str(tmp_path)))
     said: dict[str, Any] = {}
     exec(code, said)
-    theirs = said["embed"](*ROWS["file_name"])
+    theirs = said["embed"](*rows["file_name"])
     torch.testing.assert_close(torch.tensor([one["embedding"] for one in ours]), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_in_bfloat16_gives_nearly_the_same_embeddings(folder: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    shutil.copy(Path(folder) / "preprocessor_config.json", tmp_path)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        task, processor, network = loaded(str(tmp_path), dtype=dtype)
+        made = task.encode(ROWS, processor, FACTS, evaluation=True)
+        batch = task.collate(made.features, processor, FACTS)
+        with torch.no_grad():
+            found.append(task.forward(network, batch)["embeddings"])
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.02)
 
 
 def test_adapters_leave_the_directions_whole(folder: str, tmp_path: Path) -> None:

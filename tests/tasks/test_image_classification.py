@@ -11,7 +11,19 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline
+from transformers import (
+    EfficientNetImageProcessorPil,
+    ImageGPTImageProcessorPil,
+    MobileViTImageProcessorPil,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SamImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 from rayft.errors import DataError, ModelError
 from rayft.tasks.image_classification import ImageClassification
@@ -49,6 +61,12 @@ def png(picture: Image.Image, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def tiff(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "tiff")
+    return file.getvalue()
+
+
 def test_the_model_sees_what_its_pipeline_shows_it(folder: str) -> None:
     task = ImageClassification()
     source = Pretrained(folder)
@@ -66,6 +84,25 @@ def test_the_model_sees_what_its_pipeline_shows_it(folder: str) -> None:
     assert [one["score"] for one in ours] == pytest.approx([one[0]["score"] for one in theirs], rel=1e-5)
 
 
+def test_a_model_that_was_saved_in_bfloat16_answers_as_it_did(tmp_path: Path) -> None:
+    """A ResNet's convolutions take pictures of their own width alone."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, id2label=dict(enumerate(FACTS["labels"])))
+    ResNetForImageClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    task = ImageClassification()
+    processor = task.processor(Pretrained(str(tmp_path)))
+    made = encoded(str(tmp_path), CELLS)
+    batch = task.collate(made.features, processor, FACTS)
+    with torch.no_grad():
+        whole, narrow = (
+            task.forward(task.load(Pretrained(str(tmp_path), dtype=dtype), FACTS, processor).eval(), batch).logits
+            for dtype in ("float32", "bfloat16")
+        )
+    torch.testing.assert_close(narrow.float(), whole, rtol=0.05, atol=0.02)
+
+
 def test_grey_transparent_and_turned_pictures_are_read(folder: str) -> None:
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     turned = Image.fromarray(np.asarray(grey)[:, ::-1])  # as a camera stores it that was held upside down and mirrored
@@ -74,6 +111,33 @@ def test_grey_transparent_and_turned_pictures_are_read(folder: str) -> None:
     made = encoded(folder, [png(grey), png(grey.convert("RGBA")), {"bytes": png(turned, exif=exif), "path": None}])
     assert not made.bad
     assert len(set(made.features["pixels"])) == 1
+
+
+def test_grey_values_of_16_bits_keep_their_shades(folder: str) -> None:
+    """As scans have them; Pillow knows several kinds of them."""
+    shades = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    wide = shades.astype(np.uint16) * 256 + 255
+    exif = Image.Exif()
+    exif[274] = 2  # mirrored
+    turned = png(Image.fromarray(np.ascontiguousarray(wide[:, ::-1])), exif=exif)
+    cells = [png(Image.fromarray(shades)), png(Image.fromarray(wide)), turned]
+    cells += [tiff(Image.fromarray(wide.astype(kind))) for kind in (">u2", np.int32)]
+    assert [Image.open(io.BytesIO(cell)).mode for cell in cells] == ["L", "I;16", "I;16", "I;16B", "I"]
+    made = encoded(folder, cells)
+    assert not made.bad
+    assert len(set(made.features["pixels"])) == 1
+    assert len(set(made.features["pixels"][0])) > 32
+
+
+def test_wider_grey_values_are_named(folder: str) -> None:
+    shades = np.arange(64).reshape(8, 8)
+    cells = [
+        tiff(Image.fromarray(values)) for values in (shades.astype(np.float32) / 64, (shades * 2000 - 1).astype("i4"))
+    ]
+    assert encoded(folder, cells).bad == {
+        0: "`file_name`: it has grey values from 0 to 0.984375 (fractions); whole numbers of 8 or 16 bits fit",
+        1: "`file_name`: it has grey values from -1 to 125999 (32 bits); whole numbers of 8 or 16 bits fit",
+    }
 
 
 def test_every_bad_picture_is_named(folder: str, tmp_path: Path) -> None:
@@ -170,6 +234,45 @@ def test_a_processor_that_keeps_sizes_is_refused(tmp_path: Path) -> None:
     ViTImageProcessorPil(do_resize=False).save_pretrained(tmp_path)
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="brings pictures to different sizes"):
+        ImageClassification().processor(Pretrained(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        MobileViTImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+        EfficientNetImageProcessorPil(size={"height": 32, "width": 32}),
+        EfficientNetImageProcessorPil(size={"height": 32, "width": 32}, rescale_factor=1 / 127.5, rescale_offset=True),
+    ],
+    ids=["channels turned round", "normalised twice", "from -1 to 1"],
+)
+def test_pictures_are_made_in_two_steps_as_the_processor_makes_them_at_once(own: Any, tmp_path: Path) -> None:
+    own.save_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    task = ImageClassification()
+    processor = task.processor(Pretrained(str(tmp_path)))
+    made = task.encode({"file_name": CELLS}, processor, FACTS, evaluation=True, labelled=False)
+    batch = task.collate(made.features, processor, FACTS)
+    expected = processor([Image.open(cell) for cell in CELLS], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"], expected.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (SamImageProcessorPil(), "does more than resize, cut, rescale, normalise"),
+        (
+            Siglip2ImageProcessorPil(),
+            r"makes no picture of a fixed size \(ValueError: Could not make a flat list .*\);",
+        ),
+        (ImageGPTImageProcessorPil(), r"makes no picture of a fixed size \(ValueError: Clusters must be provided"),
+    ],
+    ids=["pads what is normalised", "patches", "colours that are counted"],
+)
+def test_a_processor_that_two_steps_do_not_reproduce_is_refused(own: Any, says: str, tmp_path: Path) -> None:
+    own.save_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=says):
         ImageClassification().processor(Pretrained(str(tmp_path)))
 
 

@@ -90,6 +90,23 @@ def test_letters_come_from_the_training_texts_in_their_case() -> None:
         SpeechRecognition().facts([{"text": [" ", None]}])
 
 
+def test_the_sign_between_words_is_a_blank_and_no_letter(folders: dict[str, str]) -> None:
+    """As a letter it would take the sign's place, and the ids would run beyond the head."""
+    task, source = SpeechRecognition(), Pretrained(folders["listener"])
+    processor = task.processor(source)
+    facts = task.facts([{"text": ["ze|ro", "zero"]}])
+    assert facts == {"letters": ["e", "o", "r", "z"]}
+    rows = {"file_name": DIGITS["file_name"][:2], "text": ["ze|ro", "ze ro"]}
+    made = task.encode(rows, processor, facts, evaluation=False)
+    assert made.features["labels"][0] == made.features["labels"][1]
+    network: Any = task.load(source, facts, processor)
+    assert sorted(made_tokenizer(tuple(facts["letters"])).get_vocab().values()) == list(
+        range(network.config.vocab_size)
+    )
+    batch = task.collate(made.features, processor, facts)
+    assert torch.isfinite(task.loss(task.forward(network, batch), batch))
+
+
 def test_made_letters_go_with_the_model_and_are_kept_from_then_on(folders: dict[str, str], tmp_path: Path) -> None:
     task = SpeechRecognition()
     source = Pretrained(folders["listener"])
@@ -133,6 +150,20 @@ def test_a_writer_is_given_its_prompt_and_learns_the_rest(folders: dict[str, str
     }
 
 
+def test_a_text_that_is_longer_than_a_writer_s_positions_is_left_out(folders: dict[str, str]) -> None:
+    task, source = SpeechRecognition(max_seconds=1, max_new_tokens=600), Pretrained(folders["writer"])
+    processor = task.processor(source)
+    prompt = len(processor.tokenizer({}).prefix_tokens)
+    longest = "z" * (300 - prompt - 1)  # its end is a token too
+    rows = {"file_name": DIGITS["file_name"][1:], "text": [longest, longest + "z"]}
+    made = task.encode(rows, processor, FACTS, evaluation=False)
+    assert made.rows == [0]
+    assert made.dropped == {1: "its text has more tokens than the model has positions for"}
+    network: Any = task.load(source, FACTS, processor)
+    batch = task.collate(made.features, processor, FACTS)
+    assert torch.isfinite(task.loss(task.forward(network, batch), batch))
+
+
 def test_a_writer_writes_what_its_own_generate_does(folders: dict[str, str]) -> None:
     task = SpeechRecognition(language="english", max_seconds=1, max_new_tokens=8)
     source = Pretrained(folders["writer"])
@@ -162,6 +193,16 @@ def test_what_the_model_can_not_do_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=says):
         SpeechRecognition(**fields).processor(Pretrained(folders[model]))
+
+
+def test_a_limit_for_texts_that_are_not_written_is_told(folders: dict[str, str]) -> None:
+    for model, fields, told in (
+        ("letters", {"max_new_tokens": 64}, 1),
+        ("letters", {}, 0),
+        ("writer", {"max_new_tokens": 64, "max_seconds": 1}, 0),
+    ):
+        task = SpeechRecognition(**fields)
+        assert len(task.notes(task.processor(Pretrained(folders[model])))) == told
 
 
 def test_scores_are_errors_per_true_word_and_letter() -> None:

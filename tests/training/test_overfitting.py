@@ -93,6 +93,8 @@ def test_what_would_help_names_fields_that_are_not_used_yet() -> None:
     assert "model.freeze" not in said
     assert "label_smoothing" not in said
     assert warnings(asked(), MEMORISED, 40) == []
+    (said,) = warnings(asked(task="{type: sequence-regression}"), MEMORISED, 20)
+    assert "label_smoothing" not in said
 
 
 def test_a_result_tells_its_warnings() -> None:

@@ -22,7 +22,7 @@ from rayft.errors import DataError
 from rayft.models import without_weights
 from rayft.tasks.charts import roc
 from rayft.tasks.face_recognition import arcface, verification
-from rayft.tasks.images import Augment, augmented, load_image_processor, normalised, picture_shape, pixels
+from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, picture_shape, pixels
 from rayft.tasks.labels import in_order, label_name
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained
@@ -33,7 +33,7 @@ The pooled output, brought to length 1, is the embedding of a face; the cosine o
 
 ```python
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 folder = "."  # of this file
@@ -41,7 +41,7 @@ processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pr
 
 
 def embed(*paths):
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
     with torch.inference_mode():
         pooled = model(**processor(pictures, return_tensors="pt")).pooler_output
     return torch.nn.functional.normalize(pooled.flatten(1))
@@ -156,7 +156,7 @@ class FaceRecognition(Task):
         return int((batch["labels"] != arcface.UNKNOWN).sum())
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        return model(pixel_values=batch["pixel_values"])
+        return model(pixel_values=as_wide(batch["pixel_values"], model))
 
     def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """ArcFace, summed over the rows whose person is among the training rows."""

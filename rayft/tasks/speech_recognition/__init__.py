@@ -24,7 +24,7 @@ from rayft.tasks.listening import ignore_padding, inputs, listen
 from rayft.tasks.loading import draw_parameters, from_pretrained, load_config, pad
 from rayft.tasks.sound import FRAME_S, Sound, Wanted, need, read_sound
 from rayft.tasks.speech_recognition.letters import ctc_loss, frames_needed, read_off, spelled
-from rayft.tasks.speech_recognition.processor import Recogniser, load_recogniser
+from rayft.tasks.speech_recognition.processor import BETWEEN, Recogniser, load_recogniser
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
 
 IGNORED = -100  # the label of places that are not learnt
@@ -69,14 +69,24 @@ class SpeechRecognition(Task):
         need("soundfile", "jiwer")
         return load_recogniser(model, self.max_seconds, self.language)
 
+    def notes(self, processor: Recogniser) -> list[str]:
+        if processor.writes or self.max_new_tokens == type(self).model_fields["max_new_tokens"].default:
+            return []
+        return [f"task.max_new_tokens: {self.max_new_tokens} does nothing, the model gives each frame a letter"]
+
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
-        """{"letters": those of the training texts, sorted}: the vocabulary where the model comes without one."""
+        """{"letters": those of the training texts, sorted}: the vocabulary where the model comes without one.
+
+        The sign that stands between words is no letter: in a text it is spelled as a blank, as wav2vec2's own
+        tokenizers do it.
+        """
         letters: set[str] = set()
         for batch in rows:
             letters.update(*(self._folded(value) for value in batch[self.text] if isinstance(value, str)))
-        if not letters - {" "}:
+        letters -= {" ", BETWEEN}
+        if not letters:
             raise DataError(f"column `{self.text}` of the training rows holds no text; speech-recognition learns it")
-        return {"letters": sorted(letters - {" "})}
+        return {"letters": sorted(letters)}
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
         """`samples` are int16, at the model's rate; `labels` letters or the tokens to write, null in rows without
@@ -90,6 +100,7 @@ class SpeechRecognition(Task):
         """One feature per row; references are texts. Lengths are in frames of `FRAME_S`."""
         tokenizer, rate = processor.tokenizer(facts), processor.extractor.sampling_rate
         wanted = Wanted(self.audio, rate, self.max_seconds, self.on_mismatch == "convert")
+        prompt = list(tokenizer.prefix_tokens) if processor.writes else None
         made = Encoded({"samples": [], "labels": [], "prompt": []}, [], [], [] if evaluation and labelled else None)
         for row, value in enumerate(rows[self.audio]):
             text, labels = None, None
@@ -102,11 +113,10 @@ class SpeechRecognition(Task):
             except ValueError as fault:
                 made.bad[row] = str(fault)
                 continue
-            reason = self._unfit(sound, labels, processor.writes, rate)
+            reason = self._unfit(sound, labels, rate, None if prompt is None else processor.positions - len(prompt))
             if reason is not None:
                 made.dropped[row] = reason
                 continue
-            prompt = list(tokenizer.prefix_tokens) if processor.writes else None
             feature = {"samples": sound.samples.tobytes(), "labels": labels, "prompt": prompt}
             for name, values in made.features.items():
                 values.append(feature[name])
@@ -209,7 +219,7 @@ class SpeechRecognition(Task):
         prompt = pad([list(ids) for ids in features["prompt"]], tokenizer.pad_token_id).to(
             batch["input_features"].device
         )
-        room = network.config.max_target_positions - prompt.shape[1]
+        room = processor.positions - prompt.shape[1]
         own = network.generation_config
         settings = transformers.GenerationConfig(
             do_sample=False,
@@ -261,17 +271,20 @@ class SpeechRecognition(Task):
         except ValueError as fault:
             raise ValueError(f"`{self.text}`: {fault}") from None
 
-    def _unfit(self, sound: Sound, labels: list[int] | None, writes: bool, rate: int) -> str | None:
-        """Why a row is left out, or None."""
+    def _unfit(self, sound: Sound, labels: list[int] | None, rate: int, room: int | None) -> str | None:
+        """Why a row is left out, or None. `room` is how many tokens fit behind the prompt; None: letters are given."""
         if sound.seconds < self.min_seconds:
             return "shorter than task.min_seconds"
         if sound.seconds > self.max_seconds:
             return "longer than task.max_seconds"
-        if labels is not None and not writes and frames_needed(labels) > sound.frames(rate):
-            return "its text has more letters than its sound has frames"
-        if labels is not None and writes and len(labels) > self.max_new_tokens:
+        if labels is None:
+            return None
+        if room is None:
+            more = frames_needed(labels) > sound.frames(rate)
+            return "its text has more letters than its sound has frames" if more else None
+        if len(labels) > self.max_new_tokens:
             return "its text has more tokens than task.max_new_tokens"
-        return None
+        return "its text has more tokens than the model has positions for" if len(labels) > room else None
 
 
 def inner(model: Any) -> Any:

@@ -27,11 +27,13 @@ BLANK, UNKNOWN, BETWEEN = "<pad>", "<unk>", "|"
 @dataclass(frozen=True)
 class Recogniser:
     """`own` is the model's tokenizer, None where the letters of the training texts make one; `writes` tells whether
-    the model writes texts or gives each frame a letter."""
+    the model writes texts or gives each frame a letter. `positions` is how many tokens a model that writes has room
+    for, the prompt's among them."""
 
     extractor: Any
     own: Any
     writes: bool
+    positions: int = 0
 
     def tokenizer(self, facts: dict[str, Any]) -> Any:
         return self.own if self.own is not None else made_tokenizer(tuple(facts["letters"]))
@@ -44,7 +46,8 @@ class Recogniser:
 
 def load_recogniser(model: Pretrained, max_seconds: float, language: str | None) -> Recogniser:
     """ModelError where the model is of neither kind, or knows no `language`."""
-    kind = load_config(model).model_type
+    config = load_config(model)
+    kind = config.model_type
     if kind not in LETTERS | WRITERS:
         raise ModelError(
             f"{model.path} ({kind}) is no speech model that speech-recognition trains; {', '.join(sorted(LETTERS))} "
@@ -62,7 +65,7 @@ def load_recogniser(model: Pretrained, max_seconds: float, language: str | None)
             tokenizer.set_prefix_tokens(language=language, task="transcribe")
         except ValueError as fault:
             raise ModelError(f"task.language is {language!r}: {str(fault).splitlines()[0]}") from fault
-    return Recogniser(extractor, tokenizer, writes)
+    return Recogniser(extractor, tokenizer, writes, config.max_target_positions if writes else 0)
 
 
 def _own_tokenizer(model: Pretrained) -> Any:

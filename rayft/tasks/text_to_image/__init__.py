@@ -43,6 +43,7 @@ class TextToImage(Task):
 
     first_metric: ClassVar[str] = "mse"
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "mse"})
+    smooths: ClassVar[bool] = False
 
     type: Literal["text-to-image"] = "text-to-image"
     image: str = "file_name"

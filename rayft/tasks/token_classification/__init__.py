@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from rayft.errors import DataError
-from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, label_name
+from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -131,7 +131,7 @@ class TokenClassification(Task):
             problem_type=None,
             pad_token_id=processor.pad_token_id,
         )
-        fit_head(network, tuple(load_config(model).id2label.values()), names, model.seed)
+        fit_head(network, known_labels(load_config(model)), names, model.seed)
         return network
 
     def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:
