@@ -12,6 +12,7 @@ from typing import Any
 
 from rayft import attempts, storage
 from rayft.errors import RunRefused, StorageError, Superseded
+from rayft.layout import INSIDE, TRIALS
 from rayft.recipe import Recipe
 from rayft.training import checkpoints
 
@@ -151,11 +152,13 @@ class Record:
         return "attempt" in self._state
 
     def forget(self) -> None:
-        """Deletes what the run has so far, but the claims: whoever still writes must find itself old."""
+        """Deletes what the run has so far, but the claims: whoever still writes must find itself old.
+
+        Other folders are runs with longer names, and stay.
+        """
         self.attempt = attempts.claim(self.folder, [], self.attempt)
-        for folder in storage.folders(self.folder):
-            if folder.rstrip("/").rpartition("/")[2] != attempts.FOLDER:
-                storage.delete(folder)
+        for name in sorted({*INSIDE, TRIALS} - {attempts.FOLDER}):
+            storage.delete(storage.join(self.folder, name))
         for entry in storage.listing(self.folder, recursive=False):
             storage.delete(entry.path)
         self.before = {}

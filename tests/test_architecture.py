@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "filesystems",
         "entries",
         "storage",
+        "layout",
         "attempts",
         "copies",
         "models",
