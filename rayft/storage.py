@@ -147,15 +147,15 @@ def delete(path: str) -> None:
         _parallel(lambda name: _remove(path, name), group)
 
 
-def upload(source: str, target: str) -> None:
-    """Copies a local file, or a folder's files under their relative paths, to `target`; commit markers last."""
+def upload(source: str, target: str, marker: str = MARKER) -> None:
+    """Copies a local file, or a folder's files under their relative paths, to `target`; those named `marker` last."""
     base = local(source)
     pairs = [(entry.path, join(target, os.path.relpath(entry.path, base))) for entry in listing(source)]
     if os.path.isfile(base):
         pairs = [(base, target)]
     elif not os.path.isdir(base):
         raise StorageMissing(f"{shown(source)} does not exist")
-    for group in _markers_last(pairs):
+    for group in _markers_last(pairs, marker):
         _parallel(lambda pair: _put(*pair), group)
 
 
@@ -166,7 +166,7 @@ def download(source: str, folder: str) -> None:
         raise StorageMissing(f"{shown(source)}: there are no files")
     base = local(source).rstrip("/") if is_local(source) else source.rstrip("/")
     pairs = [(entry.path, join(local(folder), entry.path[len(base) :])) for entry in entries]
-    for group in _markers_last(pairs):
+    for group in _markers_last(pairs, MARKER):
         _parallel(lambda pair: _get(*pair), group)
 
 
@@ -267,6 +267,6 @@ def _copy(file: BinaryIO, out: BinaryIO) -> None:
     shutil.copyfileobj(file, out, PIECE)
 
 
-def _markers_last(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    markers = [pair for pair in pairs if os.path.basename(pair[1]) == MARKER]
+def _markers_last(pairs: list[tuple[str, str]], marker: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    markers = [pair for pair in pairs if os.path.basename(pair[1]) == marker]
     return [pair for pair in pairs if pair not in markers], markers
