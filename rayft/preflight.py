@@ -239,7 +239,8 @@ class _Check:
             report["warnings"] += prepared.manifest.notes(split)
         if self.record is not None and report["run"]["state"] is not None:
             with self._gathering():
-                self.record.refuse_other_data(self.prepared["train"].manifest.key)
+                keys = {split: prepared.manifest.key for split, prepared in self.prepared.items()}
+                self.record.refuse_other_data(keys["train"], keys.get("validation"))
         from rayft.data.order import micro_batches, share
         from rayft.training.schedule import order, total_steps
 

@@ -112,13 +112,18 @@ class Record:
                 "give it another `name=`, or start over with --restart"
             )
 
-    def refuse_other_data(self, key: str) -> None:
-        known = self.before.get("prepared", {}).get("train")
-        if known and known != key:
-            raise RunRefused(
-                f"the training rows of {self.folder} have changed since it began (prepared {known}, now {key}); "
-                "give it another `name=`, or start over with --restart"
-            )
+    def refuse_other_data(self, train: str, validation: str | None = None) -> None:
+        """RunRefused where the run began with other rows; the keys are those of its prepared splits.
+
+        Validation rows count as those of training do: scores of different rows must not choose the best model.
+        """
+        for split, key in (("training", train), ("validation", validation)):
+            known = self.before.get("prepared", {}).get(split.removesuffix("ing"))
+            if known and key and known != key:
+                raise RunRefused(
+                    f"the {split} rows of {self.folder} have changed since it began (prepared {known}, now {key}); "
+                    "give it another `name=`, or start over with --restart"
+                )
 
     def claim(self) -> int:
         """Claims the next attempt, for one worker group; from now on only what it commits is added to the run.

@@ -69,8 +69,8 @@ def run(
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
-        record.refuse_other_data(prepared["train"].manifest.key)
         keys = {split: split_data.manifest.key for split, split_data in prepared.items()}
+        record.refuse_other_data(keys["train"], keys.get("validation"))
         settled()
         stop = Stop(recipe.folder)
         with record.writing(recipe, identity, keys), stop.listening():

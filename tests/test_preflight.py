@@ -137,10 +137,11 @@ def test_a_run_that_exists_goes_on_or_is_refused_with_its_differences(
     report = check({**plain, "train": {**plain["train"], "learning_rate": 0.5}})
     assert report["run"]["state"] is None
     assert "train.learning_rate: 0.001 -> 0.5" in report["faults"][0]
-    storage.write_json(storage.join(folder, "run.json"), {"prepared": {"train": "other rows"}})
-    report = check(plain)
-    assert report["run"]["state"] is None
-    assert "the training rows" in report["faults"][0]
+    for split, told in (("train", "the training rows"), ("validation", "the validation rows")):
+        storage.write_json(storage.join(folder, "run.json"), {"prepared": {split: "other rows"}})
+        report = check(plain)
+        assert report["run"]["state"] is None
+        assert told in report["faults"][0]
 
 
 # --- a run refuses the same

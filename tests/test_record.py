@@ -82,6 +82,17 @@ def test_a_writer_on_this_machine_is_looked_at(tmp_path: Path) -> None:
     assert refuse(tmp_path) == []
 
 
+def test_a_run_does_not_go_on_with_other_rows_of_training_or_validation(tmp_path: Path) -> None:
+    """Scores of different rows would choose the best model."""
+    state(tmp_path, prepared={"train": "a", "validation": "b", "test": "c"})
+    known = Record(str(tmp_path))
+    known.refuse_other_data("a", "b")
+    known.refuse_other_data("a")
+    for keys, split in (("xb", "training"), ("xy", "training"), ("ay", "validation")):
+        with pytest.raises(RunRefused, match=f"the {split} rows of {tmp_path} have changed since it began"):
+            known.refuse_other_data(*keys)
+
+
 def test_each_worker_group_claims_and_run_json_says_which(tmp_path: Path) -> None:
     mine = Record(str(tmp_path))
     with mine.writing(RECIPE, "model", {"train": "key"}):
