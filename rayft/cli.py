@@ -80,6 +80,8 @@ def init(
 
         if output != "-" and not force and storage.exists(output):
             raise RunRefused(f"{output} exists; name another file with --output, or replace it with --force")
+        if output != "-":
+            storage.check_writable(output, file=True)
         from rayft.data import source
         from rayft.first import first_recipe, split_column
         from rayft.recipe import Source

@@ -38,7 +38,7 @@ def refuse(path: str) -> None:
         raise RunRefused(f"{path}: predictions are written as {known}; let the name end so")
     if storage.listing(path) if path.endswith("/") else storage.exists(path):
         raise RunRefused(f"{path} exists; name another, or delete it first")
-    storage.check_writable(path.rstrip("/").rpartition("/")[0] or ".")
+    storage.check_writable(path.rstrip("/"), file=not path.endswith("/"))
 
 
 class Output:

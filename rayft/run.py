@@ -110,6 +110,7 @@ def export(run_folder: str, folder: str) -> str:
         raise RunRefused(f"{run_folder} has no exported model; a run exports when it ends")
     if storage.listing(folder):
         raise RunRefused(f"{folder} exists and is not empty; name another folder, or delete it first")
+    storage.check_writable(folder)
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:

@@ -13,7 +13,7 @@ import pytest
 
 from rayft import output, storage
 from rayft.data.source import fragments
-from rayft.errors import RunRefused
+from rayft.errors import RunRefused, StorageRefused
 from rayft.output import Output
 from rayft.recipe import Source
 
@@ -132,6 +132,9 @@ def test_what_is_refused_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(RunRefused, match=r"predictions are written as \.parquet or \.jsonl"):
         output.refuse(str(tmp_path / "out.csv"))
     output.refuse(str(tmp_path / "new" / "out.parquet"))
+    for place in ("/proc/nothing/out.jsonl", "/proc/nothing/pictures/"):
+        with pytest.raises(StorageRefused, match=rf"^{place.rstrip('/')}: writing failed"):
+            output.refuse(place)
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 
 
