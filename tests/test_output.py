@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_jsonl_holds_what_json_has_no_words_for(tmp_path: Path) -> None:
     assert written(tmp_path / "out.jsonl", ([row], [{}], [None])) == [
         {"bytes": "AP8=", "day": "2024-05-01", "lone": "\ud800", "umlaut": "ü"}
     ]
+
+
+def test_numbers_that_are_not_finite_are_null_in_jsonl(tmp_path: Path) -> None:
+    """Python's own words for them are no JSON, and other readers stop at them."""
+    row = {"nan": math.nan, "deep": {"list": [1.5, -math.inf, [math.inf]]}, "plain": 2, "day": dt.date(2024, 5, 1)}
+    written(tmp_path / "out.jsonl", ([row], [{"score": math.nan}], [None]))
+    found = json.loads((tmp_path / "out.jsonl").read_text(), parse_constant=pytest.fail)
+    assert found == {"nan": None, "deep": {"list": [1.5, None, [None]]}, "plain": 2, "day": "2024-05-01", "score": None}
 
 
 PICTURED = [
