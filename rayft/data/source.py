@@ -216,7 +216,7 @@ def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.T
     if fragment.format == "hf":
         return hub.read_hub(fragment.path, fragment.part or (0, 1))
     if fragment.format == classes.FORMAT:
-        return classes.read(fragment.path, fragment.part or (0, 0))
+        return classes.read(fragment.path, fragment.part or (0, 0), "label" in wanted)
     readers: dict[str, Callable[[str], formats.Table]] = {
         "csv": lambda path: formats.read_csv(path, ","),
         "tsv": lambda path: formats.read_csv(path, "\t"),
@@ -343,10 +343,11 @@ def _pieces(file: int, entry: Entry) -> list[Fragment]:
 
 def _classes(path: str, files: list[Entry]) -> list[Fragment]:
     """Pictures or sounds in a folder per class, as runs of them."""
-    found = []
+    found, names = [], classes.names(files)
     for start, stop in classes.parts(files, PART_BYTES):
         some = files[start:stop]
-        hashes = [(classes.name(entry), storage.content_hash(entry)) for entry in some]
+        contents = [storage.content_hash(entry) for entry in some]
+        hashes = list(zip(names[start:stop], contents, strict=True))
         content = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
         size = sum(entry.size for entry in some)
         found.append(Fragment(path, classes.FORMAT, 0, 0, content, size, start, stop - start, (start, stop)))
