@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rayft import ahead, placement, storage
+from rayft.balance import balance, unseen
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
@@ -237,6 +238,7 @@ class _Check:
         }
         for split, prepared in self.prepared.items():
             report["warnings"] += prepared.manifest.notes(split)
+        report["warnings"] += unseen(self.prepared["train"].manifest.facts, self.balances)
         if self.record is not None and report["run"]["state"] is not None:
             with self._gathering():
                 keys = {split: prepared.manifest.key for split, prepared in self.prepared.items()}
@@ -334,23 +336,6 @@ def _lengths(recipe: Recipe, manifest: Any) -> Report:
         return int(longest)
 
     return {"median": share(0.5), "p95": share(0.95), "longest": longest, "limit": recipe.task.limit()}
-
-
-def balance(recipe: Recipe, prepared: Any) -> dict[str, int] | None:
-    """How many features of a prepared split have which label; None where the task has none."""
-    columns = list(recipe.task.balance_columns())
-    if not columns:
-        return None
-    from pyarrow import parquet
-
-    counts: dict[str, int] = {}
-    for shard in prepared.manifest.shards:
-        filesystem, path = storage.arrow(storage.join(prepared.folder, shard["path"]))
-        with filesystem.open_input_file(path) as file:
-            for batch in parquet.ParquetFile(file).iter_batches(columns=columns):
-                for label, count in recipe.task.balance(batch.to_pydict(), prepared.manifest.facts).items():
-                    counts[label] = counts.get(label, 0) + count
-    return counts
 
 
 def text(report: Report) -> str:

@@ -146,6 +146,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "finish",
         "scheduling",
         "tune",
+        "balance",
         "preflight",
         "reach",
         "kubernetes_rules",

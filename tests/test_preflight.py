@@ -108,6 +108,13 @@ def test_missing_files_of_all_splits_and_a_missing_model_are_told_together(tmp_p
     assert any("gone.csv" in fault for fault in told)
 
 
+def test_a_label_that_no_training_row_has_is_told(tmp_path: Path, bert: str, ray_local: None) -> None:
+    plain = small.recipe(tmp_path, bert, task__labels=["ham", "hamm", "spam"], data__test=None)
+    report = check(plain)
+    assert report["faults"] == []
+    assert "no training row has the label hamm; the model can't learn to give it" in report["warnings"]
+
+
 def test_bad_rows_that_are_skipped_are_counted_with_examples(tmp_path: Path, bert: str, ray_local: None) -> None:
     plain = small.recipe(tmp_path, bert, data__on_bad_row="skip", data__validation=None, data__test=None)
     append(plain["data"]["train"], text="", label="ham")
