@@ -15,6 +15,7 @@ from rayft.data.classes import PICTURES, SOUNDS
 from rayft.data.formats import divided
 from rayft.data.source import Fragment, peek
 from rayft.errors import DataError
+from rayft.layout import taken
 from rayft.tasks.task import Task
 
 # What a column is for -> names that it goes by, the likelier first. A task's field for such a column has the same name.
@@ -220,7 +221,7 @@ def _run_name(path: str) -> str:
     while len(stems) > 1 and (re.fullmatch(r"(train|training|data|metadata)([-_.].*)?", stems[-1]) or "*" in stems[-1]):
         stems.pop()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stems[-1] if stems else "").strip("-.")
-    return name if name and name != "prepared" else "first-run"
+    return name if name and not taken(name) else "first-run"
 
 
 def split_column(columns: Iterable[str]) -> str | None:

@@ -138,6 +138,7 @@ def test_empty_answers_make_it_unanswerable() -> None:
         ("hf://owner/nli:train", "nli"),
         ("train.csv", "train"),
         ("./prepared.csv", "first-run"),
+        ("data/export/train.csv", "first-run"),
         ("é", "first-run"),
     ],
 )
