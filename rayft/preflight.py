@@ -5,6 +5,7 @@ Rows are prepared for it, and what was prepared is kept: the run finds it. Every
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -152,15 +153,19 @@ class _Check:
             self.report["warnings"].append(UNTRAINED.format(recipe.model.path))
 
     def _on_cluster(self) -> None:
-        from rayft.session import cluster
+        from rayft import session
 
         placed = self.recipe.cluster
-        with ahead.importing(*ahead.DRIVER), cluster(placed.max_workers, placed.cpus_per_worker):
+        with ahead.importing(*ahead.DRIVER), session.cluster(placed.max_workers, placed.cpus_per_worker):
             nodes = placement.living_nodes()
             have = {name: int(sum(node["Resources"].get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+            # A Ray of this command's own is told of room for all workers, whatever the machine has.
+            processors = (os.cpu_count() or 1) if session.is_own() else have["CPU"]
+            if session.is_own() and (text := placement.crowded(placed, processors)):
+                self.report["warnings"].append(text)
             self.report["cluster"] = {
                 "machines": len(nodes),
-                "cpus": have["CPU"],
+                "cpus": processors,
                 "gpus": have["GPU"],
                 "workers": placed.max_workers,
                 "cpus_per_worker": placed.cpus_per_worker,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import small
-from rayft import placement, preflight, storage
+from rayft import placement, preflight, session, storage
 from rayft.errors import ClusterError, ModelError, RunRefused, StorageError
-from rayft.recipe import Recipe
+from rayft.recipe import Cluster, Recipe
 from rayft.tasks.task import Pretrained
 from rayft.training import export, freeze, plan
 
@@ -204,6 +204,32 @@ def test_a_worker_has_to_fit_on_one_machine(
     assert bool(found) == (told is not None)
     if told:
         assert told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "told"),
+    [
+        ({"workers": 2}, False),
+        ({"workers": 4, "cpus_per_worker": 1}, False),
+        ({"workers": 4, "cpus_per_worker": 2}, True),
+        ({"workers": {"min": 1, "max": 5}}, True),
+    ],
+)
+def test_workers_that_share_processors_are_told(cluster: dict[str, Any], told: bool) -> None:
+    text = placement.crowded(Cluster.model_validate(cluster), 4)
+    assert ("share this machine's 4 processors" in (text or "")) == told
+
+
+def test_the_processors_of_this_machine_are_shown_and_not_ray_s_room(
+    tmp_path: Path, bert: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "is_own", lambda: True)
+    monkeypatch.setattr(preflight.os, "cpu_count", lambda: 1)
+    report = check(small.recipe(tmp_path, bert))
+    assert (report["faults"], report["cluster"]["cpus"]) == ([], 1)
+    assert "1 machine with 1 CPU; 2 workers with 1 CPU each" in preflight.text(report)
+    (warned,) = [text for text in report["warnings"] if text.startswith("cluster: ")]
+    assert warned.startswith("cluster: 2 workers with 1 CPU each share this machine's 1 processor, ")
 
 
 def test_local_paths_on_several_machines_are_refused_unless_they_share_them(tmp_path: Path, bert: str) -> None:
