@@ -80,15 +80,17 @@ def init(
 
         if output != "-" and not force and storage.exists(output):
             raise RunRefused(f"{output} exists; name another file with --output, or replace it with --force")
+        if output != "-":
+            storage.check_writable(output, file=True)
         from rayft.data import source
-        from rayft.first import first_recipe, split_column
+        from rayft.first import first_recipe, look, split_column
         from rayft.recipe import Source
 
         train = _train_split(data)
         if train != data:
             answer.say(f"note: {data} holds several splits; {train} is trained on")
         pieces = source.fragments([Source(path=train)])
-        columns, sample = source.peek(pieces[0])
+        columns, sample = look(pieces, train)
         if column := split_column(columns):
             sample[column] = source.distinct(pieces, column)
         text = first_recipe(columns, sample, train)

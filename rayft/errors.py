@@ -6,7 +6,7 @@ RayftError                     told in one sentence; `exit_code` is the command 
 ├── ModelError           2     a model that can't be loaded, or can't do what the recipe asks
 ├── StorageError         1     a path that can't be read or written
 │   ├── StorageMissing   2     there is no such file or object
-│   ├── StorageRefused   2     an address or a setting with which no storage can be reached
+│   ├── StorageRefused   2     an address or a setting with which no storage can be reached, or written from the start
 │   ├── StorageDenied    2     rights are missing
 │   └── StorageDown      1     an outage that outlasted every retry
 ├── ClusterError         2     the cluster can't place the run

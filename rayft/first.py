@@ -12,7 +12,10 @@ from pydantic import ValidationError
 
 from rayft import document, tasks
 from rayft.data.classes import PICTURES, SOUNDS
+from rayft.data.formats import divided
+from rayft.data.source import Fragment, peek
 from rayft.errors import DataError
+from rayft.layout import taken
 from rayft.tasks.task import Task
 
 # What a column is for -> names that it goes by, the likelier first. A task's field for such a column has the same name.
@@ -55,6 +58,20 @@ _DECODER = "HuggingFaceTB/SmolLM2-135M"
 _CHAT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LISTENER = "facebook/wav2vec2-base"
 _PAINTER = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def look(pieces: Sequence[Fragment], path: str) -> tuple[list[str], dict[str, list[Any]]]:
+    """The columns of the data at `path`, and values by column, from the first of its pieces that has rows.
+
+    DataError where none has, or where a header is divided by another sign than its format's.
+    """
+    for piece in pieces:
+        columns, sample = peek(piece)
+        if told := divided(piece.path, columns):
+            raise DataError(told)
+        if any(sample.values()):
+            return columns, sample
+    raise DataError(f"{path} has no rows; a first recipe needs some to look at")
 
 
 def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str) -> str:
@@ -204,7 +221,7 @@ def _run_name(path: str) -> str:
     while len(stems) > 1 and (re.fullmatch(r"(train|training|data|metadata)([-_.].*)?", stems[-1]) or "*" in stems[-1]):
         stems.pop()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stems[-1] if stems else "").strip("-.")
-    return name if name and name != "prepared" else "first-run"
+    return name if name and not taken(name) else "first-run"
 
 
 def split_column(columns: Iterable[str]) -> str | None:

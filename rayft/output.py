@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import pickle
 import tempfile
@@ -38,7 +39,7 @@ def refuse(path: str) -> None:
         raise RunRefused(f"{path}: predictions are written as {known}; let the name end so")
     if storage.listing(path) if path.endswith("/") else storage.exists(path):
         raise RunRefused(f"{path} exists; name another, or delete it first")
-    storage.check_writable(path.rstrip("/").rpartition("/")[0] or ".")
+    storage.check_writable(path.rstrip("/"), file=not path.endswith("/"))
 
 
 class Output:
@@ -215,7 +216,19 @@ def _array(values: list[Any], field: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_plain)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for the infinities and NaN, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -43,8 +43,10 @@ def write_report(folder: str, output: str | None = None) -> Json:
     """Writes the page of a run or a sweep to one HTML file that opens offline.
 
     `output` is a path or an URL; None: `<name>.html`, with `-` for each `/`, in the working folder. Gives {"report",
-    "kind", "bytes"}; StorageMissing where `folder` is neither a run nor a sweep.
+    "kind", "bytes"}; StorageMissing where `folder` is neither a run nor a sweep. An output that can't be written is
+    refused before anything is read.
     """
+    storage.check_writable(output or ".", file=output is not None)
     data = page(Files(), folder)
     text = report(data).encode(errors="replace")
     target = output or str(data["name"]).replace("/", "-") + ".html"

@@ -62,6 +62,17 @@ def faults(recipe: Recipe, nodes: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def crowded(cluster: Cluster, processors: int) -> str | None:
+    """What to say where the workers ask for more processors than there really are; else None."""
+    workers, each = cluster.max_workers, cluster.cpus_per_worker
+    if workers * each <= processors:
+        return None
+    return (
+        f"cluster: {counted(workers, 'worker')} with {counted(each, 'CPU')} each share this machine's "
+        f"{counted(processors, 'processor')}, so that each is slower; lower cluster.workers or cluster.cpus_per_worker"
+    )
+
+
 def living_nodes() -> list[dict[str, Any]]:
     """The nodes of the cluster that answer and are not about to leave, as Ray lists them.
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rayft import ahead, placement, storage
+from rayft.balance import balance, unseen
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
@@ -157,15 +158,19 @@ class _Check:
             self.report["warnings"].append(UNTRAINED.format(recipe.model.path))
 
     def _on_cluster(self) -> None:
-        from rayft.session import cluster
+        from rayft import session
 
         placed = self.recipe.cluster
-        with ahead.importing(*ahead.DRIVER), cluster(placed.max_workers, placed.cpus_per_worker):
+        with ahead.importing(*ahead.DRIVER), session.cluster(placed.max_workers, placed.cpus_per_worker):
             nodes = placement.living_nodes()
             have = {name: int(sum(node["Resources"].get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+            # A Ray of this command's own is told of room for all workers, whatever the machine has.
+            processors = (os.cpu_count() or 1) if session.is_own() else have["CPU"]
+            if session.is_own() and (text := placement.crowded(placed, processors)):
+                self.report["warnings"].append(text)
             self.report["cluster"] = {
                 "machines": len(nodes),
-                "cpus": have["CPU"],
+                "cpus": processors,
                 "gpus": have["GPU"],
                 "workers": placed.max_workers,
                 "cpus_per_worker": placed.cpus_per_worker,
@@ -243,9 +248,11 @@ class _Check:
         }
         for split, prepared in self.prepared.items():
             report["warnings"] += prepared.manifest.notes(split)
+        report["warnings"] += unseen(self.prepared["train"].manifest.facts, self.balances)
         if self.record is not None and report["run"]["state"] is not None:
             with self._gathering():
-                self.record.refuse_other_data(self.prepared["train"].manifest.key)
+                keys = {split: prepared.manifest.key for split, prepared in self.prepared.items()}
+                self.record.refuse_other_data(keys["train"], keys.get("validation"))
         from rayft.data.order import micro_batches, share
         from rayft.training.schedule import order, total_steps
 
@@ -341,23 +348,6 @@ def _lengths(recipe: Recipe, manifest: Any) -> Report:
         return int(longest)
 
     return {"median": share(0.5), "p95": share(0.95), "longest": longest, "limit": recipe.task.limit()}
-
-
-def balance(recipe: Recipe, prepared: Any) -> dict[str, int] | None:
-    """How many features of a prepared split have which label; None where the task has none."""
-    columns = list(recipe.task.balance_columns())
-    if not columns:
-        return None
-    from pyarrow import parquet
-
-    counts: dict[str, int] = {}
-    for shard in prepared.manifest.shards:
-        filesystem, path = storage.arrow(storage.join(prepared.folder, shard["path"]))
-        with filesystem.open_input_file(path) as file:
-            for batch in parquet.ParquetFile(file).iter_batches(columns=columns):
-                for label, count in recipe.task.balance(batch.to_pydict(), prepared.manifest.facts).items():
-                    counts[label] = counts.get(label, 0) + count
-    return counts
 
 
 def text(report: Report) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayft import attempts, storage
 from rayft.errors import RunRefused, StorageError, Superseded
+from rayft.layout import INSIDE, TRIALS
 from rayft.recipe import Recipe
 from rayft.training import checkpoints
 
@@ -111,13 +112,18 @@ class Record:
                 "give it another `name=`, or start over with --restart"
             )
 
-    def refuse_other_data(self, key: str) -> None:
-        known = self.before.get("prepared", {}).get("train")
-        if known and known != key:
-            raise RunRefused(
-                f"the training rows of {self.folder} have changed since it began (prepared {known}, now {key}); "
-                "give it another `name=`, or start over with --restart"
-            )
+    def refuse_other_data(self, train: str, validation: str | None = None) -> None:
+        """RunRefused where the run began with other rows; the keys are those of its prepared splits.
+
+        Validation rows count as those of training do: scores of different rows must not choose the best model.
+        """
+        for split, key in (("training", train), ("validation", validation)):
+            known = self.before.get("prepared", {}).get(split.removesuffix("ing"))
+            if known and key and known != key:
+                raise RunRefused(
+                    f"the {split} rows of {self.folder} have changed since it began (prepared {known}, now {key}); "
+                    "give it another `name=`, or start over with --restart"
+                )
 
     def claim(self) -> int:
         """Claims the next attempt, for one worker group; from now on only what it commits is added to the run.
@@ -151,11 +157,13 @@ class Record:
         return "attempt" in self._state
 
     def forget(self) -> None:
-        """Deletes what the run has so far, but the claims: whoever still writes must find itself old."""
+        """Deletes what the run has so far, but the claims: whoever still writes must find itself old.
+
+        Other folders are runs with longer names, and stay.
+        """
         self.attempt = attempts.claim(self.folder, [], self.attempt)
-        for folder in storage.folders(self.folder):
-            if folder.rstrip("/").rpartition("/")[2] != attempts.FOLDER:
-                storage.delete(folder)
+        for name in sorted({*INSIDE, TRIALS} - {attempts.FOLDER}):
+            storage.delete(storage.join(self.folder, name))
         for entry in storage.listing(self.folder, recursive=False):
             storage.delete(entry.path)
         self.before = {}

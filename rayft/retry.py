@@ -80,6 +80,7 @@ _REJECTED_CODES = {
     "invalidsecurity", "requesttimetooskewed", "invalidclienttokenid", "unrecognizedclient",
     "authorizationheadermalformed",
 }  # fmt: skip
+_FULL = {os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)}
 _RIGHTS = {
     "reading": "s3:GetObject and s3:ListBucket",  # without the second, what is missing looks forbidden
     "listing": "s3:ListBucket",
@@ -190,6 +191,8 @@ def told(path: str, doing: Doing, kind: Kind, reason: str, effort: str) -> Stora
         return StorageMissing(f"{shown(path)}: there is no such bucket at this endpoint")
     if kind == "missing" and doing != "writing":
         return StorageMissing(f"{shown(path)} does not exist")
+    if reason in _FULL:
+        return StorageError(f"{head}, the disk of {os.path.dirname(path) or '.'} is full; free some space")
     sentences: dict[Kind, StorageError] = {
         "denied": StorageDenied(f"{head}, access is denied ({reason}); {need}"),
         "unsigned": StorageDenied(

@@ -71,8 +71,8 @@ def run(
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
-        record.refuse_other_data(prepared["train"].manifest.key)
         keys = {split: split_data.manifest.key for split, split_data in prepared.items()}
+        record.refuse_other_data(keys["train"], keys.get("validation"))
         settled()
         stop = Stop(recipe.folder)
         with record.writing(recipe, identity, keys), stop.listening():
@@ -103,17 +103,26 @@ def _processes(recipe: Recipe, imports: tuple[str, ...], show: Show) -> Iterator
 
 
 def export(run_folder: str, folder: str) -> str:
-    """Copies the exported model of a run to `folder`; returns it. Raises RunRefused where there is none yet."""
-    source = storage.join(run_folder, "export")
-    if not storage.exists(storage.join(source, "rayft.json")):
+    """Copies the exported model of a run to `folder`; returns it. Raises RunRefused where there is none yet.
+
+    All or nothing: rayft.json comes last, and what a failure leaves half-written is deleted.
+    """
+    source, details = storage.join(run_folder, "export"), "rayft.json"
+    if not storage.exists(storage.join(source, details)):
         raise RunRefused(f"{run_folder} has no exported model; a run exports when it ends")
     if storage.listing(folder):
-        raise RunRefused(f"{folder} exists and is not empty; name another folder")
+        raise RunRefused(f"{folder} exists and is not empty; name another folder, or delete it first")
+    storage.check_writable(folder)
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:
         storage.download(source, local)
-        storage.upload(local, folder)
+        try:
+            storage.upload(local, folder, marker=details)
+        except BaseException:
+            for entry in storage.listing(folder):
+                storage.delete(entry.path)
+            raise
     return folder
 
 

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from rayft.layout import taken
+
 # Strict, since a coerced value hides a mistake: `true` is no number and `"3"` no whole one. Lists may become tuples.
 Whole = Annotated[int, Field(strict=True)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
@@ -47,10 +49,10 @@ def _listed(value: Any) -> Any:
 
 
 def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", value) or {".", ".."} & set(value.split("/")):
-        raise wrong("not a usable name", "letters, digits and . _ - fit, parts divided by /, none of them . or ..")
-    if value.partition("/")[0] == "prepared":
-        raise wrong("a name taken by the prepared shards", "any other first part fits")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", value):
+        raise wrong("not a usable name", "letters, digits and . _ - fit, parts divided by /, none with a dot in front")
+    if part := taken(value):
+        raise wrong(f"`{part}` is a folder that runs or their storage have inside", "any other part fits in its place")
     return value
 
 

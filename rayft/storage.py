@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from rayft import retry
 from rayft.entries import Entry, cache_folder, content_hash, exists, expand, folders, listing
-from rayft.errors import StorageError, StorageMissing
+from rayft.errors import StorageError, StorageMissing, StorageRefused
 from rayft.filesystems import PIECE, TEMPORARY, Object, arrow, is_local, is_s3, local, on, write_local
 from rayft.retry import shown
 
@@ -147,15 +147,15 @@ def delete(path: str) -> None:
         _parallel(lambda name: _remove(path, name), group)
 
 
-def upload(source: str, target: str) -> None:
-    """Copies a local file, or a folder's files under their relative paths, to `target`; commit markers last."""
+def upload(source: str, target: str, marker: str = MARKER) -> None:
+    """Copies a local file, or a folder's files under their relative paths, to `target`; those named `marker` last."""
     base = local(source)
     pairs = [(entry.path, join(target, os.path.relpath(entry.path, base))) for entry in listing(source)]
     if os.path.isfile(base):
         pairs = [(base, target)]
     elif not os.path.isdir(base):
         raise StorageMissing(f"{shown(source)} does not exist")
-    for group in _markers_last(pairs):
+    for group in _markers_last(pairs, marker):
         _parallel(lambda pair: _put(*pair), group)
 
 
@@ -166,7 +166,7 @@ def download(source: str, folder: str) -> None:
         raise StorageMissing(f"{shown(source)}: there are no files")
     base = local(source).rstrip("/") if is_local(source) else source.rstrip("/")
     pairs = [(entry.path, join(local(folder), entry.path[len(base) :])) for entry in entries]
-    for group in _markers_last(pairs):
+    for group in _markers_last(pairs, MARKER):
         _parallel(lambda pair: _get(*pair), group)
 
 
@@ -193,16 +193,29 @@ def committed(folder: str) -> dict[str, Any] | None:
     return payload
 
 
-def check_writable(path: str) -> None:
-    """Writes and deletes a probe in the folder `path`, or in the nearest one above it that exists; raises if not."""
+def check_writable(path: str, file: bool = False) -> None:
+    """Writes and deletes a probe in the folder `path` (a `file`'s folder), or in the nearest above it that exists.
+
+    Raises a StorageError that names `path`: where the trouble isn't a passing one, one with which nothing starts.
+    """
     folder = absolute(path)
+    if file:
+        if is_local(path) and os.path.isdir(folder):
+            raise StorageRefused(f"{shown(path)} is a folder; a file's name fits")
+        folder = os.path.dirname(folder)
     while is_local(folder) and not os.path.isdir(folder) and os.path.dirname(folder) != folder:
         if os.path.lexists(folder):
-            raise StorageError(f"{shown(folder)} is not a folder, and nothing can be written below it")
+            raise StorageRefused(f"{shown(folder)} is not a folder, and nothing can be written below it")
         folder = os.path.dirname(folder)
     probe = join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
-    write_bytes(probe, b"")
-    delete(probe)
+    try:
+        write_bytes(probe, b"")
+        delete(probe)
+    except StorageError as error:
+        told = str(error).replace(shown(probe), shown(path))
+        if type(error) is not StorageError:
+            raise type(error)(told) from None
+        raise StorageRefused(f"{told}; a place that can be written fits") from None
 
 
 def free(path: str) -> int | None:
@@ -267,6 +280,6 @@ def _copy(file: BinaryIO, out: BinaryIO) -> None:
     shutil.copyfileobj(file, out, PIECE)
 
 
-def _markers_last(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    markers = [pair for pair in pairs if os.path.basename(pair[1]) == MARKER]
+def _markers_last(pairs: list[tuple[str, str]], marker: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    markers = [pair for pair in pairs if os.path.basename(pair[1]) == marker]
     return [pair for pair in pairs if pair not in markers], markers

@@ -251,6 +251,15 @@ def test_clean_asks_first(tmp_path: Path) -> None:
     assert rayft("clean", str(tmp_path), stdin="y\n").stdout == "nothing to delete\n"
 
 
+@pytest.mark.parametrize("command", [("init", "rows.csv", "-o"), ("report", "one", "-o"), ("export", "one")])
+def test_an_output_that_cannot_be_written_is_refused_by_its_name(tmp_path: Path, command: tuple[str, ...]) -> None:
+    storage.write_text(storage.join(write_run(str(tmp_path), "one"), "export", "rayft.json"), "{}")
+    (tmp_path / "rows.csv").write_text("text,label\nhello there,ham\n")
+    done = rayft(*command, "/proc/nothing/out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /proc/nothing/out: writing failed")
+
+
 def test_export_says_where_the_model_is() -> None:
     assert stubbed("pass", "export", "runs/x", "out").stdout == "model: out\n"
     assert json.loads(stubbed("pass", "export", "runs/x", "out", "--json").stdout) == {"export": "out"}

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rayft import document
+from rayft.data.source import fragments
 from rayft.errors import DataError
-from rayft.first import first_recipe
-from rayft.recipe import Recipe
+from rayft.first import first_recipe, look
+from rayft.recipe import Recipe, Source
 
 
 def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, path: str = "data/train.csv") -> Recipe:
@@ -97,6 +98,18 @@ def test_columns_that_call_for_no_task_are_told_what_would() -> None:
         first_recipe(["height", "weight"], {}, "x.csv")
 
 
+def test_rows_are_looked_at_where_there_are_some(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n")
+    source = Source(path=str(tmp_path))
+    with pytest.raises(DataError, match=f"{tmp_path} has no rows; a first recipe needs some"):
+        look(fragments([source]), source.path)
+    (tmp_path / "b.csv").write_text("text,label\nhello,ham\n")
+    assert look(fragments([source]), source.path) == (["text", "label"], {"text": ["hello"], "label": ["ham"]})
+    (tmp_path / "a.csv").write_text("text;label\nhello;ham\n")
+    with pytest.raises(DataError, match=r"a\.csv: its fields are divided by semicolons"):
+        look(fragments([source]), source.path)
+
+
 @pytest.mark.parametrize(("words", "length"), [(10, 64), (60, 128), (1000, 512)])
 def test_lengths_come_from_the_first_rows(words: int, length: int) -> None:
     recipe = recipe_for(["text", "label"], {"text": ["a", "b " * words], "label": ["x", "y"]})
@@ -125,6 +138,7 @@ def test_empty_answers_make_it_unanswerable() -> None:
         ("hf://owner/nli:train", "nli"),
         ("train.csv", "train"),
         ("./prepared.csv", "first-run"),
+        ("data/export/train.csv", "first-run"),
         ("é", "first-run"),
     ],
 )

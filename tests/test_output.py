@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from rayft import output, storage
 from rayft.data.source import fragments
-from rayft.errors import RunRefused
+from rayft.errors import RunRefused, StorageRefused
 from rayft.output import Output
 from rayft.recipe import Source
 
@@ -71,6 +72,14 @@ def test_jsonl_holds_what_json_has_no_words_for(tmp_path: Path) -> None:
     assert written(tmp_path / "out.jsonl", ([row], [{}], [None])) == [
         {"bytes": "AP8=", "day": "2024-05-01", "lone": "\ud800", "umlaut": "ü"}
     ]
+
+
+def test_numbers_that_are_not_finite_are_null_in_jsonl(tmp_path: Path) -> None:
+    """Python's own words for them are no JSON, and other readers stop at them."""
+    row = {"nan": math.nan, "deep": {"list": [1.5, -math.inf, [math.inf]]}, "plain": 2, "day": dt.date(2024, 5, 1)}
+    written(tmp_path / "out.jsonl", ([row], [{"score": math.nan}], [None]))
+    found = json.loads((tmp_path / "out.jsonl").read_text(), parse_constant=pytest.fail)
+    assert found == {"nan": None, "deep": {"list": [1.5, None, [None]]}, "plain": 2, "day": "2024-05-01", "score": None}
 
 
 PICTURED = [
@@ -132,6 +141,9 @@ def test_what_is_refused_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(RunRefused, match=r"predictions are written as \.parquet or \.jsonl"):
         output.refuse(str(tmp_path / "out.csv"))
     output.refuse(str(tmp_path / "new" / "out.parquet"))
+    for place in ("/proc/nothing/out.jsonl", "/proc/nothing/pictures/"):
+        with pytest.raises(StorageRefused, match=rf"^{place.rstrip('/')}: writing failed"):
+            output.refuse(place)
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 
 

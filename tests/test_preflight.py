@@ -10,9 +10,9 @@ import pytest
 from transformers import ResNetConfig
 
 import small
-from rayft import placement, preflight, storage
+from rayft import placement, preflight, session, storage
 from rayft.errors import ClusterError, ModelError, RunRefused, StorageError
-from rayft.recipe import Recipe
+from rayft.recipe import Cluster, Recipe
 from rayft.tasks.task import Pretrained
 from rayft.training import export, freeze, plan
 
@@ -128,6 +128,13 @@ def test_missing_files_of_all_splits_and_a_missing_model_are_told_together(tmp_p
     assert any("gone.csv" in fault for fault in told)
 
 
+def test_a_label_that_no_training_row_has_is_told(tmp_path: Path, bert: str, ray_local: None) -> None:
+    plain = small.recipe(tmp_path, bert, task__labels=["ham", "hamm", "spam"], data__test=None)
+    report = check(plain)
+    assert report["faults"] == []
+    assert "no training row has the label hamm; the model can't learn to give it" in report["warnings"]
+
+
 def test_bad_rows_that_are_skipped_are_counted_with_examples(tmp_path: Path, bert: str, ray_local: None) -> None:
     plain = small.recipe(tmp_path, bert, data__on_bad_row="skip", data__validation=None, data__test=None)
     append(plain["data"]["train"], text="", label="ham")
@@ -157,10 +164,11 @@ def test_a_run_that_exists_goes_on_or_is_refused_with_its_differences(
     report = check({**plain, "train": {**plain["train"], "learning_rate": 0.5}})
     assert report["run"]["state"] is None
     assert "train.learning_rate: 0.001 -> 0.5" in report["faults"][0]
-    storage.write_json(storage.join(folder, "run.json"), {"prepared": {"train": "other rows"}})
-    report = check(plain)
-    assert report["run"]["state"] is None
-    assert "the training rows" in report["faults"][0]
+    for split, told in (("train", "the training rows"), ("validation", "the validation rows")):
+        storage.write_json(storage.join(folder, "run.json"), {"prepared": {split: "other rows"}})
+        report = check(plain)
+        assert report["run"]["state"] is None
+        assert told in report["faults"][0]
 
 
 # --- a run refuses the same
@@ -216,6 +224,32 @@ def test_a_worker_has_to_fit_on_one_machine(
     assert bool(found) == (told is not None)
     if told:
         assert told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "told"),
+    [
+        ({"workers": 2}, False),
+        ({"workers": 4, "cpus_per_worker": 1}, False),
+        ({"workers": 4, "cpus_per_worker": 2}, True),
+        ({"workers": {"min": 1, "max": 5}}, True),
+    ],
+)
+def test_workers_that_share_processors_are_told(cluster: dict[str, Any], told: bool) -> None:
+    text = placement.crowded(Cluster.model_validate(cluster), 4)
+    assert ("share this machine's 4 processors" in (text or "")) == told
+
+
+def test_the_processors_of_this_machine_are_shown_and_not_ray_s_room(
+    tmp_path: Path, bert: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "is_own", lambda: True)
+    monkeypatch.setattr(preflight.os, "cpu_count", lambda: 1)
+    report = check(small.recipe(tmp_path, bert))
+    assert (report["faults"], report["cluster"]["cpus"]) == ([], 1)
+    assert "1 machine with 1 CPU; 2 workers with 1 CPU each" in preflight.text(report)
+    (warned,) = [text for text in report["warnings"] if text.startswith("cluster: ")]
+    assert warned.startswith("cluster: 2 workers with 1 CPU each share this machine's 1 processor, ")
 
 
 def test_local_paths_on_several_machines_are_refused_unless_they_share_them(tmp_path: Path, bert: str) -> None:

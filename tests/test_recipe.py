@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rayft.errors import Fault, RecipeError
+from rayft.layout import INSIDE
 from rayft.recipe import Freeze, Recipe, Source, Workers, json_schema, parse_override, set_field
 
 SMALL: dict[str, Any] = {
@@ -169,6 +170,17 @@ def test_names_may_be_paths(name: str) -> None:
 def test_names_that_lead_elsewhere_are_refused(name: Any) -> None:
     (fault,) = faults_of({**SMALL, "name": name})
     assert fault.startswith("name: ")
+
+
+UNSEEN = [".hid", "a/.b", "exp/tensorboard", "exp/prepared", "pictures/a", *sorted(INSIDE)]
+NO_TRIALS = ["exp/trials", "exp/trials/best", "exp/trials/00003/a", "trials/00003"]
+
+
+@pytest.mark.parametrize("name", [*UNSEEN, *NO_TRIALS])
+def test_names_that_no_list_would_show_are_refused(name: str) -> None:
+    (fault,) = faults_of({**SMALL, "name": name})
+    assert fault.startswith("name: ")
+    assert "with a dot in front" in fault or "any other part fits in its place" in fault
 
 
 def test_defaults_are_those_of_the_design() -> None:

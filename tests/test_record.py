@@ -14,6 +14,7 @@ import pytest
 
 from rayft import attempts, record, storage
 from rayft.errors import RunRefused, Superseded
+from rayft.layout import INSIDE
 from rayft.recipe import Recipe
 from rayft.record import Record
 
@@ -81,6 +82,17 @@ def test_a_writer_on_this_machine_is_looked_at(tmp_path: Path) -> None:
     assert refuse(tmp_path) == []
 
 
+def test_a_run_does_not_go_on_with_other_rows_of_training_or_validation(tmp_path: Path) -> None:
+    """Scores of different rows would choose the best model."""
+    state(tmp_path, prepared={"train": "a", "validation": "b", "test": "c"})
+    known = Record(str(tmp_path))
+    known.refuse_other_data("a", "b")
+    known.refuse_other_data("a")
+    for keys, split in (("xb", "training"), ("xy", "training"), ("ay", "validation")):
+        with pytest.raises(RunRefused, match=f"the {split} rows of {tmp_path} have changed since it began"):
+            known.refuse_other_data(*keys)
+
+
 def test_each_worker_group_claims_and_run_json_says_which(tmp_path: Path) -> None:
     mine = Record(str(tmp_path))
     with mine.writing(RECIPE, "model", {"train": "key"}):
@@ -119,6 +131,17 @@ def test_starting_over_keeps_the_claims(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attempts"]
     with pytest.raises(Superseded):
         attempts.hold(str(tmp_path), 1)
+
+
+def test_starting_over_deletes_nothing_of_runs_below_its_name(tmp_path: Path) -> None:
+    """The runs `exp` and `exp/a` lie in each other, and so do a sweep and its trials."""
+    own = [*(f"{name}/file" for name in INSIDE), "trials/00000/run.json", "run.json", "best.yaml"]
+    others = ["a/run.json", "a/checkpoints/step-000001-a1/COMMITTED", "deeper/b/run.json"]
+    for name in (*own, *others):
+        storage.write_text(str(tmp_path / name), "{}")
+    Record(str(tmp_path)).forget()
+    left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted([*others, "attempts/000001.json", "attempts/file"])
 
 
 def test_of_two_that_start_at_once_the_second_changes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 
 import small
 from group import run_group
-from rayft.errors import NotFinite, RunRefused
+from rayft import storage
+from rayft.errors import NotFinite, RunRefused, StorageError
 from rayft.recipe import Recipe
+from rayft.run import export
 from whole import trained
 
 
@@ -37,6 +40,36 @@ def straight(plain: dict[str, Any], **fields: Any) -> dict[str, Any]:
     plain = {"deepspeed": {"zero_stage": 0}, **plain, "name": "straight", **fields}
     found: dict[str, Any] = run_group(trained, plain["cluster"]["workers"], plain, True)[0]
     return found
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "x"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
+def test_an_export_that_fails_leaves_nothing_and_works_when_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    names = ["config.json", "model.safetensors", "rayft.json", "tokenizer.json", "unigram.json"]
+    source, target = tmp_path / "run" / "export", tmp_path / "copy"
+    for name in names:
+        storage.write_text(str(source / name), name)
+    written, write = list[str](), storage.write_local
+
+    def harmed(path: str, *options: Any) -> None:
+        if path == str(target / "tokenizer.json"):
+            raise failure
+        write(path, *options)
+        written.append(Path(path).name if path.startswith(str(target)) else "")
+
+    monkeypatch.setattr(storage, "write_local", harmed)
+    with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
+        export(str(tmp_path / "run"), str(target))
+    assert "rayft.json" not in written
+    assert "model.safetensors" in written
+    if isinstance(failure, OSError):
+        full = f"{target}/tokenizer.json: writing failed, the disk of {target} is full; free some space"
+        assert str(caught.value) == full
+    monkeypatch.undo()
+    assert storage.listing(str(target)) == []
+    assert export(str(tmp_path / "run"), str(target)) == str(target)
+    assert sorted(path.name for path in target.iterdir()) == names
 
 
 WITHOUT_RAYFT = """

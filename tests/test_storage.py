@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -7,11 +8,12 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayft import filesystems, storage
-from rayft.errors import StorageDenied, StorageError, StorageMissing
+from rayft.errors import StorageDenied, StorageError, StorageMissing, StorageRefused
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -213,8 +215,43 @@ def test_check_writable_leaves_no_trace(base: str) -> None:
 
 def test_check_writable_refuses_a_place_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file is not a folder"):
+    with pytest.raises(StorageRefused, match="file is not a folder"):
         storage.check_writable(str(tmp_path / "file" / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.EROFS, ": Read-only file system"), (errno.ENOSPC, ", the disk of {} is full; free some space")],
+)
+def test_a_place_that_cannot_be_written_is_refused_by_the_name_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
+) -> None:
+    """And not by that of the probe."""
+
+    def failing(path: str, *_: Any) -> None:
+        raise OSError(code, "x")
+
+    monkeypatch.setattr(storage, "write_local", failing)
+    for path, file in ((tmp_path / "runs", False), (tmp_path / "out.jsonl", True)):
+        with pytest.raises(StorageRefused) as caught:
+            storage.check_writable(str(path), file)
+        told = f"{path}: writing failed{reason.format(tmp_path)}; a place that can be written fits"
+        assert (str(caught.value), caught.value.exit_code) == (told, 2)
+
+
+def test_a_place_in_a_pseudo_file_system_is_refused() -> None:
+    with pytest.raises(StorageRefused, match=r"^/proc/nothing/runs: writing failed"):
+        storage.check_writable("/proc/nothing/runs")
+
+
+def test_check_writable_of_a_file_looks_at_its_folder(base: str, tmp_path: Path) -> None:
+    path = storage.join(base, "out.jsonl")
+    storage.write_text(path, "before")
+    storage.check_writable(path, file=True)
+    assert storage.read_text(path) == "before"
+    assert [entry.path for entry in storage.listing(base)] == [path]
+    with pytest.raises(StorageRefused, match="is a folder; a file's name fits"):
+        storage.check_writable(str(tmp_path), file=True)
 
 
 def test_a_folder_without_rights_is_denied(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Pictures and sounds without a table: a row for each file, whose label is the name of the folder that it lies in.
 
-train/RBC/cell_2.jpg below /data is the row {"file_name": "/data/train/RBC/cell_2.jpg", "label": "RBC"}.
+train/RBC/cell_2.jpg below /data is the row {"file_name": "/data/train/RBC/cell_2.jpg", "label": "RBC"}. A file beside
+the classes' folders has no label.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from rayft import storage
 from rayft.data import formats
@@ -33,19 +35,29 @@ def parts(entries: Sequence[Entry], most: int) -> Iterator[tuple[int, int]]:
             first, size = place, 0
 
 
-def name(entry: Entry) -> str:
-    """A file's name with its folder's: what a row is known by, wherever the data lie."""
-    folder, file = os.path.split(entry.path)
-    return f"{os.path.basename(folder)}/{file}"
+def names(entries: Sequence[Entry]) -> list[str]:
+    """Each file's name with its class's, RBC/cell_2.jpg: what a row is known by, wherever the data lie.
+
+    Where all the other folders lie in one that holds files too, these are in no class: /cell_3.jpg.
+    """
+    split = [os.path.split(entry.path) for entry in entries]
+    folders = {folder for folder, _ in split}
+    top = min(folders, key=len, default="")
+    beside = len(folders) > 1 and all(folder == top or folder.startswith(f"{top}/") for folder in folders)
+    return [f"{'' if beside and folder == top else os.path.basename(folder)}/{file}" for folder, file in split]
 
 
-def read(path: str, part: tuple[int, int]) -> formats.Table:
-    """Files `part[0]` up to `part[1]` of those that `path`, a folder or a glob, stands for."""
+def read(path: str, part: tuple[int, int], labelled: bool) -> formats.Table:
+    """Files `part[0]` up to `part[1]` of those that `path`, a folder or a glob, stands for.
+
+    Where they have to be `labelled` one in no class is a bad row.
+    """
 
     def rows() -> Iterator[formats.Row]:
-        chosen = media(storage.expand(path))[slice(*part)]
-        for number, entry in enumerate(chosen, start=part[0]):
-            label = name(entry).partition("/")[0]
-            yield formats.Row(number, 0, dict(zip(COLUMNS, (entry.path, label), strict=True)))
+        files = media(storage.expand(path))
+        for number, (entry, name) in islice(enumerate(zip(files, names(files), strict=True)), *part):
+            label = name.partition("/")[0]
+            fault = f"{entry.path} lies in no class's folder" if labelled and not label else ""
+            yield formats.Row(number, 0, dict(zip(COLUMNS, (entry.path, label or None), strict=True)), fault)
 
     return formats.Table(COLUMNS, rows())

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from rayft.errors import DataError
 # A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
 LONGEST_FIELD = 64 << 20
 _CHUNK = 1 << 20
+_SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # what divides the fields of files that are called .csv too
 
 
 class Row(NamedTuple):
@@ -103,6 +104,15 @@ def read_csv(path: str, delimiter: str) -> Table:
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice")
     return Table(tuple(header), _csv_rows(reader, lines, header))
+
+
+def divided(path: str, columns: Sequence[str]) -> str:
+    """Why a .csv has one column alone, where its header is divided by another sign than a comma; else ""."""
+    if len(columns) != 1 or not path.lower().removesuffix(".gz").endswith(".csv"):
+        return ""
+    sign = next((sign for sign in _SIGNS if sign in columns[0]), "")
+    mend = "let its name end in .tsv" if sign == "\t" else "write it anew with commas"
+    return f"{path}: its fields are divided by {_SIGNS[sign]}, those of a .csv by commas; {mend}" if sign else ""
 
 
 def _csv_rows(reader: Any, lines: _Lines, header: list[str]) -> Iterator[Row]:

@@ -162,10 +162,16 @@ def distinct(fragments: Sequence[Fragment], column: str) -> list[Any]:
 
 
 def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list[Any]]]:
-    """The columns, and by column the values of the good ones of the first `rows` rows; None where a row lacks one."""
+    """The columns, and by column the values of the good ones of the first `rows` rows; None where a row lacks one.
+
+    DataError with the first of them where there are rows and none is good.
+    """
     columns = table_of(fragment, set(), rows).columns or ()
-    first = islice(table_of(fragment, set(columns), rows).rows, rows)
+    first = list(islice(table_of(fragment, set(columns), rows).rows, rows))
     found = [row.values for row in first if not row.fault]
+    if first and not found:
+        bad = BadRow(fragment.path, first[0].number, first[0].fault, first[0].line)
+        raise DataError(formats.divided(fragment.path, columns) or str(bad))
     names = list(dict.fromkeys([*columns, *(name for values in found for name in values)]))
     return names, {name: [values.get(name) for values in found] for name in names}
 
@@ -210,7 +216,7 @@ def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.T
     if fragment.format == "hf":
         return hub.read_hub(fragment.path, fragment.part or (0, 1))
     if fragment.format == classes.FORMAT:
-        return classes.read(fragment.path, fragment.part or (0, 0))
+        return classes.read(fragment.path, fragment.part or (0, 0), "label" in wanted)
     readers: dict[str, Callable[[str], formats.Table]] = {
         "csv": lambda path: formats.read_csv(path, ","),
         "tsv": lambda path: formats.read_csv(path, "\t"),
@@ -229,7 +235,7 @@ def _present(
     faults = [_unknown(theirs[ours][0], there) for ours in theirs if ours in needed and not chosen[ours]]
     faults += [f"`where` asks for it, but {_unknown(name, there)}" for name in source.where if name not in there]
     if faults:
-        raise DataError(f"{path}: {'; '.join(faults)}")
+        raise DataError(formats.divided(path, there) or f"{path}: {'; '.join(faults)}")
     return {ours: names for ours, names in chosen.items() if names}
 
 
@@ -337,10 +343,11 @@ def _pieces(file: int, entry: Entry) -> list[Fragment]:
 
 def _classes(path: str, files: list[Entry]) -> list[Fragment]:
     """Pictures or sounds in a folder per class, as runs of them."""
-    found = []
+    found, names = [], classes.names(files)
     for start, stop in classes.parts(files, PART_BYTES):
         some = files[start:stop]
-        hashes = [(classes.name(entry), storage.content_hash(entry)) for entry in some]
+        contents = [storage.content_hash(entry) for entry in some]
+        hashes = list(zip(names[start:stop], contents, strict=True))
         content = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
         size = sum(entry.size for entry in some)
         found.append(Fragment(path, classes.FORMAT, 0, 0, content, size, start, stop - start, (start, stop)))

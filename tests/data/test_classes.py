@@ -38,6 +38,23 @@ def test_a_row_for_each_file_with_the_name_of_its_folder(tmp_path: Path) -> None
     assert rows_of(f"{folder}/*/*.jpg") == [(str(folder / "RBC/b.jpg"), "RBC")]
 
 
+def test_a_file_beside_the_folders_of_the_classes_is_a_bad_row_where_labels_are_asked_for(tmp_path: Path) -> None:
+    """Or the data's own folder would become a class."""
+    folder = laid_out(tmp_path / "train", {**FILES, "stray.png": b"s"})
+    source = Source(path=str(folder))
+    (piece,) = fragments([source])
+    (rows,) = read(piece, source, {}, ("file_name", "label"))
+    assert rows.columns["label"] == ["RBC", "RBC", "WBC"]
+    assert [str(row) for row in rows.bad] == [f"{folder} row 4: {folder}/stray.png lies in no class's folder"]
+    (rows,) = read(piece, source, {}, ("file_name",))  # as predictions need no label
+    assert (len(rows.columns["file_name"]), rows.bad) == (4, [])
+
+
+def test_files_of_one_folder_are_of_its_class(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "train")
+    assert [label for _, label in rows_of(folder / "RBC")] == ["RBC", "RBC"]
+
+
 def test_a_table_beside_them_is_read_instead(tmp_path: Path) -> None:
     folder = laid_out(tmp_path / "train")
     (folder / "metadata.csv").write_text("file_name,label\nRBC/b.jpg,red\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,46 @@ def test_a_look_at_the_first_rows_leaves_out_bad_ones(tmp_path: Path) -> None:
     assert peek(piece, 3) == (["text", "n"], {"text": ["a", "c"], "n": ["1", "3"]})
     (piece,) = fragments([Source(path=str(written(tmp_path / "b.jsonl", '{"a": 1}\n{"b": 2}\n')))])
     assert peek(piece) == (["a", "b"], {"a": [1, None], "b": [None, 2]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "a.jsonl",
+            '["a", 1]\n["b", 2]\n',
+            r"a.jsonl row 1 (line 1): a JSON array where a row is an object of columns",
+        ),
+        ("a.csv", "text,n\na\nb\n", "a.csv row 1 (line 2): 1 field where the header has 2"),
+        (
+            "a.csv",
+            "text;n\na, b;1\n",
+            "a.csv: its fields are divided by semicolons, those of a .csv by commas; write it",
+        ),
+    ],
+)
+def test_a_look_at_rows_that_are_all_bad_says_why(tmp_path: Path, name: str, content: str, told: str) -> None:
+    (piece,) = fragments([Source(path=str(written(tmp_path / name, content)))])
+    with pytest.raises(DataError, match=re.escape(told)):
+        peek(piece)
+
+
+@pytest.mark.parametrize(
+    ("sign", "told"),
+    [
+        (";", "divided by semicolons, those of a .csv by commas; write it anew with commas"),
+        ("|", "divided by bars, those of a .csv by commas; write it anew with commas"),
+        ("\t", "divided by tabs, those of a .csv by commas; let its name end in .tsv"),
+    ],
+)
+def test_a_csv_that_is_divided_by_another_sign_says_which(tmp_path: Path, sign: str, told: str) -> None:
+    one = Source(path=str(written(tmp_path / "a.csv", f"text{sign}label\nhello{sign}ham\n")))
+    with pytest.raises(DataError, match=told):
+        list(read(fragments([one])[0], one, {}, ("text",)))
+    name = f"text{sign}label"  # it may be meant
+    assert [rows.columns for rows in read(fragments([one])[0], one, {name: "text"}, ("text",))] == [
+        {"text": [f"hello{sign}ham"]}
+    ]
 
 
 def test_values_of_a_column_are_found_behind_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
