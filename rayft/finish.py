@@ -49,7 +49,7 @@ def _by_run(recipe: Recipe, target: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:
         storage.download(result["export"], local)
         storage.delete(target)
-        storage.upload(local, target)
+        storage.upload(local, target, marker="rayft.json")
     storage.delete(result["export"])
     scores: dict[str, float] = result["metrics"]
     return scores

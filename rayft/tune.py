@@ -77,8 +77,8 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:
             record.forget()
-        record.refuse_other_data(prepared["train"].manifest.key)
         keys = {split: data.manifest.key for split, data in prepared.items()}
+        record.refuse_other_data(keys["train"], keys.get("validation"))
         stop = Stop(recipe.folder)
         with record.writing(recipe, identity, keys), stop.listening():
             record.claim()

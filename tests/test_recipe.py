@@ -67,7 +67,7 @@ storage: s3://bucket/runs
 tune:
   search:
     train.learning_rate: {log_uniform: [1e-5, 1e-3]}
-    model.freeze.layers: {choice: [0, 2, all]}
+    model.freeze.layers: {choice: [1, 2, all]}
   trials: 8
   budget: {minutes: 10}
 submit:
