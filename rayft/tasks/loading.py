@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rayft.errors import ModelError
 from rayft.models import hub_answers, without_weights
+from rayft.tasks.generation import saveable
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.task import Batch, Columns, Pretrained
 
@@ -125,6 +126,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
                 network = auto.from_config(config, **options)
             draw_parameters(network, [name for name, _ in network.named_parameters()], model.seed)
             network.rayft_drawn = _head(network)
+            saveable(network)
             return network
         with _drawing_one_by_one(model.seed):
             network, info = auto.from_pretrained(
@@ -140,6 +142,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     _refuse_quantized(model, network, _drawn(info))
     # What was drawn is the head: adapters must train it whole.
     network.rayft_drawn = draw_parameters(network, _drawn(info), model.seed)
+    saveable(network)
     return network
 
 

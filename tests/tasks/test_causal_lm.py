@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -896,3 +898,27 @@ def test_the_exported_folder_has_the_template_the_padding_and_the_end(
     assert plain.pad_token == "<eos>"
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [7, tokenizer.eos_token_id]
     assert task.pipeline() == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False, "temperature": None}),
+        ({"temperature": 0.0}, {"do_sample": None, "temperature": None}),
+        ({"early_stopping": True, "max_new_tokens": 9}, {"do_sample": None, "early_stopping": None, "max_new_tokens": 9}),
+        ({"do_sample": True, "top_k": 5, "length_penalty": 2.0}, {"do_sample": True, "top_k": 5, "length_penalty": None}),
+    ],
+)
+def test_settings_of_generation_that_contradict_each_other_do_not_keep_a_model_from_being_saved(
+    given: dict[str, Any], kept: dict[str, Any], folder: Callable[..., str], tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(folder("llama"), before)
+    (before / "generation_config.json").write_text(json.dumps(given))
+    task = CausalLM(max_length=64)
+    source = Pretrained(str(before))
+    network: Any = task.load(source, {}, task.processor(source))
+    network.save_pretrained(after)
+    found = AutoModelForCausalLM.from_pretrained(after).generation_config
+    assert {name: getattr(found, name) for name in kept} == kept
