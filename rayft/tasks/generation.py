@@ -1,9 +1,15 @@
-"""Which settings a model writes with: its own, as they can be saved."""
+"""Which settings a model writes with: its own, as they can be saved, or none but the most likely token."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
+
+from rayft.tasks.later import transformers
+
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def saveable(network: Any) -> None:
@@ -31,3 +37,20 @@ def _unfit(settings: Any) -> list[str]:
     except ValueError as fault:
         return re.findall(r"^- `(\w+)`: ", str(fault), re.MULTILINE)
     return []
+
+
+@contextlib.contextmanager
+def greedy(network: Any) -> Iterator[Any]:
+    """The network within adapters; of its own settings only `ENDS` hold here, and the most likely token is written.
+
+    What a call of `generate` leaves out is taken from the model's settings, penalties for repetition and forbidden
+    words too, and not all of them have a value that stands for none.
+    """
+    network = getattr(network, "get_base_model", lambda: network)()
+    own = network.generation_config
+    ends = {name: getattr(own, name) for name in ENDS}
+    network.generation_config = transformers.GenerationConfig(do_sample=False, num_beams=1, use_cache=True, **ends)
+    try:
+        yield network
+    finally:
+        network.generation_config = own

@@ -866,6 +866,22 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone(folder: Callable
         assert task.combine(together[:1]) == together[0]
 
 
+def test_the_models_own_settings_do_not_make_it_write_less_likely_tokens(folder: Callable[..., str]) -> None:
+    source = Pretrained(folder("llama"))
+    task = CausalLM(prompt="q", completion="a", max_length=64, max_new_tokens=12)
+    tokenizer = task.processor(source)
+    network: Any = task.load(source, {}, tokenizer).eval()
+    made = encode(task, tokenizer, {"q": SENTENCES}, labelled=False)
+    batch = task.collate(made.features, tokenizer, {})
+    plain = task.generate(network, batch, made.features, tokenizer, {})
+    own = network.generation_config
+    own.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, do_sample=True, temperature=9.0)
+    own.bad_words_ids = [[tokenizer(row["text"])["input_ids"][-1]] for row in plain if row["text"]]
+    for asked in (network, get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"]))):
+        assert task.generate(asked, batch, made.features, tokenizer, {}) == plain
+    assert network.generation_config is own
+
+
 def test_a_prompt_that_fills_the_positions_makes_room_for_the_answer(folder: Callable[..., str]) -> None:
     source = Pretrained(folder("gpt2"))
     task = CausalLM(max_length=128, max_new_tokens=20)
