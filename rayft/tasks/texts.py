@@ -37,6 +37,23 @@ def encode_texts(
     return Encoded(features, usable, [len(row) for row in ids], truncated=[usable[place] for place in cut], bad=bad)
 
 
+def broken(value: Any) -> str | None:
+    """What is wrong with the texts in a cell: a lone surrogate is half a character, and no tokenizer takes it.
+
+    JSON may hold one, where a text was cut within an emoji. None where all is well.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return None
+        try:
+            value.encode()
+        except UnicodeEncodeError as fault:
+            return f"holds \\u{ord(value[fault.start]):04x}, which is half a character; text needs whole ones"
+        return None
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next(filter(None, map(broken, parts)), None)
+
+
 def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:
     """Token columns of one or two columns of texts, and the places of the rows that were cut to `max_length`.
 

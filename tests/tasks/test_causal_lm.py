@@ -413,6 +413,7 @@ def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> Non
         (None, "`m`: a NoneType is no conversation"),
         ([], "`m`: an empty list is no conversation"),
         ("{broken", "`m`: the text is not JSON"),
+        (r'[{"role": "user", "content": "\ud83d"}]', r"`m`: the JSON holds \ud83d, which is half a character"),
         ('{"role": "user"}', "`m`: a dict is no conversation"),
         (
             [{"from": "human", "value": "x"}],
