@@ -202,6 +202,16 @@ def test_scores_of_several_labels_are_those_counted_by_hand() -> None:
     assert task.score([{"labels": []}], [[]])["accuracy"] == 1.0
 
 
+def test_the_scores_of_several_labels_are_those_of_each_label_where_only_one_occurs() -> None:
+    """One column of 0 and 1 is to scikit-learn a choice of two, and counts the rows without a label as right."""
+    task = TextClassification(multi_label=True)
+    truth = [[], [], [], ["a"]]
+    nothing = task.score([{"labels": []} for _ in truth], truth)
+    assert nothing == {"accuracy": 0.75, "f1_micro": 0.0, "f1_macro": 0.0}
+    half = task.score([{"labels": labels} for labels in ([], [], ["a"], ["a"])], truth)
+    assert half == {"accuracy": 0.75, "f1_micro": pytest.approx(2 / 3), "f1_macro": pytest.approx(2 / 3)}
+
+
 def test_predictions_name_the_label_and_its_probability() -> None:
     outputs = SimpleNamespace(logits=torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
     found = TextClassification().predict(outputs, {}, {}, None, HAM_SPAM)
