@@ -175,6 +175,9 @@ class MaskedLM(Task):
         tokens = [token for part in parts for token in part["tokens"]]
         return {"tokens": tokens, **{name: sum(part[name] for part in parts) for name in ("nll", "right")}}
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("pseudo_perplexity", "accuracy")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """pseudo_perplexity and accuracy, over all tokens that were asked for.
 

@@ -113,6 +113,9 @@ class SequenceRegression(Task):
         """{"score"}: the number."""
         return [{"score": score} for score in outputs.logits.detach().float().squeeze(-1).tolist()]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("spearman", "pearson", "mse")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """spearman and pearson, correlations between -1 and 1 (0 where all numbers are equal), and mse."""
         given = np.asarray([prediction["score"] for prediction in predictions])

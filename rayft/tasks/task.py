@@ -232,6 +232,10 @@ class Task(BaseModel):
         """The result of one source row from those of its features, in their order."""
         return parts[0]
 
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what `score` gives, in its order; where the rows lack what one is about, it may be left out."""
+        raise NotImplementedError
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """Metrics over the whole set, one prediction and one reference per source row; the first metric leads."""
         raise NotImplementedError

@@ -189,6 +189,9 @@ class TextClassification(Task):
         ]
         return [{"labels": [name for name, _ in row], "scores": [score for _, score in row]} for row in rows]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", *(("f1_micro", "f1_macro") if self.multi_label else ("f1_macro", "matthews")))
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """accuracy, f1_macro (over the labels that were predicted or true) and matthews, Matthews' correlation.
 

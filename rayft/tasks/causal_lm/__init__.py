@@ -25,7 +25,7 @@ from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.causal_lm.each import attend_each, make_known
 from rayft.tasks.causal_lm.greedy import continuations
-from rayft.tasks.causal_lm.likelihood import IGNORED, per_token, summed_loss
+from rayft.tasks.causal_lm.likelihood import IGNORED, learnable, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
 from rayft.tasks.causal_lm.words import pieces
 from rayft.tasks.later import torch, transformers
@@ -294,6 +294,9 @@ class CausalLM(Task):
         written = [part["text"] for part in parts if "text" in part]
         return sums | ({"text": written[-1]} if written else {})
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("perplexity", "token_accuracy", *(("exact_match", "asked") if self.answer_after is not None else ()))
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """perplexity (per token of this tokenizer) and token_accuracy (a share of 1), over all predicted tokens; with
         `answer_after` exact_match, the share of right answers among those asked for, whose number is `asked`."""
@@ -336,11 +339,6 @@ class CausalLM(Task):
         if learnable(labels):
             return f"nothing to learn from within the first {self.max_length} tokens"
         return next(reason for form, reason in NOTHING.items() if getattr(self, form) is not None)
-
-
-def learnable(labels: list[int]) -> bool:
-    """Whether any token is predicted: nothing comes before the first."""
-    return labels[1:].count(IGNORED) < len(labels) - 1
 
 
 def inner(model: Any) -> Any:

@@ -258,6 +258,10 @@ class QuestionAnswering(Task):
         total = sum(math.exp(score - max(rivals)) for score in rivals)
         return {"answer": answer, "score": math.exp(chosen - max(rivals)) / total, "start": left, "end": right}
 
+    def metrics(self) -> tuple[str, ...]:
+        parts = ("has_answer_f1", "has_answer_exact_match", "no_answer_accuracy")
+        return ("f1", "exact_match", *(parts if self.unanswerable else ()))
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """SQuAD's f1 and exact_match, from 0 to 100; with `unanswerable` by whether a row has an answer, too."""
         return scores(

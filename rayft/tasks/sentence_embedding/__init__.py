@@ -158,6 +158,9 @@ class SentenceEmbedding(Task):
         """{"embedding"}: the anchor's vector."""
         return [{"embedding": row} for row in _listed(embed(model, batch["anchor_ids"], batch["anchor_mask"]))]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("mrr", "accuracy_at_1", "recall_at_10", "loss")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """How well each anchor finds its positive among all positives and negatives of the set.
 

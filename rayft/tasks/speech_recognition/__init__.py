@@ -230,6 +230,9 @@ class SpeechRecognition(Task):
         texts = tokenizer.batch_decode(written[:, prompt.shape[1] :], skip_special_tokens=True)
         return [{"text": text.strip()} for text in texts]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("wer", "cer")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """wer and cer: words and letters that have to be put in, taken out or replaced, over those of the true texts.
 
