@@ -927,8 +927,14 @@ def test_the_exported_folder_has_the_template_the_padding_and_the_end(
         ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
         ({"do_sample": False, "temperature": 0.6}, {"do_sample": False, "temperature": None}),
         ({"temperature": 0.0}, {"do_sample": None, "temperature": None}),
-        ({"early_stopping": True, "max_new_tokens": 9}, {"do_sample": None, "early_stopping": None, "max_new_tokens": 9}),
-        ({"do_sample": True, "top_k": 5, "length_penalty": 2.0}, {"do_sample": True, "top_k": 5, "length_penalty": None}),
+        (
+            {"early_stopping": True, "max_new_tokens": 9},
+            {"do_sample": None, "early_stopping": None, "max_new_tokens": 9},
+        ),
+        (
+            {"do_sample": True, "top_k": 5, "length_penalty": 2.0},
+            {"do_sample": True, "top_k": 5, "length_penalty": None},
+        ),
     ],
 )
 def test_settings_of_generation_that_contradict_each_other_do_not_keep_a_model_from_being_saved(
