@@ -93,7 +93,7 @@ class Blocks:
 class Task(BaseModel):
     """One kind of fine-tuning. Subclasses add fields and `type: Literal["their-name"] = "their-name"`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Metric names whose smaller value is the better one; every other metric is better when larger.
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
