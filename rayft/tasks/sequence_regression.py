@@ -145,6 +145,8 @@ def number(value: Any, column: str) -> float:
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Pearson's; 0 where one of them does not vary, or there is one row alone."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:  # their mean may be rounded, so that something is left of them
+        return 0.0
     one, other = one - one.mean(), other - other.mean()
     size = float(np.sqrt((one @ one) * (other @ other)))
     return float(one @ other) / size if size > 0 else 0.0
