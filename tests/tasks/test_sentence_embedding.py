@@ -85,6 +85,14 @@ def test_texts_that_lie_equally_close_count_as_closer() -> None:
     }  # fmt: skip
 
 
+def test_vectors_that_are_no_numbers_find_nothing() -> None:
+    """No comparison with NaN holds, so that no candidate counted as closer."""
+    broken = np.full((12, 2), np.nan, np.float32)
+    scores = retrieval({"anchor": broken, "positive": broken}, np.arange(24).reshape(12, 2))
+    assert scores["accuracy_at_1"] == scores["recall_at_10"] == 0.0
+    assert scores["mrr"] < 0.1
+
+
 def test_loss_of_a_set_is_that_of_training_in_groups_of_rows_far_apart(tokenizer: Any) -> None:
     task = SentenceEmbedding(group_size=2)
     rows = {"anchor": ["a", "b", "c", "d"], "positive": ["e", "f", "g", "h i"]}
