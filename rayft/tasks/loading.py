@@ -65,12 +65,15 @@ def load_part(auto: Any, model: Pretrained, part: str) -> Any:
         return auto.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None = None, *, words: bool = False) -> Any:
-    """The tokenizer, with a padding token; `offsets_for` is what needs to know which characters a token covers.
+def load_tokenizer(
+    model: Pretrained, max_length: int, offsets_for: str | None = None, *, words: bool = False, pads: bool = True
+) -> Any:
+    """The tokenizer; `offsets_for` is what needs to know which characters a token covers.
 
-    With `words` it will be given words: one for which a blank belongs to the word behind it puts it there.
+    Where it `pads` it has a token for that. With `words` it will be given words: one for which a blank belongs to the
+    word behind it puts it there.
 
-    ModelError where the model has fewer positions than `max_length`, or where the tokenizer tells no such offsets.
+    ModelError where the model has fewer positions than `max_length`, or the tokenizer no such offsets or token.
     """
     config = load_config(model)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -97,6 +100,11 @@ def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None =
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    if tokenizer.pad_token is None and pads:
+        raise ModelError(
+            f"the tokenizer of {model.path} has neither a token to pad with nor an end of sequence; `pad_token` in its "
+            "tokenizer_config.json says which one pads"
+        )
     return tokenizer
 
 

@@ -116,7 +116,7 @@ class CausalLM(Task):
         return self._form.columns(labelled)
 
     def processor(self, model: Pretrained) -> Any:
-        """The tokenizer, with a padding token and, for conversations, a chat template.
+        """The tokenizer, for conversations with a chat template; what pads is masked, so that any token will do.
 
         ModelError where the model reads both ways, has fewer positions than `max_length`, or can't tell turns apart.
         """
@@ -128,7 +128,7 @@ class CausalLM(Task):
                 f"{model.path} ({config.model_type}) reads both ways; causal-lm needs a left-to-right model"
             )
         turns = "task.messages" if self.messages is not None else "task.chat" if self.chat else None
-        tokenizer = load_tokenizer(model, self.max_length, turns)
+        tokenizer = load_tokenizer(model, self.max_length, turns, pads=False)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         if turns is not None and not tokenizer.chat_template:
