@@ -20,9 +20,9 @@ from pydantic import Field
 
 from rayft.tasks.labels import fit_head
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
+from rayft.tasks.loading import from_pretrained, load_config, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
-from rayft.tasks.texts import encode_texts
+from rayft.tasks.texts import classifying_tokenizer, encode_texts
 
 NAMES = ["score"]  # what the head's only output is called
 MOST = 1e38  # as much as float32 holds
@@ -47,9 +47,7 @@ class SequenceRegression(Task):
 
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place."""
-        tokenizer = load_tokenizer(model, self.max_length)
-        tokenizer.model_max_length = self.max_length
-        return tokenizer
+        return classifying_tokenizer(model, self.max_length)
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
         """`token_type_ids` exist for pairs alone and are null where the tokenizer makes none; `label` is the number,

@@ -22,9 +22,9 @@ from pydantic import Field, field_validator, model_validator
 from rayft.errors import DataError
 from rayft.tasks.labels import fit_head, in_order, index_of, label_name, shown
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
+from rayft.tasks.loading import from_pretrained, load_config, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
-from rayft.tasks.texts import encode_texts
+from rayft.tasks.texts import classifying_tokenizer, encode_texts
 
 
 class TextClassification(Task):
@@ -66,9 +66,7 @@ class TextClassification(Task):
 
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place."""
-        tokenizer = load_tokenizer(model, self.max_length)
-        tokenizer.model_max_length = self.max_length
-        return tokenizer
+        return classifying_tokenizer(model, self.max_length)
 
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
         """{"labels": names in the order of their indices}: numbers in numerical order, other names alphabetically."""

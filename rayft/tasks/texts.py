@@ -7,7 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayft.tasks.later import transformers
-from rayft.tasks.task import Columns, Encoded, check_text
+from rayft.tasks.loading import load_config, load_tokenizer
+from rayft.tasks.task import Columns, Encoded, Pretrained, check_text
+
+
+def classifying_tokenizer(model: Pretrained, max_length: int) -> Any:
+    """The tokenizer of a model that tells something of a text, for texts of up to `max_length` tokens.
+
+    A model with a decoder (BART, T5) answers at the last end of sequence, and refuses a batch whose rows hold more and
+    fewer of them: to it what users write is never a special token.
+    """
+    tokenizer = load_tokenizer(model, max_length)
+    tokenizer.model_max_length = max_length
+    if getattr(load_config(model), "is_encoder_decoder", False):
+        tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True  # now, and when saved
+    return tokenizer
 
 
 def encode_texts(
