@@ -184,6 +184,7 @@ def test_the_text_column_is_the_default() -> None:
         ({"prompt": "{q!r}", "completion": "a"}, "columns' names in braces"),
         ({"prompt": "{q", "completion": "a"}, "expected '}'"),
         ({"text": "t", "answer_after": "####"}, "a text has none"),
+        ({"prompt": "q", "completion": "a", "answer_share": 0.5}, "answer_share is for answers that are counted"),
         ({"messages": "m", "chat": True}, "chat makes turns of prompt and completion"),
         ({"max_length": 1}, "greater than or equal to 2"),
     ],

@@ -366,7 +366,15 @@ def test_classifier_becomes_a_model_of_two_outputs(encoder: str, tokenizer: Any)
     assert not torch.equal(network.qa_outputs.weight, other.qa_outputs.weight)
 
 
-@pytest.mark.parametrize("fields", [{"max_length": 64}, {"max_length": 100, "stride": 100}, {"max_answer_length": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_length": 64},
+        {"max_length": 100, "stride": 100},
+        {"max_answer_length": 0},
+        {"null_threshold": 1.0},  # without questions that have no answer
+    ],
+)
 def test_impossible_fields_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         QuestionAnswering(**fields)

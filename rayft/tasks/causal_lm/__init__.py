@@ -110,6 +110,8 @@ class CausalLM(Task):
             )
         if self.answer_after is not None and self.text is not None:
             raise ValueError("answer_after looks into completions, and a text has none; leave it out")
+        if self.answer_after is None and self.answer_share != 1.0:
+            raise ValueError("answer_share is for answers that are counted; give answer_after, or leave it out")
         return self
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:

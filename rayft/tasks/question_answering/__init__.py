@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_tokenizer, pad, padded
@@ -55,6 +55,12 @@ class QuestionAnswering(Task):
         if value >= window:
             raise ValueError(f"must be less than max_length, which is {window}, or windows would not move on")
         return value
+
+    @model_validator(mode="after")
+    def _threshold_of_something(self) -> QuestionAnswering:
+        if self.null_threshold and not self.unanswerable:
+            raise ValueError("null_threshold is for questions without an answer; set unanswerable, or leave it out")
+        return self
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.question, self.context, self.answers) if labelled else (self.question, self.context)
