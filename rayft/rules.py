@@ -6,6 +6,7 @@ that one mistake gives one fault. None stands for a field whose section is null.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -158,6 +159,18 @@ def cache_needs_fixed_depth(
         yield Fault("model.cache_frozen", wrong, show(cache), "`auto` or `off` fits")
 
 
+def metrics_are_what_the_task_scores(task: Any, *named: str | None) -> Faults:
+    """`named` have their `eval_`; the loss is always known."""
+    known = [f"eval_{name}" for name in dict.fromkeys((*task.metrics(), "loss"))]
+    for where, metric in zip(METRICS, named, strict=True):
+        if metric is not None and metric not in known:
+            near = next(iter(difflib.get_close_matches(metric, known, 1)), None)
+            yield Fault(where, "not a score of this task", show(metric), f"{', '.join(known)} fit", near)
+
+
+METRICS = ("train.metric", "train.early_stopping.metric", "tune.metric")
+
+
 def offload_needs_sharding(offload: str, stage: int | str) -> Faults:
     least = {"none": 0, "optimizer": 1, "parameters": 3}[offload]
     if isinstance(stage, int) and stage < least:
@@ -280,6 +293,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
         ("model.cache_frozen", "model.unfreeze_every", "model.freeze", "model.compile", "tune", "task"),
         cache_needs_fixed_depth,
     ),
+    (("task", *METRICS), metrics_are_what_the_task_scores),
     (("deepspeed.offload", "deepspeed.zero_stage"), offload_needs_sharding),
     (("model.compile", "deepspeed.zero_stage", "deepspeed.offload"), compiling_needs_whole_weights),
     (("deepspeed.extra",), extra_leaves_ours_alone),

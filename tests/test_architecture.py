@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "rules",
         "tasks.task",
         "tasks.later",
+        "tasks.generation",
         "tasks.loading",
         "tasks.logits",
         "tasks.labels",

@@ -82,6 +82,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.path": "https://me@host/m"}, "model.path"),
     ({"data.test": ["t.csv", "s3://key:secret@bucket/t.csv"]}, "data.test"),
     ({"tune": {"search": {"train.seed": {"choice": [1]}}}}, "tune.trials"),
+    ({"train.metric": "matthew"}, "train.metric"),
+    ({"train.early_stopping": {"metric": "eval_f1", "patience": 1}}, "train.early_stopping.metric"),
+    ({"tune": {"search": {"train.seed": {"choice": [1]}}, "trials": 1, "metric": "f1_micro"}}, "tune.metric"),
     (
         {"tune": {"search": {"train.learning_rate": {"uniform": [0.1, 0.2]}}, "sampler": "grid"}},
         "tune.search.train.learning_rate",
@@ -129,6 +132,8 @@ PASSED: list[dict[str, Any]] = [
     {"model.attention": "sdpa"},
     {"model.attention": "flash_attention_2", "cluster.gpus_per_worker": 1},
     {"data.columns": {"a": "text", "b": "label"}},
+    {"train.metric": "matthews", "train.early_stopping": {"metric": "eval_loss", "patience": 1}},
+    {"train.metric": "f1_micro", "task": {"type": "text-classification", "multi_label": True}},
     {"data.train": "s3://bucket/a@b.csv"},
     {"tune": {"search": {"train.seed": {"choice": [1]}}, "sampler": "grid"}},
     {"tune": {"search": {"train.seed": {"choice": [1]}}, "trials": 3}},
@@ -181,6 +186,15 @@ def test_a_fault_of_groups_names_both_numbers() -> None:
     task = {**COUPLED, "group_size": 4}
     (fault,) = rules.broken(unchecked({"task": task, "model.batch_norm_rows": 6}), ())
     assert "whole groups of 12 rows, which the task and model.batch_norm_rows couple, got 32" in str(fault)
+
+
+def test_a_fault_of_a_metric_names_those_that_there_are_and_the_nearest() -> None:
+    """It was found after the first evaluation, which may be hours after the start."""
+    (fault,) = rules.broken(unchecked({"train.metric": "matthew"}), ())
+    assert str(fault) == (
+        "train.metric: not a score of this task, got 'eval_matthew'; eval_accuracy, eval_f1_macro, eval_matthews, "
+        "eval_loss fit; did you mean `eval_matthews`?"
+    )
 
 
 def test_each_rule_refuses_something() -> None:

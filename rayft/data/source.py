@@ -21,6 +21,7 @@ from rayft.data import classes, formats, hub
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.storage import Entry
+from rayft.tasks.texts import broken
 
 TABLES = ("csv", "tsv", "json", "jsonl", "parquet")
 FORMATS = (*TABLES, "txt")
@@ -194,8 +195,9 @@ def _add(
             value = row.values[name]
             values[ours] = _resolved(folder, value) if folder and name == FILE_NAME else value
     missing = [ours for ours in columns if ours not in values]
-    if missing:
-        reason = _unknown(theirs[missing[0]][0], row.values)
+    halved = [f"`{ours}` {fault}" for ours, value in values.items() if (fault := broken(value))]
+    if missing or halved:
+        reason = _unknown(theirs[missing[0]][0], row.values) if missing else halved[0]
         batch.bad.append(BadRow(path, row.number, reason, row.line))
         return
     count = len(batch.numbers)

@@ -10,6 +10,7 @@ from rayft.tasks.task import Task
 PARTS = (
     "task",
     "later",
+    "generation",
     "loading",
     "labels",
     "logits",

@@ -185,6 +185,9 @@ class ImageClassification(Task):
         scores, indices = (found.tolist() for found in outputs.logits.detach().float().softmax(dim=-1).max(dim=-1))
         return [{"label": facts["labels"][index], "score": score} for index, score in zip(indices, scores, strict=True)]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", "f1_macro")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """accuracy, and f1_macro over the labels that were predicted or true; both are shares of 1."""
         from sklearn.metrics import accuracy_score, f1_score

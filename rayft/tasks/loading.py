@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rayft.errors import ModelError
 from rayft.models import hub_answers, without_weights
+from rayft.tasks.generation import saveable
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.task import Batch, Columns, Pretrained
 
@@ -64,12 +65,15 @@ def load_part(auto: Any, model: Pretrained, part: str) -> Any:
         return auto.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None = None, *, words: bool = False) -> Any:
-    """The tokenizer, with a padding token; `offsets_for` is what needs to know which characters a token covers.
+def load_tokenizer(
+    model: Pretrained, max_length: int, offsets_for: str | None = None, *, words: bool = False, pads: bool = True
+) -> Any:
+    """The tokenizer; `offsets_for` is what needs to know which characters a token covers.
 
-    With `words` it will be given words: one for which a blank belongs to the word behind it puts it there.
+    Where it `pads` it has a token for that. With `words` it will be given words: one for which a blank belongs to the
+    word behind it puts it there.
 
-    ModelError where the model has fewer positions than `max_length`, or where the tokenizer tells no such offsets.
+    ModelError where the model has fewer positions than `max_length`, or the tokenizer no such offsets or token.
     """
     config = load_config(model)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -96,6 +100,11 @@ def load_tokenizer(model: Pretrained, max_length: int, offsets_for: str | None =
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    if tokenizer.pad_token is None and pads:
+        raise ModelError(
+            f"the tokenizer of {model.path} has neither a token to pad with nor an end of sequence; `pad_token` in its "
+            "tokenizer_config.json says which one pads"
+        )
     return tokenizer
 
 
@@ -126,6 +135,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
                 network = auto.from_config(config, **options)
             draw_parameters(network, [name for name, _ in network.named_parameters()], model.seed)
             network.rayft_drawn = _head(network)
+            saveable(network)
             return network
         with _drawing_one_by_one(model.seed):
             network, info = auto.from_pretrained(
@@ -141,6 +151,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     _refuse_quantized(model, network, _drawn(info))
     # What was drawn is the head: adapters must train it whole.
     network.rayft_drawn = draw_parameters(network, _drawn(info), model.seed)
+    saveable(network)
     return network
 
 

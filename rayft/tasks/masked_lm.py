@@ -68,7 +68,7 @@ class MaskedLM(Task):
     def encode(
         self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
     ) -> Encoded:
-        """References are None, since the tokens are the truth. labelled=False asks for the mask tokens of a text."""
+        """References are None, since the tokens are the truth. labelled=False asks for a text's mask tokens alone."""
         encoded = Encoded(
             {name: [] for name in self.arrow_schema(evaluation).names}, [], [], [] if evaluation else None
         )
@@ -96,11 +96,11 @@ class MaskedLM(Task):
                 words = [-1 if word < 0 else token for token, word in enumerate(words)]
             if max(words) < 0:
                 continue
-            asked = [token for token, number in enumerate(ids) if number == mask]
-            if labelled or not asked:
+            if labelled:
                 masked, draws = drawn(words, self.mask_share, _generator(ids))
             else:
-                masked, draws = asked, [SEEN] * len(asked)
+                masked = [token for token, number in enumerate(ids) if number == mask]
+                draws = [SEEN] * len(masked)
             feature = {"input_ids": ids, "words": words, "masked": masked, "draws": draws}
             for name, values in encoded.features.items():
                 values.append(feature[name])
@@ -158,22 +158,28 @@ class MaskedLM(Task):
     def predict(
         self, outputs: Any, batch: Batch, features: Columns, processor: Any, facts: dict[str, Any]
     ) -> list[Prediction]:
-        """{"tokens", "nll", "right"}: the best at each place that is asked for; over all the negative log-likelihood
-        of the true ones, and how many of the best are true."""
+        """{"tokens"}: the best at each place that is asked for; where the text tells the true ones, also {"nll",
+        "right"}: over all their negative log-likelihood, and how many of the best are true."""
         predictions = []
         asked = batch["labels"] != IGNORED
         for row, logits in enumerate(outputs.detach().float().split(asked.sum(dim=1).tolist())):
             labels = batch["labels"][row][asked[row]]
             best = logits.argmax(dim=-1)
-            nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            tokens = processor.convert_ids_to_tokens(best.tolist())
-            predictions.append({"tokens": tokens, "nll": float(nll), "right": int((best == labels).sum())})
+            found: Prediction = {"tokens": processor.convert_ids_to_tokens(best.tolist())}
+            if any(draw != SEEN for draw in features["draws"][row]):  # else the masks are the user's own
+                nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                found |= {"nll": float(nll), "right": int((best == labels).sum())}
+            predictions.append(found)
         return predictions
 
     def combine(self, parts: list[Prediction]) -> Prediction:
         """The same of all windows."""
         tokens = [token for part in parts for token in part["tokens"]]
-        return {"tokens": tokens, **{name: sum(part[name] for part in parts) for name in ("nll", "right")}}
+        sums = (name for name in ("nll", "right") if name in parts[0])
+        return {"tokens": tokens, **{name: sum(part[name] for part in parts) for name in sums}}
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("pseudo_perplexity", "accuracy")
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """pseudo_perplexity and accuracy, over all tokens that were asked for.

@@ -20,9 +20,9 @@ from pydantic import Field
 
 from rayft.tasks.labels import fit_head, known_labels
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
+from rayft.tasks.loading import from_pretrained, load_config, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
-from rayft.tasks.texts import encode_texts
+from rayft.tasks.texts import classifying_tokenizer, encode_texts
 
 NAMES = ["score"]  # what the head's only output is called
 MOST = 1e38  # as much as float32 holds
@@ -48,9 +48,7 @@ class SequenceRegression(Task):
 
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place."""
-        tokenizer = load_tokenizer(model, self.max_length)
-        tokenizer.model_max_length = self.max_length
-        return tokenizer
+        return classifying_tokenizer(model, self.max_length)
 
     def arrow_schema(self, evaluation: bool) -> pa.Schema:
         """`token_type_ids` exist for pairs alone and are null where the tokenizer makes none; `label` is the number,
@@ -114,6 +112,9 @@ class SequenceRegression(Task):
         """{"score"}: the number."""
         return [{"score": score} for score in outputs.logits.detach().float().squeeze(-1).tolist()]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("spearman", "pearson", "mse")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """spearman and pearson, correlations between -1 and 1 (0 where all numbers are equal), and mse."""
         given = np.asarray([prediction["score"] for prediction in predictions])
@@ -143,6 +144,8 @@ def number(value: Any, column: str) -> float:
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Pearson's; 0 where one of them does not vary, or there is one row alone."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:  # their mean may be rounded, so that something is left of them
+        return 0.0
     one, other = one - one.mean(), other - other.mean()
     size = float(np.sqrt((one @ one) * (other @ other)))
     return float(one @ other) / size if size > 0 else 0.0

@@ -93,7 +93,7 @@ class Blocks:
 class Task(BaseModel):
     """One kind of fine-tuning. Subclasses add fields and `type: Literal["their-name"] = "their-name"`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Metric names whose smaller value is the better one; every other metric is better when larger.
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
@@ -237,6 +237,10 @@ class Task(BaseModel):
     def combine(self, parts: list[Prediction]) -> Prediction:
         """The result of one source row from those of its features, in their order."""
         return parts[0]
+
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what `score` gives, in its order; where the rows lack what one is about, it may be left out."""
+        raise NotImplementedError
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """Metrics over the whole set, one prediction and one reference per source row; the first metric leads."""

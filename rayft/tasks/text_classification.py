@@ -22,9 +22,9 @@ from pydantic import Field, field_validator, model_validator
 from rayft.errors import DataError
 from rayft.tasks.labels import fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, padded
+from rayft.tasks.loading import from_pretrained, load_config, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
-from rayft.tasks.texts import encode_texts
+from rayft.tasks.texts import classifying_tokenizer, encode_texts
 
 
 class TextClassification(Task):
@@ -66,9 +66,7 @@ class TextClassification(Task):
 
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place."""
-        tokenizer = load_tokenizer(model, self.max_length)
-        tokenizer.model_max_length = self.max_length
-        return tokenizer
+        return classifying_tokenizer(model, self.max_length)
 
     def facts(self, rows: Iterable[Columns]) -> dict[str, Any]:
         """{"labels": names in the order of their indices}: numbers in numerical order, other names alphabetically."""
@@ -189,6 +187,9 @@ class TextClassification(Task):
         ]
         return [{"labels": [name for name, _ in row], "scores": [score for _, score in row]} for row in rows]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", *(("f1_micro", "f1_macro") if self.multi_label else ("f1_macro", "matthews")))
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """accuracy, f1_macro (over the labels that were predicted or true) and matthews, Matthews' correlation.
 
@@ -211,10 +212,12 @@ class TextClassification(Task):
             return {"accuracy": 1.0, "f1_micro": 0.0, "f1_macro": 0.0}
         binarizer = MultiLabelBinarizer(classes=seen)
         truth, given = binarizer.fit_transform(truth), binarizer.transform(given)
+        # Not scikit-learn's f1_score: to it one column alone is a choice of two, of which "no label" is one.
+        right, named = 2 * (truth & given).sum(axis=0), truth.sum(axis=0) + given.sum(axis=0)
         return {
-            "accuracy": float(accuracy_score(truth, given)),
-            "f1_micro": float(f1_score(truth, given, average="micro", zero_division=0)),
-            "f1_macro": float(f1_score(truth, given, average="macro", zero_division=0)),
+            "accuracy": float((truth == given).all(axis=1).mean()),
+            "f1_micro": float(right.sum() / named.sum()),
+            "f1_macro": float((right / named).mean()),
         }
 
     def pipeline(self) -> str | None:

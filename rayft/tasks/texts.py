@@ -7,7 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayft.tasks.later import transformers
-from rayft.tasks.task import Columns, Encoded, check_text
+from rayft.tasks.loading import load_config, load_tokenizer
+from rayft.tasks.task import Columns, Encoded, Pretrained, check_text
+
+
+def classifying_tokenizer(model: Pretrained, max_length: int) -> Any:
+    """The tokenizer of a model that tells something of a text, for texts of up to `max_length` tokens.
+
+    A model with a decoder (BART, T5) answers at the last end of sequence, and refuses a batch whose rows hold more and
+    fewer of them: to it what users write is never a special token.
+    """
+    tokenizer = load_tokenizer(model, max_length)
+    tokenizer.model_max_length = max_length
+    if getattr(load_config(model), "is_encoder_decoder", False):
+        tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True  # now, and when saved
+    return tokenizer
 
 
 def encode_texts(
@@ -35,6 +49,23 @@ def encode_texts(
         features["token_type_ids"] = tokens.get("token_type_ids", [None] * len(ids))
     features["label"] = list(labels.values())
     return Encoded(features, usable, [len(row) for row in ids], truncated=[usable[place] for place in cut], bad=bad)
+
+
+def broken(value: Any) -> str | None:
+    """What is wrong with the texts in a cell: a lone surrogate is half a character, and no tokenizer takes it.
+
+    JSON may hold one, where a text was cut within an emoji. None where all is well.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return None
+        try:
+            value.encode()
+        except UnicodeEncodeError as fault:
+            return f"holds \\u{ord(value[fault.start]):04x}, which is half a character; text needs whole ones"
+        return None
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next(filter(None, map(broken, parts)), None)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> tuple[dict[str, list[Any]], list[int]]:

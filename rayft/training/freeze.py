@@ -179,14 +179,14 @@ def adapted(network: torch.nn.Module, recipe: Recipe, blocks: Blocks, new: Itera
 def adapt(
     network: torch.nn.Module, lora: Lora, new: Iterable[str], seed: int, below: Sequence[str] = ()
 ) -> torch.nn.Module:
-    """Wraps `network` with low-rank adapters (Hu et al. 2021, by peft); parameters `new` to the checkpoint learn whole.
+    """Wraps `network` with low-rank adapters (Hu et al. 2021, by peft); what is `new` to the checkpoint learns whole.
 
     Modules `below` get none. Adapter matrices are drawn from (seed, name). What learns is float32, whatever the dtype
     of the model below.
     """
     from peft import LoraConfig, get_peft_model
 
-    heads = sorted({name.rpartition(".")[0] for name in new})
+    heads = _heads(network, new)
     targets = list(lora.targets) if lora.targets else _linear_names(network, heads)
     if below:
         targets = _above(network, targets, below)
@@ -208,6 +208,25 @@ def adapt(
             if "lora_A" in name or "lora_embedding_B" in name:  # their partners are zero
                 _draw_adapter(parameter, name, seed)
     return wrapped
+
+
+def _heads(network: torch.nn.Module, new: Iterable[str]) -> list[str]:
+    """The outermost modules that hold parameters `new`, which learn as copies.
+
+    A module with a tensor that is tied to one outside it is left out: its copy would be tied no more, and a copy of the
+    embeddings is as large as they are. Of an encoder's head for its vocabulary that leaves all but the output layer.
+    """
+    holders: dict[int, set[str]] = {}  # of each tensor, its names
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), set()).add(name)
+    tied = [names for names in holders.values() if len(names) > 1]
+    found: list[str] = []
+    for module in sorted({name.rpartition(".")[0] for name in new}):
+        inside = module + "."
+        whole = all(len({name.startswith(inside) for name in names}) == 1 for names in tied)
+        if whole and not any(inside.startswith(head + ".") for head in found):
+            found.append(module)
+    return found
 
 
 def _above(network: torch.nn.Module, targets: Sequence[str], below: Sequence[str]) -> list[str]:

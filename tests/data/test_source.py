@@ -65,6 +65,25 @@ def test_faults_of_rows_name_row_and_line_and_end_nothing(tmp_path: Path) -> Non
     ]
 
 
+def test_a_row_with_half_a_character_is_bad_wherever_in_its_cells_that_is(tmp_path: Path) -> None:
+    """Tokenizers raise a TypeError about it, which names neither file nor row."""
+    cells = [r'"\ud83d\ude00 é"', r'"cut \ud83d"', r'[{"role": "user", "content": "\ude00"}]', r'["a", "\udfff"]', "1"]
+    lines = [f'{{"text": {cell}, "unused": "\\ud83d"}}' for cell in cells]
+    for path in (
+        written(tmp_path / "a.jsonl", "\n".join(lines)),
+        written(tmp_path / "a.json", f"[{', '.join(lines)}]"),
+        written(tmp_path / "b.json", f'{{"data": [{", ".join(lines)}]}}'),
+    ):
+        rows = everything(path)
+        assert rows.columns == {"text": ["😀 é", 1]}
+        assert [row.row for row in rows.bad] == [1, 2, 3]
+        assert all("\ud83d" not in str(row) for row in rows.bad)
+    assert faults(tmp_path / "a.jsonl") == [
+        rf"row {number} (line {number}): `text` holds {half}, which is half a character; text needs whole ones"
+        for number, half in ((2, r"\ud83d"), (3, r"\ude00"), (4, r"\udfff"))
+    ]
+
+
 def test_a_large_parquet_file_is_cut_into_runs_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"text": [f"row {i}" for i in range(1000)], "nested": [{"a": [i]} for i in range(1000)]})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,6 +184,7 @@ def test_the_text_column_is_the_default() -> None:
         ({"prompt": "{q!r}", "completion": "a"}, "columns' names in braces"),
         ({"prompt": "{q", "completion": "a"}, "expected '}'"),
         ({"text": "t", "answer_after": "####"}, "a text has none"),
+        ({"prompt": "q", "completion": "a", "answer_share": 0.5}, "answer_share is for answers that are counted"),
         ({"messages": "m", "chat": True}, "chat makes turns of prompt and completion"),
         ({"max_length": 1}, "greater than or equal to 2"),
     ],
@@ -411,6 +414,7 @@ def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> Non
         (None, "`m`: a NoneType is no conversation"),
         ([], "`m`: an empty list is no conversation"),
         ("{broken", "`m`: the text is not JSON"),
+        (r'[{"role": "user", "content": "\ud83d"}]', r"`m`: the JSON holds \ud83d, which is half a character"),
         ('{"role": "user"}', "`m`: a dict is no conversation"),
         (
             [{"from": "human", "value": "x"}],
@@ -489,6 +493,10 @@ def test_a_chat_of_prompt_and_completion_is_that_conversation() -> None:
         ("#### 1e3", "1000"),
         ("#### ten o'clock", "teno'clock"),
         ("#### NaN", "NaN"),
+        ("#### 7e1234567", "7e1234567"),
+        ("#### -0.70E+999999999", "-7e999999998"),
+        ("#### 0e99999999", "0"),
+        (f"#### {10**40 + 1}.50", f"{10**40 + 1}.5"),
         ("####", ""),
         ("42", None),
     ],
@@ -864,6 +872,22 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone(folder: Callable
         assert task.combine(together[:1]) == together[0]
 
 
+def test_the_models_own_settings_do_not_make_it_write_less_likely_tokens(folder: Callable[..., str]) -> None:
+    source = Pretrained(folder("llama"))
+    task = CausalLM(prompt="q", completion="a", max_length=64, max_new_tokens=12)
+    tokenizer = task.processor(source)
+    network: Any = task.load(source, {}, tokenizer).eval()
+    made = encode(task, tokenizer, {"q": SENTENCES}, labelled=False)
+    batch = task.collate(made.features, tokenizer, {})
+    plain = task.generate(network, batch, made.features, tokenizer, {})
+    own = network.generation_config
+    own.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, do_sample=True, temperature=9.0)
+    own.bad_words_ids = [[tokenizer(row["text"])["input_ids"][-1]] for row in plain if row["text"]]
+    for asked in (network, get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"]))):
+        assert task.generate(asked, batch, made.features, tokenizer, {}) == plain
+    assert network.generation_config is own
+
+
 def test_a_prompt_that_fills_the_positions_makes_room_for_the_answer(folder: Callable[..., str]) -> None:
     source = Pretrained(folder("gpt2"))
     task = CausalLM(max_length=128, max_new_tokens=20)
@@ -896,3 +920,33 @@ def test_the_exported_folder_has_the_template_the_padding_and_the_end(
     assert plain.pad_token == "<eos>"
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [7, tokenizer.eos_token_id]
     assert task.pipeline() == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False, "temperature": None}),
+        ({"temperature": 0.0}, {"do_sample": None, "temperature": None}),
+        (
+            {"early_stopping": True, "max_new_tokens": 9},
+            {"do_sample": None, "early_stopping": None, "max_new_tokens": 9},
+        ),
+        (
+            {"do_sample": True, "top_k": 5, "length_penalty": 2.0},
+            {"do_sample": True, "top_k": 5, "length_penalty": None},
+        ),
+    ],
+)
+def test_settings_of_generation_that_contradict_each_other_do_not_keep_a_model_from_being_saved(
+    given: dict[str, Any], kept: dict[str, Any], folder: Callable[..., str], tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(folder("llama"), before)
+    (before / "generation_config.json").write_text(json.dumps(given))
+    task = CausalLM(max_length=64)
+    source = Pretrained(str(before))
+    network: Any = task.load(source, {}, task.processor(source))
+    network.save_pretrained(after)
+    found = AutoModelForCausalLM.from_pretrained(after).generation_config
+    assert {name: getattr(found, name) for name in kept} == kept

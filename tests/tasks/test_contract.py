@@ -420,6 +420,7 @@ def test_scores_are_numbers_and_the_first_is_the_one_that_leads(loaded: Loaded) 
     references = [made.references[made.rows.index(row)] for row in sorted(set(made.rows))]
     scores = loaded.task.score(predictions(loaded, made), references)
     assert next(iter(scores)) == loaded.task.first_metric
+    assert tuple(scores) == loaded.task.metrics()
     assert ("loss" in scores) == (loaded.task.coupled() > 1)  # rows that know of each other have no loss of their own
     assert all(isinstance(value, float) and math.isfinite(value) for value in scores.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,8 @@ def test_weights_of_unknown_classes_and_bad_fields_are_refused() -> None:
     for fields in (
         {"labels": ["a"]},
         {"class_weights": {"a": 0.0}},
+        {"class_weights": {"a": math.nan}},
+        {"class_weights": {"a": math.inf}},
         {"augment": {"crop": 0}},
         {"augment": {"flop": 1}},
     ):

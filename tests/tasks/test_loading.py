@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     OPTConfig,
@@ -76,6 +77,18 @@ def test_a_tokenizer_without_files_is_a_sentence(kind: str, tmp_path: Path) -> N
     path = folder_with(tmp_path, {"model_type": kind})
     with pytest.raises(ModelError, match="has no tokenizer files that can be read; a folder with tokenizer"):
         load_tokenizer(Pretrained(path), 16)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_a_sentence(tmp_path: Path) -> None:
+    """It raised a TypeError where the first batch was padded."""
+    folder_with(tmp_path, {"model_type": "bert", **SIZES})
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    source = Pretrained(str(tmp_path))
+    with pytest.raises(ModelError, match=r"neither a token to pad with nor an end of sequence; `pad_token` in its"):
+        load_tokenizer(source, 16)
+    assert load_tokenizer(source, 16, pads=False).pad_token is None
 
 
 def test_a_hub_id_without_a_network_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,31 @@ def test_a_user_asks_for_the_masks_of_his_text(tokenizer: Any) -> None:
     assert int((batch["labels"] != IGNORED).sum()) == 2
 
 
+def test_a_user_who_asks_for_nothing_is_told_nothing_and_no_one_knows_what_is_right(tokenizer: Any) -> None:
+    """Windows without a mask were asked for words drawn at random, among the answers to the user's own."""
+    text = "Some words that go on and on. " * 3 + f"The {tokenizer.mask_token}."
+    rows = {"text": [text, "Nothing is missing."]}
+    task = MaskedLM(max_length=16)
+    made = task.encode(rows, tokenizer, {}, evaluation=True, labelled=False)
+    assert made.rows == [0, 0, 1]
+    assert [len(places) for places in made.features["masked"]] == [0, 1, 0]
+    config = hf.BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.vocab_size = len(tokenizer)
+    network = hf.AutoModelForMaskedLM.from_config(config).eval()
+
+    def told(places: list[int]) -> list[Any]:
+        features = {name: [values[place] for place in places] for name, values in made.features.items()}
+        batch = task.collate(features, tokenizer, {})
+        with torch.no_grad():
+            return task.predict(task.forward(network, batch), batch, features, tokenizer, {})
+
+    first, second, nothing = told([0, 1, 2])
+    assert told([2]) == [nothing] == [{"tokens": []}]
+    assert task.combine([first, second]) == second
+    assert second.keys() == {"tokens"}
+    assert len(second["tokens"]) == 1
+
+
 @pytest.mark.parametrize(
     "config",
     [

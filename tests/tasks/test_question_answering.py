@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +47,7 @@ def small(**fields: Any) -> QuestionAnswering:
 
 def one_row(context: str, answer: str | None, start: int = 0, question: str = "where?") -> dict[str, list[Any]]:
     answers = {"text": [], "answer_start": []} if answer is None else {"text": [answer], "answer_start": [start]}
-    return {"id": ["q1"], "question": [question], "context": [context], "answers": [answers]}
+    return {"question": [question], "context": [context], "answers": [answers]}
 
 
 def labelled_text(features: dict[str, list[Any]], window: int) -> str:
@@ -118,7 +119,14 @@ def test_answers_are_read_in_every_form(tokenizer: Any, answers: Any) -> None:
     rows = {"question": ["where?"], "context": ["alpha bravo charlie"], "answers": [answers]}
     made = small().encode(rows, tokenizer, {}, evaluation=True)
     assert labelled_text(made.features, 0) == "bravo"
-    assert made.references == [{"id": None, "answers": ["bravo"]}]
+    assert made.references == [["bravo"]]
+
+
+def test_a_column_of_ids_of_any_kind_is_not_looked_at(tokenizer: Any) -> None:
+    """A timestamp among the references, which are kept as JSON, ended the preparation."""
+    rows = {**one_row("alpha bravo charlie", "bravo", 6), "id": [datetime.now(UTC)]}
+    assert json.loads(json.dumps(small().encode(rows, tokenizer, {}, evaluation=True).references)) == [["bravo"]]
+    assert "id" not in {*small().columns(), *small().optional_columns()}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,7 @@ def test_answer_that_fits_no_window_is_not_trained_as_none(tokenizer: Any) -> No
     training = small().encode(rows, tokenizer, {}, evaluation=False)
     assert training.dropped == {0: "no window holds the whole answer"}
     assert training.rows == []
-    assert small().encode(rows, tokenizer, {}, evaluation=True).references[0]["answers"] == [answer]
+    assert small().encode(rows, tokenizer, {}, evaluation=True).references[0] == [answer]
 
 
 def test_unanswerable_rows_point_at_the_first_token(tokenizer: Any) -> None:
@@ -330,7 +338,7 @@ def test_words_that_count(text: str, words: list[str]) -> None:
     ],
 )
 def test_scores_follow_the_definition_of_squad(given: str, true: list[str], f1: float, exact: float) -> None:
-    scores = QuestionAnswering().score([{"answer": given}], [{"id": None, "answers": true}])
+    scores = QuestionAnswering().score([{"answer": given}], [true])
     assert list(scores) == ["f1", "exact_match"]
     assert scores == {"f1": pytest.approx(f1), "exact_match": pytest.approx(exact)}
 
@@ -338,9 +346,7 @@ def test_scores_follow_the_definition_of_squad(given: str, true: list[str], f1: 
 def test_scores_of_unanswerable_questions_follow_the_definition_of_squad_2() -> None:
     given = ["Denver", "", "Paris", ""]
     true = [["Denver Broncos"], [], [], ["the", "Rome"]]  # "the" does not count as an answer
-    scores = QuestionAnswering(unanswerable=True).score(
-        [{"answer": text} for text in given], [{"id": None, "answers": texts} for texts in true]
-    )
+    scores = QuestionAnswering(unanswerable=True).score([{"answer": text} for text in given], true)
     assert scores == {
         "f1": pytest.approx(100 * (2 / 3 + 1 + 0 + 0) / 4),
         "exact_match": pytest.approx(25.0),
@@ -360,7 +366,15 @@ def test_classifier_becomes_a_model_of_two_outputs(encoder: str, tokenizer: Any)
     assert not torch.equal(network.qa_outputs.weight, other.qa_outputs.weight)
 
 
-@pytest.mark.parametrize("fields", [{"max_length": 64}, {"max_length": 100, "stride": 100}, {"max_answer_length": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_length": 64},
+        {"max_length": 100, "stride": 100},
+        {"max_answer_length": 0},
+        {"null_threshold": 1.0},  # without questions that have no answer
+    ],
+)
 def test_impossible_fields_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         QuestionAnswering(**fields)

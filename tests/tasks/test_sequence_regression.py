@@ -61,6 +61,8 @@ def test_scores_are_those_of_scipy_with_equal_numbers_too() -> None:
 
 def test_answers_that_do_not_vary_correlate_with_nothing() -> None:
     assert SequenceRegression().score([{"score": 1.0}] * 3, [1.0, 2.0, 3.0])["spearman"] == 0.0
+    for value in (0.1, 0.7, 3.3):  # the mean of seven is not each of them, to the last digit
+        assert SequenceRegression().score([{"score": value}] * 7, [value] * 7)["pearson"] == 0.0
     assert SequenceRegression().score([{"score": 1.0}], [3.0]) == {"spearman": 0.0, "pearson": 0.0, "mse": 4.0}
 
 

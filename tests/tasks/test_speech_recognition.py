@@ -178,6 +178,8 @@ def test_a_writer_writes_what_its_own_generate_does(folders: dict[str, str]) -> 
     expected = processor.tokenizer(FACTS).batch_decode(own, skip_special_tokens=True)
     assert [row["text"] for row in given] == [text.strip() for text in expected]
     assert len({row["text"] for row in given}) > 1
+    network.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    assert task.generate(network, batch, made.features, processor, FACTS) == given
 
 
 @pytest.mark.parametrize(

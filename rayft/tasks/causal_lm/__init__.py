@@ -25,7 +25,7 @@ from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.causal_lm.each import attend_each, make_known
 from rayft.tasks.causal_lm.greedy import continuations
-from rayft.tasks.causal_lm.likelihood import IGNORED, per_token, summed_loss
+from rayft.tasks.causal_lm.likelihood import IGNORED, learnable, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
 from rayft.tasks.causal_lm.words import pieces
 from rayft.tasks.later import torch, transformers
@@ -110,13 +110,15 @@ class CausalLM(Task):
             )
         if self.answer_after is not None and self.text is not None:
             raise ValueError("answer_after looks into completions, and a text has none; leave it out")
+        if self.answer_after is None and self.answer_share != 1.0:
+            raise ValueError("answer_share is for answers that are counted; give answer_after, or leave it out")
         return self
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return self._form.columns(labelled)
 
     def processor(self, model: Pretrained) -> Any:
-        """The tokenizer, with a padding token and, for conversations, a chat template.
+        """The tokenizer, for conversations with a chat template; what pads is masked, so that any token will do.
 
         ModelError where the model reads both ways, has fewer positions than `max_length`, or can't tell turns apart.
         """
@@ -128,7 +130,7 @@ class CausalLM(Task):
                 f"{model.path} ({config.model_type}) reads both ways; causal-lm needs a left-to-right model"
             )
         turns = "task.messages" if self.messages is not None else "task.chat" if self.chat else None
-        tokenizer = load_tokenizer(model, self.max_length, turns)
+        tokenizer = load_tokenizer(model, self.max_length, turns, pads=False)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         if turns is not None and not tokenizer.chat_template:
@@ -294,6 +296,9 @@ class CausalLM(Task):
         written = [part["text"] for part in parts if "text" in part]
         return sums | ({"text": written[-1]} if written else {})
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("perplexity", "token_accuracy", *(("exact_match", "asked") if self.answer_after is not None else ()))
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """perplexity (per token of this tokenizer) and token_accuracy (a share of 1), over all predicted tokens; with
         `answer_after` exact_match, the share of right answers among those asked for, whose number is `asked`."""
@@ -336,11 +341,6 @@ class CausalLM(Task):
         if learnable(labels):
             return f"nothing to learn from within the first {self.max_length} tokens"
         return next(reason for form, reason in NOTHING.items() if getattr(self, form) is not None)
-
-
-def learnable(labels: list[int]) -> bool:
-    """Whether any token is predicted: nothing comes before the first."""
-    return labels[1:].count(IGNORED) < len(labels) - 1
 
 
 def inner(model: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 from rayft.tasks.causal_lm.samples import Form, samples, truths
 from rayft.tasks.task import Columns, Encoded
 
+ZEROS = 100
+
 
 @dataclass(frozen=True)
 class Asking:
@@ -73,9 +75,22 @@ def answer(text: str, mark: str) -> str | None:
         number = Decimal(plain)
     except InvalidOperation:
         return plain
-    if not number.is_finite():
-        return plain
-    return format(number.normalize() + 0, "f")  # + 0: there is one zero, without a sign
+    return _written(number) if number.is_finite() else plain
+
+
+def _written(number: Decimal) -> str:
+    """A number in one way, exactly: as digits, or with an exponent where more than `ZEROS` would follow or lead them.
+
+    Decimal's own `normalize` rounds to 28 digits, and fails where an exponent is large.
+    """
+    sign, digits, exponent = number.as_tuple()
+    kept = "".join(map(str, digits)).rstrip("0")
+    power = int(exponent) + len(digits) - len(kept)
+    if not kept:  # there is one zero, without a sign
+        return "0"
+    if abs(power) > ZEROS:
+        return f"{'-' * sign}{kept.lstrip('0')}e{power}"
+    return format(Decimal((sign, digits[: len(kept)], power)), "f")
 
 
 def chosen(rows: Columns, row: int, columns: tuple[str, ...], share: float) -> bool:

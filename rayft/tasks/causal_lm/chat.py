@@ -11,6 +11,8 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
+from rayft.tasks.texts import broken
+
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]  # characters of a text, the end left out
@@ -23,8 +25,10 @@ def conversation(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as fault:
-            raise ValueError(f"the text is not JSON ({fault})") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the text is not JSON ({error})") from None
+        if fault := broken(value):
+            raise ValueError(f"the JSON {fault}")
     if not isinstance(value, list | tuple | np.ndarray) or not len(value):
         given = "an empty list" if isinstance(value, list | tuple | np.ndarray) else f"a {type(value).__name__}"
         raise ValueError(f"{given} is no conversation; a list of messages with `role` and `content` is needed")

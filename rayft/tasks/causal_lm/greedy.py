@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rayft.tasks.later import torch, transformers
+from rayft.tasks.generation import greedy
+from rayft.tasks.later import torch
 
 
 def continuations(
@@ -25,15 +26,11 @@ def continuations(
     for place, ids in enumerate(kept):
         tokens[place, width - len(ids) :] = torch.tensor(ids)
         mask[place, width - len(ids) :] = 1
-    # What only sampling uses is set to its neutral value, for the model's own settings would be warned about.
-    settings = transformers.GenerationConfig(
-        do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=new, use_cache=True
-    )
-    with torch.no_grad():
-        written = network.generate(
+    with torch.no_grad(), greedy(network) as writer:
+        written = writer.generate(
             tokens.to(device),
             attention_mask=mask.to(device),
-            generation_config=settings,
+            max_new_tokens=new,
             synced_gpus=any(hasattr(parameter, "ds_id") for parameter in network.parameters()),
         )
     return list(tokenizer.batch_decode(written[:, width:], skip_special_tokens=True))

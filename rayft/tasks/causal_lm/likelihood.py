@@ -10,6 +10,11 @@ IGNORED = -100  # the target of a token that predicts nothing
 CHUNK = 2**24  # logits that are held in float32 at a time: 64 MiB
 
 
+def learnable(labels: list[int]) -> bool:
+    """Whether any token is predicted: nothing comes before the first."""
+    return labels[1:].count(IGNORED) < len(labels) - 1
+
+
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
     """Cross entropy of (tokens, vocabulary) logits and (tokens,) targets, summed; a scalar in float32.
 

@@ -169,6 +169,9 @@ class FaceRecognition(Task):
         rows = outputs["embeddings"].detach().tolist()
         return [{"embedding": [float(f"{value:.6g}") for value in row]} for row in rows]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("auc", "accuracy", "eer", "threshold")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """What `verification.scores` says of all pairs of rows; DataError where one kind of them is lacking."""
         return verification.scores(*_asked(predictions, references))

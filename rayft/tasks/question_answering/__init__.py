@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_tokenizer, pad, padded
@@ -31,7 +31,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class QuestionAnswering(Task):
-    """`question`, `context`, `answers` and `id` name columns; lengths count tokens.
+    """`question`, `context` and `answers` name columns; lengths count tokens.
 
     `null_threshold` is how much better the score of "no answer" must be than the best answer's before it is given.
     """
@@ -42,7 +42,6 @@ class QuestionAnswering(Task):
     question: str = "question"
     context: str = "context"
     answers: str = "answers"
-    id: str = "id"
     max_length: int = Field(default=384, ge=16)
     stride: int = Field(default=128, ge=0, validate_default=True)
     unanswerable: bool = False
@@ -57,11 +56,14 @@ class QuestionAnswering(Task):
             raise ValueError(f"must be less than max_length, which is {window}, or windows would not move on")
         return value
 
+    @model_validator(mode="after")
+    def _threshold_of_something(self) -> QuestionAnswering:
+        if self.null_threshold and not self.unanswerable:
+            raise ValueError("null_threshold is for questions without an answer; set unanswerable, or leave it out")
+        return self
+
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.question, self.context, self.answers) if labelled else (self.question, self.context)
-
-    def optional_columns(self) -> tuple[str, ...]:
-        return (self.id,)
 
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer; its `model_max_length` is the task's, so that a pipeline cuts windows of the same size."""
@@ -94,7 +96,7 @@ class QuestionAnswering(Task):
     def encode(
         self, rows: Columns, processor: Any, facts: dict[str, Any], *, evaluation: bool, labelled: bool = True
     ) -> Encoded:
-        """One feature per window; references are {"id", "answers": [texts]}, the same for each window of a row.
+        """One feature per window; references are the texts of its answers, the same for each window of a row.
 
         Dropped are rows whose question leaves no more room than the stride, and, in training, rows of which no window
         holds the whole answer.
@@ -124,8 +126,7 @@ class QuestionAnswering(Task):
                 encoded.rows.append(row)
                 encoded.lengths.append(len(window.input_ids))
                 if encoded.references is not None:
-                    row_id = rows[self.id][row] if self.id in rows else None
-                    encoded.references.append({"id": row_id, "answers": [text for text, _ in truths[row]]})
+                    encoded.references.append([text for text, _ in truths[row]])
         return encoded
 
     def _truths(self, rows: Columns, labelled: bool, bad: dict[int, str]) -> dict[int, list[tuple[str, int]]]:
@@ -258,10 +259,10 @@ class QuestionAnswering(Task):
         total = sum(math.exp(score - max(rivals)) for score in rivals)
         return {"answer": answer, "score": math.exp(chosen - max(rivals)) / total, "start": left, "end": right}
 
+    def metrics(self) -> tuple[str, ...]:
+        parts = ("has_answer_f1", "has_answer_exact_match", "no_answer_accuracy")
+        return ("f1", "exact_match", *(parts if self.unanswerable else ()))
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """SQuAD's f1 and exact_match, from 0 to 100; with `unanswerable` by whether a row has an answer, too."""
-        return scores(
-            [prediction["answer"] for prediction in predictions],
-            [reference["answers"] for reference in references],
-            self.unanswerable,
-        )
+        return scores([prediction["answer"] for prediction in predictions], references, self.unanswerable)

@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from rayft.errors import ModelError
 from rayft.tasks.later import torch, transformers
-from rayft.tasks.loading import from_pretrained, load_tokenizer, pad
+from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad
 from rayft.tasks.sentence_embedding.folder import write_modules
 from rayft.tasks.sentence_embedding.ranking import ranking_loss, retrieval
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
@@ -64,7 +65,17 @@ class SentenceEmbedding(Task):
         return self.max_length * len(self.columns())
 
     def processor(self, model: Pretrained) -> Any:
-        """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place."""
+        """The tokenizer; its `model_max_length` is the task's, so that a pipeline truncates at the same place.
+
+        ModelError where the model has a decoder above its encoder: what AutoModel and a pipeline make of T5 asks for
+        texts to decode, and the last layer of BART is its decoder's.
+        """
+        config = load_config(model)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{model.path} ({config.model_type}) has an encoder and a decoder; sentence-embedding needs an encoder"
+                " alone, such as BERT or MPNet"
+            )
         tokenizer = load_tokenizer(model, self.max_length)
         tokenizer.model_max_length = self.max_length
         return tokenizer
@@ -157,6 +168,9 @@ class SentenceEmbedding(Task):
     ) -> list[Prediction]:
         """{"embedding"}: the anchor's vector."""
         return [{"embedding": row} for row in _listed(embed(model, batch["anchor_ids"], batch["anchor_mask"]))]
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("mrr", "accuracy_at_1", "recall_at_10", "loss")
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """How well each anchor finds its positive among all positives and negatives of the set.

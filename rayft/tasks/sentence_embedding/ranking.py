@@ -50,7 +50,7 @@ def retrieval(vectors: dict[str, np.ndarray], keys: np.ndarray) -> dict[str, flo
     keys     (n, number of texts) int64: which texts are equal
 
     The candidates are all different positives and negatives. Where several vectors lie equally close, the positive's
-    place is the worst of theirs.
+    place is the worst of theirs, and so it is where they are no numbers.
     """
     known, first = np.unique(keys[:, 1:].T.ravel(), return_index=True)
     candidates = np.concatenate([found for role, found in vectors.items() if role != "anchor"])[first]
@@ -66,7 +66,7 @@ def retrieval(vectors: dict[str, np.ndarray], keys: np.ndarray) -> dict[str, flo
         for row, (near, key, target) in enumerate(zip(close, keys[part, 0].tolist(), own[part].tolist(), strict=True)):
             best = near[target]
             near[[*true[key], *([itself[key]] if key in itself else [])]] = -np.inf
-            places[begin + row] = 1 + np.count_nonzero(near >= best)
+            places[begin + row] = 1 + np.count_nonzero(~(near < best))
     return {
         "mrr": float(np.mean(1 / places)),
         "accuracy_at_1": float(np.mean(places == 1)),

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayft.errors import DataError, ModelError
+from rayft.tasks.generation import greedy
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.listening import ignore_padding, inputs, listen
 from rayft.tasks.loading import draw_parameters, from_pretrained, load_config, pad
@@ -215,7 +216,6 @@ class SpeechRecognition(Task):
         if not processor.writes:
             return super().generate(model, batch, features, processor, facts)
         tokenizer, network = processor.tokenizer(facts), inner(model)
-        network = getattr(network, "get_base_model", lambda: network)()  # which adapters have been put into
         prompt = pad([list(ids) for ids in features["prompt"]], tokenizer.pad_token_id).to(
             batch["input_features"].device
         )
@@ -233,12 +233,15 @@ class SpeechRecognition(Task):
         )
         # Whisper's own `generate` finds its prompt by itself; this is the one below it, which takes ours.
         features_in = batch["input_features"].to(next(network.parameters()).dtype)
-        with torch.no_grad():
+        with torch.no_grad(), greedy(network) as writer:
             written = transformers.GenerationMixin.generate(
-                network, features_in, decoder_input_ids=prompt, generation_config=settings
+                writer, features_in, decoder_input_ids=prompt, generation_config=settings
             )
         texts = tokenizer.batch_decode(written[:, prompt.shape[1] :], skip_special_tokens=True)
         return [{"text": text.strip()} for text in texts]
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("wer", "cer")
 
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """wer and cer: words and letters that have to be put in, taken out or replaced, over those of the true texts.

@@ -180,6 +180,9 @@ class TextToImage(Task):
         pictures = sampled(model, batch, processor, self.sample_steps, self.guidance)
         return [{"picture": picture} for picture in pictures]
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("mse",)
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """mse: the mean squared error of the denoiser's answer, at noise drawn once and for all for each row."""
         return {"mse": float(np.mean([prediction["mse"] for prediction in predictions]))}

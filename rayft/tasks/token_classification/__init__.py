@@ -181,6 +181,9 @@ class TokenClassification(Task):
         found = [list(entity) for entity in entities(tags)]
         return {"tags": tags, "scores": [share for part in parts for share in part["scores"]], "entities": found}
 
+    def metrics(self) -> tuple[str, ...]:
+        return ("f1", "precision", "recall", "accuracy")
+
     def score(self, predictions: list[Prediction], references: list[Any]) -> dict[str, float]:
         """f1, precision and recall of whole entities (over all of them), and accuracy of words; shares of 1."""
         return scores([prediction["tags"] for prediction in predictions], references)
