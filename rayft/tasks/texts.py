@@ -65,6 +65,8 @@ def broken(value: Any) -> str | None:
             return f"holds \\u{ord(value[fault.start]):04x}, which is half a character; text needs whole ones"
         return None
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if parts and isinstance(next(iter(parts)), int | float):  # numbers, of which there may be many
+        return None
     return next(filter(None, map(broken, parts)), None)
 
 
