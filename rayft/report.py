@@ -21,7 +21,8 @@ from rayft.retry import shown
 HEARTBEAT_S = 30.0  # a running run that has been silent for longer is lost
 DAY_S = 86_400.0  # what is younger may belong to something that has only just begun
 SCRATCH = "ray"  # the folder of a run that an attempt removes at its end
-INSIDE = frozenset({"checkpoints", "export", "tensorboard", SCRATCH})  # folders of a run that can't hold another run
+# Folders of a run that can't hold another run.
+INSIDE = frozenset({"attempts", "checkpoints", "export", "pictures", "tensorboard", SCRATCH})
 PREPARED = "prepared"
 _KEY = re.compile(r"[0-9a-f]{12,64}")  # the names of folders in prepared/; anything else there is not rayft's
 
@@ -115,8 +116,9 @@ def compare(first: str, second: str) -> Json:
 def leftovers(where: str) -> list[Leftover]:
     """What nothing under the storage `where` needs any more; runs that are running lose nothing.
 
-    Runs that failed, stopped or were lost over a day ago without a checkpoint or a model; checkpoints that were never
-    committed, and other remains of attempts; prepared shards over a day old that no remaining run refers to.
+    Runs that failed, stopped or were lost over a day ago without a checkpoint or a model, but no trials of a sweep;
+    checkpoints that were never committed, and other remains of attempts; prepared shards that no remaining run refers
+    to, and that nobody has made or found for a day.
     """
     found = list(_walk(_existing(where)))
     dead = {run: state for run, state in found if _fruitless(run, state)}
@@ -140,6 +142,9 @@ def _fruitless(run: str, state: Json) -> bool:
     if status(state) not in ("failed", "stopped", "lost") or _age(state.get("heartbeat")) < DAY_S:
         return False
     if storage.exists(storage.join(run, "export")) or any(True for _ in _below(run)):
+        return False
+    sweep = _sweep_of(run)  # it would take a gap for a trial that was never begun
+    if sweep and storage.exists(storage.join(sweep, "run.json")):
         return False
     return not any(storage.committed(path) is not None for path in storage.folders(storage.join(run, "checkpoints")))
 

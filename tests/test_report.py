@@ -63,6 +63,7 @@ def write_run(
         }
         storage.write_json(storage.join(run, "result.json"), {**result, "best": None, "export": None, "timing": {}})
     storage.write_text(storage.join(run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    storage.write_json(storage.join(run, "attempts", "000001.json"), {"number": 1, "accepts": []})
     return run
 
 
@@ -250,6 +251,19 @@ def test_failed_runs_with_nothing_in_them_go_after_a_day_and_take_their_shards_a
     report.remove(where, found)
     assert sorted(run["name"] for run in report.runs(where)) == ["resumable", "young"]
     assert os.path.exists(kept)
+
+
+def test_a_failed_run_goes_with_its_claims_and_pictures_but_no_trial_of_a_sweep(where: str) -> None:
+    day = 2 * report.DAY_S
+    barren = write_run(where, "barren", "failed", day)
+    storage.write_bytes(storage.join(barren, "pictures", "step-000002", "eval_confusion_matrix.png"), b"png")
+    write_run(where, "sweep", "failed", day, prepared={"train": OTHER})
+    for number in range(2):
+        write_run(where, f"sweep/trials/{number:05d}", "failed", day, prepared={"train": OTHER})
+    for place in (where, storage.join(where, "sweep"), storage.join(where, "sweep", "trials")):
+        assert [one.path for one in report.leftovers(place)] == ([barren] if place == where else [])
+    report.remove(where, report.leftovers(where))
+    assert not os.path.exists(barren)
 
 
 def test_what_came_into_use_after_the_question_stays(where: str) -> None:
