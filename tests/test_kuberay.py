@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 from rayft import __version__, kuberay
 from rayft.errors import RecipeError
 from rayft.kuberay import job_name, manifests, to_yaml
+from rayft.kubernetes_rules import amount
 from rayft.recipe import Recipe
 from test_kubernetes_rules import KUBERNETES, PASSED, SELECTOR, recipe_with
 
@@ -114,7 +115,7 @@ def test_what_the_recipe_says_reaches_its_place() -> None:
     assert (spec["shutdownAfterJobFinishes"], spec["entrypointNumCpus"]) == (True, 1.5)
     assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
     assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (4, 4, 4)
-    assert workers["rayStartParams"] == {"num-cpus": "92", "num-gpus": "8"}
+    assert workers["rayStartParams"] == {"num-cpus": "92", "num-gpus": "8", "object-store-memory": str(540 * 2**30)}
     assert container["resources"]["requests"] == {"cpu": "92", "memory": "1800Gi", "nvidia.com/gpu": "8"}
     assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "600Gi"}} in pods(job)["worker"]["volumes"]
@@ -128,7 +129,8 @@ def test_an_image_of_this_version_is_the_default() -> None:
 def test_the_head_takes_no_worker_and_no_machine_with_gpus() -> None:
     _, job = rendered("gpu-everything")
     head = pods(job)["head"]
-    assert job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"] == {"num-cpus": "2", "num-gpus": "0"}
+    start = job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    assert (start["num-cpus"], start["num-gpus"]) == ("2", "0")
     assert head["nodeSelector"] == {"topology.kubernetes.io/zone": "eu-west-1a"}
     assert head["tolerations"] == FULL[KUBERNETES]["tolerations"]
     assert head["containers"][0]["resources"]["requests"] == {"cpu": "4", "memory": "16Gi"}
@@ -145,6 +147,25 @@ def test_the_head_of_a_sweep_has_the_memory_for_the_pretrained_weights() -> None
     memory = {case: pods(rendered(case)[1])["head"]["containers"][0]["resources"]["limits"] for case in CASES}
     assert memory["sweep"] == {"memory": "64Gi"}
     assert memory["cpu"] == {"memory": "16Gi"}
+
+
+@pytest.mark.parametrize(
+    ("memory", "shm", "store"),
+    [
+        ("16Gi", "8Gi", 0.3 * 16 * 2**30),
+        ("27Gi", "8Gi", 0.9 * 8 * 2**30),
+        ("64G", "8G", 0.9 * 8e9),
+        ("1Gi", "128Mi", 0.9 * 128 * 2**20),
+    ],
+)
+def test_rays_objects_fit_into_the_shared_memory_of_every_pod(memory: str, shm: str, store: float) -> None:
+    for tune in (None, {"trials": 2, "search": SEARCH}):
+        _, job = manifests(recipe_with({f"{KUBERNETES}.memory": memory, f"{KUBERNETES}.shm": shm, "tune": tune}))
+        cluster = job["spec"]["rayClusterSpec"]
+        head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
+        assert workers["rayStartParams"]["object-store-memory"] == str(int(store))
+        limit = amount(head["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
+        assert int(head["rayStartParams"]["object-store-memory"]) == int(min(store, 0.3 * float(limit or 0)))
 
 
 def test_a_pod_offers_ray_whole_cpus_only() -> None:
