@@ -172,9 +172,9 @@ def _cluster(recipe: Recipe, asked: Submit, job: str) -> Manifest:
         {
             "groupName": "workers",
             # A run asks for as many workers as there is room for, so the most are there from the beginning.
-            "replicas": cluster.max_workers,
-            "minReplicas": cluster.min_workers,
-            "maxReplicas": cluster.max_workers,
+            "replicas": cluster.max_workers * kubernetes.trials_at_once,
+            "minReplicas": cluster.min_workers * kubernetes.trials_at_once,
+            "maxReplicas": cluster.max_workers * kubernetes.trials_at_once,
             "rayStartParams": {
                 "num-cpus": str(int(amount(kubernetes.cpu) or 0)),
                 "num-gpus": str(cluster.gpus_per_worker),

@@ -56,7 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
     "cpu": {},
     "gpu-everything": FULL,
     "elastic": {"cluster": {"workers": {"min": 1, "max": 3}, "gpus_per_worker": 1}},
-    "sweep": {"cluster.workers": 1, "tune": {"trials": 8, "search": SEARCH}, f"{KUBERNETES}.memory": "64Gi"},
+    "sweep": {
+        "cluster.workers": 1,
+        "tune": {"trials": 8, "search": SEARCH},
+        f"{KUBERNETES}.memory": "64Gi",
+        f"{KUBERNETES}.trials_at_once": 4,
+    },
     "queue": {f"{KUBERNETES}.queue": "research", f"{KUBERNETES}.mode": "HTTPMode"},
 }
 
@@ -180,6 +185,13 @@ def test_an_elastic_run_scales_between_its_bounds_and_a_fixed_one_does_not() -> 
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 3)
     assert "automountServiceAccountToken" not in spec["headGroupSpec"]["template"]["spec"]
     assert "enableInTreeAutoscaling" not in rendered("cpu")[1]["spec"]["rayClusterSpec"]
+
+
+@pytest.mark.parametrize(("workers", "pods"), [(1, (6, 6, 6)), (4, (24, 24, 24)), ({"min": 1, "max": 3}, (6, 18, 18))])
+def test_each_of_the_trials_at_once_has_the_pods_of_a_run(workers: Any, pods: tuple[int, int, int]) -> None:
+    fields = {"cluster.workers": workers, "tune": {"trials": 24, "search": SEARCH}, f"{KUBERNETES}.trials_at_once": 6}
+    group = manifests(recipe_with(fields))[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == pods
 
 
 def test_a_queued_job_waits_until_it_is_admitted() -> None:
