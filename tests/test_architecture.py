@@ -110,6 +110,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "gauges",
         "agent",
         "ahead",
+        "tokens",
         "session",
         "record",
         "stopping",

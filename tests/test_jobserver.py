@@ -1,12 +1,9 @@
-"""Addresses and tokens of a job server; what it does on a cluster is in `tests/cluster/test_jobs.py`."""
+"""Addresses of a job server; what it does on a cluster is in `tests/cluster/test_jobs.py`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from rayft import jobserver
 from rayft.errors import ClusterError
 from rayft.jobserver import JobServer, address_of
 
@@ -57,14 +54,3 @@ def test_a_server_that_does_not_answer_is_one_sentence(monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8")  # which Ray's client would ask instead
     with pytest.raises(ClusterError, match=r"no job server answers at http://127\.0\.0\.1:9 "):
         JobServer("http://127.0.0.1:9")
-
-
-def test_tokens_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert jobserver._headers() == {}
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    with pytest.raises(ClusterError, match=r"RAY_AUTH_TOKEN_PATH=.*No such file"):
-        jobserver._headers()
-    (tmp_path / "token").write_text("abc\n")
-    assert jobserver._headers() == {"Authorization": "Bearer abc"}
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "def")
-    assert jobserver._headers() == {"Authorization": "Bearer def"}
