@@ -53,7 +53,12 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._client = self._asked(self._connected)
+        try:
+            self._client = self._asked(self._connected)
+        except (RuntimeError, KeyError) as error:  # by what Ray's client says of an answer that it does not expect
+            raise ClusterError(
+                f"what answers at {address} is no job server that Ray's client can use: {_first_line(error)}"
+            ) from None
 
     def _connected(self) -> Any:
         from ray.job_submission import JobSubmissionClient

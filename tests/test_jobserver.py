@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
 import pytest
 
 from rayft.errors import ClusterError
@@ -54,3 +58,23 @@ def test_a_server_that_does_not_answer_is_one_sentence(monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8")  # which Ray's client would ask instead
     with pytest.raises(ClusterError, match=r"no job server answers at http://127\.0\.0\.1:9 "):
         JobServer("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(("status", "body"), [(404, "no such page"), (200, "<html>"), (200, "{}"), (500, "")])
+def test_what_answers_and_is_no_job_server_is_refused(status: int, body: str) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(ClusterError, match=r"job server") as raised:
+            JobServer(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert raised.value.exit_code == 2

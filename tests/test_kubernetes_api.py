@@ -449,7 +449,7 @@ def test_a_stop_waits_for_the_checkpoint_and_is_not_taken_for_a_failure_to_retry
     operator(script)
     assert jobs.stop(server, "kind", silent)["status"] == "stopped"
     assert "suspend" not in api.job(job)["spec"]
-    with pytest.raises(RunRefused, match="has ended already"):
+    with pytest.raises(RunRefused, match="has ended already: stopped"):
         jobs.stop(server, job, silent)
     assert not any(line.startswith("DELETE") for line in api.asked)
 
