@@ -342,7 +342,7 @@ def clean(
         from rayft import report
         from rayft.text import aligned, size
 
-        found = report.leftovers(storage)
+        found = report.leftovers(storage, lambda sentence: answer.say(f"warning: {sentence}"))
         total = size(sum(leftover.bytes for leftover in found))
         lines = aligned([(size(one.bytes), one.path, one.why) for one in found], right={0})
         if not found:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rayft.answer import FAILED, INTERRUPTED, Answer
 from rayft.servers import Server
+from rayft.text import last_line
 
 
 def follow(server: Server, job: str, answer: Answer, *, ask: bool) -> dict[str, Any]:
@@ -32,15 +33,9 @@ def follow(server: Server, job: str, answer: Answer, *, ask: bool) -> dict[str, 
     code = {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(ended.status, ended.exit_code or FAILED)
     if code:
         how = "been stopped" if code == INTERRUPTED else "failed"
-        why = f": {cause}" if (cause := _cause(ended.message)) and code != INTERRUPTED else ""
+        why = f": {cause}" if (cause := last_line(ended.message)) and code != INTERRUPTED else ""
         answer.say(f"the job {job} has {how}: exit code {code}{why}")
     return {"status": ended.status.lower(), "exit_code": code, "message": ended.message}
-
-
-def _cause(message: str | None) -> str:
-    """The last line of what the server says: where that is the end of the job's output, its error."""
-    lines = [line.strip() for line in (message or "").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
 
 
 def _stop() -> bool:

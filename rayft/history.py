@@ -139,7 +139,7 @@ def _listed(files: Files, where: str, folder: str) -> tuple[Json | None, list[st
     """The index's row of a folder, None where it is no run, and the folders in it that may be runs."""
     found = files.inside(folder)
     recipe = files.yaml(found.get("recipe.yaml")) if "run.json" in found else {}
-    closed = {*report.INSIDE, report.PREPARED, "attempts"} | ({TRIALS} if is_sweep(recipe) else set())
+    closed = {*report.INSIDE, report.PREPARED} | ({TRIALS} if is_sweep(recipe) else set())
     inner = storage.folders(folder)
     below = [path for path in inner if name_of(path) not in closed and not name_of(path).startswith(".")]
     if "run.json" not in found or folder == where:

@@ -39,7 +39,7 @@ def listed(server: Server) -> list[Told]:
 def find(server: Server, name: str) -> Job:
     """The job with the id `name`, or the newest one of the run whose name or folder that is."""
     for job in server.jobs():
-        if name in (job.id, job.recipe) or name.rstrip("/") == job.run:
+        if name in (job.id, job.recipe) or job.run in (name.rstrip("/"), storage.absolute(name).rstrip("/")):
             return job
     raise RunRefused(
         f"{server.address} knows no job `{name}`; `rayft jobs list{server.options}` shows those that it knows"
@@ -50,8 +50,7 @@ def told(job: Job) -> Told:
     """A job as its server knows it, and its run as its folder tells it."""
     found: Told = {
         "job": job.id,
-        # Ray calls it a failure when a run that was asked to stop ends by itself, with the code that says so.
-        "status": "stopped" if job.exit_code == INTERRUPTED else job.status.lower(),
+        "status": _status(job),
         "run": job.run,
         "recipe": job.recipe,
         "attempt": None,
@@ -71,6 +70,11 @@ def told(job: Job) -> Told:
         except (StorageError, OSError):  # a storage that is not to be seen from here; the job is
             found["message"] = f"{job.run} can't be read from here"
     return found
+
+
+def _status(job: Job) -> str:
+    """Ray calls it a failure when a run that was asked to stop ends by itself, with the code that says so."""
+    return "stopped" if job.exit_code == INTERRUPTED else job.status.lower()
 
 
 def _of_run(folder: str, running: bool) -> Told:
@@ -112,7 +116,7 @@ def stop(server: Server, name: str, show: Show) -> Told:
     """Asks the run to write a checkpoint and stop, waits for that up to its grace period, then stops the job."""
     job = find(server, name)
     if job.status in TERMINAL:
-        raise RunRefused(f"{job.id} has ended already: {job.status.lower()}")
+        raise RunRefused(f"{job.id} has ended already: {_status(job)}")
     run = job.run
     server.last_try(job.id)
     if run and _asked_to_stop(run):

@@ -1,21 +1,17 @@
-"""A Ray cluster's job server: jobs are submitted, found, followed and stopped; what goes wrong is one sentence.
-
-Ray's token authentication is used where the environment says so: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH for a file.
-With RAY_AUTH_MODE=token Ray's own file, ~/.ray/auth_token, serves too. A token is sent, and never shown or stored.
-"""
+"""A Ray cluster's job server: jobs are submitted, found, followed and stopped; what goes wrong is one sentence."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from rayft import tokens
 from rayft.errors import ClusterError, TrainingError
 from rayft.servers import PATIENCE_S, TERMINAL, Job, Unreachable
 
@@ -57,7 +53,12 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._client = self._asked(self._connected)
+        try:
+            self._client = self._asked(self._connected)
+        except (RuntimeError, KeyError) as error:  # by what Ray's client says of an answer that it does not expect
+            raise ClusterError(
+                f"what answers at {address} is no job server that Ray's client can use: {_first_line(error)}"
+            ) from None
 
     def _connected(self) -> Any:
         from ray.job_submission import JobSubmissionClient
@@ -65,7 +66,7 @@ class JobServer:
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
         with _given_address_counts():
-            return JobSubmissionClient(self.address, headers=_headers())
+            return JobSubmissionClient(self.address, headers=tokens.headers())
 
     def _asked(self, question: Callable[[], T]) -> T:
         """What the server answers; ClusterError says why it doesn't."""
@@ -74,8 +75,8 @@ class JobServer:
 
         try:
             return question()
-        except AuthenticationError as error:
-            raise ClusterError(_refused(self.address, str(error))) from None
+        except AuthenticationError:
+            raise ClusterError(tokens.refused(self.address)) from None
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise Unreachable(
                 f"no job server answers at {self.address} ({type(error).__name__}); is the head running, and its port "
@@ -181,30 +182,6 @@ def _given_address_counts() -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
-
-
-def _headers() -> dict[str, str]:
-    """The token that the environment gives, where Ray's client would not send it by itself."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
-        return {}
-    token = os.environ.get("RAY_AUTH_TOKEN") or None
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if token is None and path:
-        try:
-            with open(path) as file:
-                token = file.read()
-        except OSError as error:
-            raise ClusterError(f"RAY_AUTH_TOKEN_PATH={path}: {error.strerror}") from None
-    return {"Authorization": f"Bearer {token.strip()}"} if token and token.strip() else {}
-
-
-def _refused(address: str, told: str) -> str:
-    given = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), None)
-    if given is None and os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not re.search("required", told):
-        given = "~/.ray/auth_token"
-    if given is None:
-        return f"{address} asks for a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
-    return f"{address} refuses the token that {given} gives; it has to be the one that the cluster was started with"
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -36,6 +37,9 @@ _HEAD_CPUS = 2  # for Ray's own processes and the driver, which mostly wait
 _HEAD_MEMORY, _HEAD_SHM = "16Gi", "8Gi"  # at most, however large the workers' pods are
 _SUBMITTER_CPU, _SUBMITTER_MEMORY = "500m", "1Gi"  # for `ray job submit`, and the logs that it follows
 _SLACK_S = 30  # for Ray to end after a checkpoint that took all of failure.grace_s
+# What Ray's objects may take of each. Left to itself Ray takes 30 % of the memory, and goes to the disk in /tmp where
+# /dev/shm is smaller than that.
+_OF_MEMORY, _OF_SHM = Decimal("0.3"), Decimal("0.9")  # workers exchange gradients through /dev/shm, too
 
 
 def job_name(recipe: Recipe, attempt: int = 1) -> str:
@@ -155,20 +159,26 @@ def _cluster(recipe: Recipe, asked: Submit, job: str) -> Manifest:
         }
     # What a node has is said and not left to be counted: the operator would round 3500m up, and Ray finds the GPUs of a
     # machine even where the pod asked for none.
+    memory, shm = _head_memory(recipe, asked)
     spec["headGroupSpec"] = {
-        "rayStartParams": {"num-cpus": str(math.ceil(asked.entrypoint_cpus)), "num-gpus": "0"},
+        "rayStartParams": {
+            "num-cpus": str(math.ceil(asked.entrypoint_cpus)),
+            "num-gpus": "0",
+            "object-store-memory": _object_store(memory, shm),
+        },
         "template": _head(recipe, asked, job, elastic),
     }
     spec["workerGroupSpecs"] = [
         {
             "groupName": "workers",
             # A run asks for as many workers as there is room for, so the most are there from the beginning.
-            "replicas": cluster.max_workers,
-            "minReplicas": cluster.min_workers,
-            "maxReplicas": cluster.max_workers,
+            "replicas": cluster.max_workers * kubernetes.trials_at_once,
+            "minReplicas": cluster.min_workers * kubernetes.trials_at_once,
+            "maxReplicas": cluster.max_workers * kubernetes.trials_at_once,
             "rayStartParams": {
                 "num-cpus": str(int(amount(kubernetes.cpu) or 0)),
                 "num-gpus": str(cluster.gpus_per_worker),
+                "object-store-memory": _object_store(kubernetes.memory, kubernetes.shm),
             },
             "template": _worker(recipe, asked, job),
         }
@@ -177,10 +187,7 @@ def _cluster(recipe: Recipe, asked: Submit, job: str) -> Manifest:
 
 
 def _head(recipe: Recipe, asked: Submit, job: str, autoscaler: bool) -> Manifest:
-    kubernetes = asked.kubernetes
-    memory, shm = kubernetes.memory, kubernetes.shm
-    if not recipe.tune:  # a sweep's driver puts the pretrained weights into the object store of its own node
-        memory, shm = _smaller(memory, _HEAD_MEMORY), _smaller(shm, _HEAD_SHM)
+    memory, shm = _head_memory(recipe, asked)
     resources = _resources(str(_HEAD_CPUS + math.ceil(asked.entrypoint_cpus)), memory)
     pod = _pod(recipe, asked, job, _ray_container("ray-head", asked, resources), shm)
     spec = pod["spec"]
@@ -189,6 +196,19 @@ def _head(recipe: Recipe, asked: Submit, job: str, autoscaler: bool) -> Manifest
     if autoscaler:
         del spec["automountServiceAccountToken"]  # it asks Kubernetes for pods, as an account the operator makes for it
     return pod
+
+
+def _head_memory(recipe: Recipe, asked: Submit) -> tuple[str, str]:
+    """The head's memory, and how much of it is shared."""
+    memory, shm = asked.kubernetes.memory, asked.kubernetes.shm
+    if recipe.tune:  # a sweep's driver puts the pretrained weights into the object store of its own node
+        return memory, shm
+    return _smaller(memory, _HEAD_MEMORY), _smaller(shm, _HEAD_SHM)
+
+
+def _object_store(memory: str, shm: str) -> str:
+    """Bytes of Ray's object store in a pod with so much memory, of which so much is shared."""
+    return str(int(min(_OF_MEMORY * (amount(memory) or 0), _OF_SHM * (amount(shm) or 0))))
 
 
 def _worker(recipe: Recipe, asked: Submit, job: str) -> Manifest:

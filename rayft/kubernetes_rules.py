@@ -142,7 +142,7 @@ def names_are_valid(recipe: Recipe, asked: Submit) -> Faults:
 
 
 def numbers_are_in_range(recipe: Recipe, asked: Submit) -> Faults:
-    for field in ("retries", "deadline_s", "ttl_s"):
+    for field in ("retries", "deadline_s", "ttl_s", "trials_at_once"):
         value = getattr(asked.kubernetes, field)
         if value is not None and value > _INT32:
             fits = f"a whole number of at most {_INT32} fits"
@@ -203,6 +203,13 @@ def _gpus_of(label: str, value: str) -> int | None:
         return None
     counted = _COUNTED_TYPE.fullmatch(value)
     return int(counted[1]) if counted else _GPUS.get(value)
+
+
+def trials_are_of_a_sweep(recipe: Recipe, asked: Submit) -> Faults:
+    given = asked.kubernetes.trials_at_once
+    if given > 1 and recipe.tune is None:
+        fits = "1 fits, or a recipe with `tune`; a run's pods are cluster.workers"
+        yield Fault("submit.kubernetes.trials_at_once", "a run has no trials", show(given), fits)
 
 
 # --- which nodes
@@ -279,6 +286,7 @@ RULES: tuple[Callable[[Recipe, Submit], Faults], ...] = (
     readers_find_a_cpu,
     shared_memory_fits_memory,
     machines_have_the_gpus,
+    trials_are_of_a_sweep,
     selector_is_valid,
     tolerations_are_valid,
     queue_admits_a_fixed_size,

@@ -9,20 +9,23 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rayft import document, storage
-from rayft.errors import StorageError, StorageMissing
+from rayft.errors import StorageMissing
 from rayft.retry import shown
+from rayft.snapshots import plain_object
 
 HEARTBEAT_S = 30.0  # a running run that has been silent for longer is lost
 DAY_S = 86_400.0  # what is younger may belong to something that has only just begun
 SCRATCH = "ray"  # the folder of a run that an attempt removes at its end
-INSIDE = frozenset({"checkpoints", "export", "tensorboard", SCRATCH})  # folders of a run that can't hold another run
+# Folders of a run that can't hold another run.
+INSIDE = frozenset({"attempts", "checkpoints", "export", "pictures", "tensorboard", SCRATCH})
 PREPARED = "prepared"
+UNREADABLE = "unreadable"  # the status of a run whose run.json or result.json is damaged
 _KEY = re.compile(r"[0-9a-f]{12,64}")  # the names of folders in prepared/; anything else there is not rayft's
 
 Json = dict[str, Any]
@@ -45,8 +48,9 @@ def runs(where: str) -> list[Json]:
 
     Each: {"name", "run", "status", "steps", "trials", "metric", "value", "seconds", "started"}; what is not known is
     None. `metric` and `value` are the best checkpoint's or, without a result, the last evaluation's. `started` (seconds
-    since 1970) and `seconds` are the last attempt's. A sweep is one of them, with how many `trials` it has so far;
-    where `where` is the sweep's own folder its trials are listed too.
+    since 1970) and `seconds` are the last attempt's. A run with a damaged file is `unreadable`; `show` names
+    it. A sweep is one of them, with how many `trials` it has so far; where `where` is the sweep's own folder its trials
+    are listed too.
     """
     walked = dict(_walk(_existing(where)))
     trials = Counter(sweep for run in walked if (sweep := _sweep_of(run)) in walked)
@@ -76,7 +80,7 @@ def show(run: str) -> Json:
     checkpoints = sorted(storage.folders(storage.join(run, "checkpoints")))
     return {
         **_summary(run.rstrip("/").rpartition("/")[0], run, state),
-        "error": result.get("error"),
+        "error": state.get("error") or result.get("error"),
         "trials": result.get("trials"),
         "epochs": result.get("epochs") or last.get("epoch"),
         "best": result.get("best"),
@@ -112,18 +116,25 @@ def compare(first: str, second: str) -> Json:
 # --- what can go
 
 
-def leftovers(where: str) -> list[Leftover]:
+def leftovers(where: str, warn: Callable[[str], None] = lambda sentence: None) -> list[Leftover]:
     """What nothing under the storage `where` needs any more; runs that are running lose nothing.
 
-    Runs that failed, stopped or were lost over a day ago without a checkpoint or a model; checkpoints that were never
-    committed, and other remains of attempts; prepared shards over a day old that no remaining run refers to.
+    Runs that failed, stopped or were lost over a day ago without a checkpoint or a model, but no trials of a sweep;
+    checkpoints that were never committed, and other remains of attempts; prepared shards that no remaining run refers
+    to, and that nobody has made or found for a day. Where a run's file can't be read all shards stay, and `warn` is
+    told why.
     """
     found = list(_walk(_existing(where)))
     dead = {run: state for run, state in found if _fruitless(run, state)}
     kept = [(run, state) for run, state in found if run not in dead]
     barren = [_whole(run, f"{status(state)}, without a checkpoint or a model") for run, state in dead.items()]
     torn = [leftover for run, state in kept for leftover in _torn(run, state)]
-    return [*barren, *torn, *_unused(where, [state for _, state in kept])]
+    dark = [run for run, state in kept if status(state) == UNREADABLE]
+    for run in dark:
+        warn(
+            f"{shown(storage.join(run, 'run.json'))} is damaged, and may refer to any of the prepared shards: all stay"
+        )
+    return [*barren, *torn, *([] if dark else _unused(where, [state for _, state in kept]))]
 
 
 def remove(where: str, agreed: list[Leftover]) -> list[Leftover]:
@@ -141,12 +152,15 @@ def _fruitless(run: str, state: Json) -> bool:
         return False
     if storage.exists(storage.join(run, "export")) or any(True for _ in _below(run)):
         return False
+    sweep = _sweep_of(run)  # it would take a gap for a trial that was never begun
+    if sweep and storage.exists(storage.join(sweep, "run.json")):
+        return False
     return not any(storage.committed(path) is not None for path in storage.folders(storage.join(run, "checkpoints")))
 
 
 def _torn(run: str, state: Json) -> Iterator[Leftover]:
     """What attempts of a run left half-done. A lost run may only be slow: it is given a day."""
-    if status(state) == "running" or (status(state) == "lost" and _age(state.get("heartbeat")) < DAY_S):
+    if status(state) in ("running", UNREADABLE) or (status(state) == "lost" and _age(state.get("heartbeat")) < DAY_S):
         return
     for path in storage.folders(storage.join(run, "checkpoints")):
         if storage.committed(path) is None:
@@ -203,14 +217,13 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def _json(run: str, name: str) -> Json:
-    """The object in a file of a run's folder; {} where there is no such file."""
+    """The object in a file of a run's folder; {} where there is no such file, and UNREADABLE where it is damaged."""
+    path = storage.join(run, name)
     try:
-        value = storage.read_json(storage.join(run, name))
+        value = plain_object(storage.read_bytes(path))
     except StorageMissing:
         return {}
-    if not isinstance(value, dict):
-        raise StorageError(f"{shown(storage.join(run, name))}: not a JSON object")
-    return value
+    return value or {"status": UNREADABLE, "error": f"{shown(path)} is damaged: it holds no JSON object"}
 
 
 def _state(run: str) -> Json:
@@ -274,7 +287,7 @@ def _summary(where: str, run: str, state: Json) -> Json:
     return {
         "name": run[len(base) + 1 :] if run.startswith(base + "/") else run.rstrip("/").rpartition("/")[2],
         "run": run,
-        "status": status(state),
+        "status": UNREADABLE if result.get("status") == UNREADABLE else status(state),
         "steps": result.get("steps") or last.get("step"),
         "metric": best.get("metric"),
         "value": best.get("value"),

@@ -353,6 +353,8 @@ class Kubernetes(Section):
     cpu: Quantity = "4"
     memory: Quantity = "16Gi"
     shm: Quantity = "8Gi"
+    trials_at_once: Positive = 1
+    """Trials of a sweep that have pods to run side by side: the pods of workers are multiplied by it."""
     mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"] = "K8sJobMode"
     retries: Natural = 2
     deadline_s: Positive | None = None

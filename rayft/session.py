@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from rayft import agent, ahead
+from rayft import agent, ahead, tokens
 from rayft.errors import ClusterError, TrainingError
 
 _local: list[Any] = []  # the processes of a cluster that this process has started
@@ -43,8 +43,13 @@ def _joined(cpus: int) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
+        from ray.exceptions import AuthenticationError
+
         try:
-            ray.init(address=address, **options)
+            with _refused_once():
+                ray.init(address=address, **options)
+        except (AuthenticationError, _TokenRefused) as error:
+            raise ClusterError(tokens.refused(f"the Ray cluster at {address}", joining=True)) from error
         except ConnectionError as error:
             raise ClusterError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine"
@@ -105,6 +110,26 @@ def _silent() -> AbstractContextManager[None]:
     It prints past Python's logging, for as long as this process is connected.
     """
     return replaced(importlib.import_module("ray._private.worker"), print_to_stdstream=_nothing)
+
+
+class _TokenRefused(BaseException):
+    """A cluster wants a token, or another one. Ray takes every Exception for a reason to ask again."""
+
+
+def _refused_once() -> AbstractContextManager[None]:
+    """A cluster that refuses the token is asked once: Ray would ask for twenty seconds, and print a line each time."""
+    from ray.exceptions import AuthenticationError
+
+    node: Any = importlib.import_module("ray._private.node")
+    plain = node.GcsClient
+
+    def client(*arguments: Any, **options: Any) -> Any:
+        try:
+            return plain(*arguments, **options)
+        except AuthenticationError as error:
+            raise _TokenRefused from error
+
+    return replaced(node, GcsClient=client)
 
 
 @contextmanager

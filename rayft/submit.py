@@ -1,7 +1,8 @@
 """Carries a recipe to a Ray cluster's job server or to Kubernetes. What runs there is `rayft run`, or `rayft tune`.
 
 A job's id follows from the run's folder (of a RayJob: from the recipe) and the attempt, so that submitting twice runs
-once: a second submission attaches to the job that is there, and one after a failure starts the next attempt.
+once: a second submission attaches to the job that is there, and one after a failure, or after the run's result was
+deleted, starts the next attempt.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     prefix, wanted = job_prefix(recipe.name, run), digest(recipe)
     jobs = server.jobs(prefix)
     found = standing(jobs, wanted, run)
-    if found is not None:
+    visible = here or not storage.is_local(run) or storage.exists(storage.absolute(recipe.storage))
+    if found is not None and not (visible and deleted(found, run)):
         return Submitted(found.id, run, server.address, _attempt(found), True, found.status)
     attempt = max(map(_attempt, jobs), default=0) + 1
     preflight.refuse_from_here(recipe, show)
@@ -95,7 +97,7 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
     jobs = [job for job in server.jobs(kuberay.selector(recipe)) if job.run == run]
     same = [kuberay.attempt_of(job.id, wanted) for job in jobs if job.recipe_hash == wanted]
     found = standing(jobs, wanted, run, server.options)
-    if found is not None:
+    if found is not None and not deleted(found, run):
         server.adopt(found.id)  # where a submission has ended between the two objects
         attempt = kuberay.attempt_of(found.id, wanted)
         return Submitted(found.id, run, server.address, attempt, True, found.status)
@@ -126,6 +128,14 @@ def standing(jobs: list[Job], wanted: str, run: str, options: str = "") -> Job |
         return job
     newest = jobs[0] if jobs else None
     return newest if newest and newest.status == "SUCCEEDED" and newest.recipe_hash == wanted else None
+
+
+def deleted(job: Job, run: str) -> bool:
+    """Has a job succeeded whose run's result is gone by now? Storage that can't be read from here says nothing."""
+    if job.status == "SUCCEEDED":
+        with contextlib.suppress(StorageError):
+            return not storage.exists(storage.join(run, "result.json"))
+    return False
 
 
 def job_prefix(name: str, run: str) -> str:

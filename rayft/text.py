@@ -357,7 +357,7 @@ def job_lines(job: Json) -> list[str]:
     """One job and its run."""
     score = f"{job['metric']} {number(job['value'])}" if job["metric"] else "-"
     facts = [
-        ("status", job["status"] + (f": {job['message']}" if job["message"] else "")),
+        ("status", job["status"] + (f": {why}" if (why := last_line(job["message"])) else "")),
         ("run", job["run"] or "-"),
         ("attempt", number(job["attempt"])),
         ("step", f"{number(job['step'])} ({number(job['epoch'])} epochs), loss {number(job['loss'])}"),
@@ -365,3 +365,9 @@ def job_lines(job: Json) -> list[str]:
         ("started", f"{moment(job['started'])}, {duration(job['seconds'])} so far, {duration(job['left_s'])} left"),
     ]
     return [job["job"], *aligned(facts)]
+
+
+def last_line(message: str | None) -> str:
+    """Of what a server says of a job: where that is the end of the job's output, its error."""
+    lines = [line.strip() for line in (message or "").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -123,10 +123,12 @@ def kill_with_children(process: subprocess.Popen[str]) -> None:
 class Cluster:
     """A Ray of its own, that outlives the drivers which join it by the variables `leads`. Use as a context manager."""
 
-    def __init__(self, folder: Path, cpus: int = 6, nodes: int = 0, jobs: bool = False) -> None:
+    def __init__(
+        self, folder: Path, cpus: int = 6, nodes: int = 0, jobs: bool = False, token: str | None = None
+    ) -> None:
         """With `nodes` there is Ray's own autoscaler, which starts up to so many of one CPU when they are needed.
 
-        With `jobs` a job server answers at `server`.
+        With `jobs` a job server answers at `server`. With a `token` nobody is let in who has not got it.
         """
         port, dashboard, agent = (_free_port() for _ in range(3))
         self.server = f"http://127.0.0.1:{dashboard}"
@@ -142,7 +144,7 @@ class Cluster:
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._log = folder / "ray.log"
         self._command = [*ray, *more, f"--temp-dir={self._temporary.name}"]
-        self._more: dict[str, str] = {}
+        self._more = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
         if nodes:
             file = folder / "autoscaler.json"
             file.write_text(json.dumps(_autoscaling(port, cpus, nodes)))

@@ -249,6 +249,10 @@ def test_clean_asks_first(tmp_path: Path) -> None:
     assert [gone["path"] for gone in json.loads(done.stdout)["removed"]] == [str(torn)]
     assert not torn.exists()
     assert rayft("clean", str(tmp_path), stdin="y\n").stdout == "nothing to delete\n"
+    Path(run, "run.json").write_text("{")
+    first, last = rayft("clean", str(tmp_path)).stdout.splitlines()
+    assert first.startswith(f"warning: {run}/run.json is damaged")
+    assert last == "nothing to delete"
 
 
 @pytest.mark.parametrize("command", [("init", "rows.csv", "-o"), ("report", "one", "-o"), ("export", "one")])

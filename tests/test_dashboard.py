@@ -345,3 +345,17 @@ def test_index_gains_runs_and_the_page_says_when_nothing_answers(browser: Any, w
         assert page.locator("#alarm").inner_text() == "the storage does not answer"
         page.unroute("**/data/")
         page.wait_for_selector("#alarm", state="hidden")
+
+
+def test_names_of_runs_can_be_read_on_a_narrow_screen(browser: Any, where: str) -> None:
+    names = ["sms-spam-of-all-countries", "teams/llama-7b-with-adapters"]
+    for name in names:
+        folders.write_run(where, name)
+    with serving(Dashboard(where)) as port, watched(browser) as page:
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.wait_for_selector(f'#runs [data-key="{names[0]}"]')
+            heights = page.eval_on_selector_all("#runs tbody tr", "(all) => all.map((one) => one.clientHeight)")
+            assert max(heights) < 80, "more than three lines"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,12 +1,13 @@
-"""Addresses and tokens of a job server; what it does on a cluster is in `tests/cluster/test_jobs.py`."""
+"""Addresses of a job server; what it does on a cluster is in `tests/cluster/test_jobs.py`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
-from rayft import jobserver
 from rayft.errors import ClusterError
 from rayft.jobserver import JobServer, address_of
 
@@ -59,12 +60,21 @@ def test_a_server_that_does_not_answer_is_one_sentence(monkeypatch: pytest.Monke
         JobServer("http://127.0.0.1:9")
 
 
-def test_tokens_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert jobserver._headers() == {}
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    with pytest.raises(ClusterError, match=r"RAY_AUTH_TOKEN_PATH=.*No such file"):
-        jobserver._headers()
-    (tmp_path / "token").write_text("abc\n")
-    assert jobserver._headers() == {"Authorization": "Bearer abc"}
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "def")
-    assert jobserver._headers() == {"Authorization": "Bearer def"}
+@pytest.mark.parametrize(("status", "body"), [(404, "no such page"), (200, "<html>"), (200, "{}"), (500, "")])
+def test_what_answers_and_is_no_job_server_is_refused(status: int, body: str) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(ClusterError, match=r"job server") as raised:
+            JobServer(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert raised.value.exit_code == 2

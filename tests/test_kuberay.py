@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 from rayft import __version__, kuberay
 from rayft.errors import RecipeError
 from rayft.kuberay import job_name, manifests, to_yaml
+from rayft.kubernetes_rules import amount
 from rayft.recipe import Recipe
 from test_kubernetes_rules import KUBERNETES, PASSED, SELECTOR, recipe_with
 
@@ -55,7 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
     "cpu": {},
     "gpu-everything": FULL,
     "elastic": {"cluster": {"workers": {"min": 1, "max": 3}, "gpus_per_worker": 1}},
-    "sweep": {"cluster.workers": 1, "tune": {"trials": 8, "search": SEARCH}, f"{KUBERNETES}.memory": "64Gi"},
+    "sweep": {
+        "cluster.workers": 1,
+        "tune": {"trials": 8, "search": SEARCH},
+        f"{KUBERNETES}.memory": "64Gi",
+        f"{KUBERNETES}.trials_at_once": 4,
+    },
     "queue": {f"{KUBERNETES}.queue": "research", f"{KUBERNETES}.mode": "HTTPMode"},
 }
 
@@ -114,7 +120,7 @@ def test_what_the_recipe_says_reaches_its_place() -> None:
     assert (spec["shutdownAfterJobFinishes"], spec["entrypointNumCpus"]) == (True, 1.5)
     assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
     assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (4, 4, 4)
-    assert workers["rayStartParams"] == {"num-cpus": "92", "num-gpus": "8"}
+    assert workers["rayStartParams"] == {"num-cpus": "92", "num-gpus": "8", "object-store-memory": str(540 * 2**30)}
     assert container["resources"]["requests"] == {"cpu": "92", "memory": "1800Gi", "nvidia.com/gpu": "8"}
     assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "600Gi"}} in pods(job)["worker"]["volumes"]
@@ -128,7 +134,8 @@ def test_an_image_of_this_version_is_the_default() -> None:
 def test_the_head_takes_no_worker_and_no_machine_with_gpus() -> None:
     _, job = rendered("gpu-everything")
     head = pods(job)["head"]
-    assert job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"] == {"num-cpus": "2", "num-gpus": "0"}
+    start = job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    assert (start["num-cpus"], start["num-gpus"]) == ("2", "0")
     assert head["nodeSelector"] == {"topology.kubernetes.io/zone": "eu-west-1a"}
     assert head["tolerations"] == FULL[KUBERNETES]["tolerations"]
     assert head["containers"][0]["resources"]["requests"] == {"cpu": "4", "memory": "16Gi"}
@@ -147,6 +154,25 @@ def test_the_head_of_a_sweep_has_the_memory_for_the_pretrained_weights() -> None
     assert memory["cpu"] == {"memory": "16Gi"}
 
 
+@pytest.mark.parametrize(
+    ("memory", "shm", "store"),
+    [
+        ("16Gi", "8Gi", 0.3 * 16 * 2**30),
+        ("27Gi", "8Gi", 0.9 * 8 * 2**30),
+        ("64G", "8G", 0.9 * 8e9),
+        ("1Gi", "128Mi", 0.9 * 128 * 2**20),
+    ],
+)
+def test_rays_objects_fit_into_the_shared_memory_of_every_pod(memory: str, shm: str, store: float) -> None:
+    for tune in (None, {"trials": 2, "search": SEARCH}):
+        _, job = manifests(recipe_with({f"{KUBERNETES}.memory": memory, f"{KUBERNETES}.shm": shm, "tune": tune}))
+        cluster = job["spec"]["rayClusterSpec"]
+        head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
+        assert workers["rayStartParams"]["object-store-memory"] == str(int(store))
+        limit = amount(head["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
+        assert int(head["rayStartParams"]["object-store-memory"]) == int(min(store, 0.3 * float(limit or 0)))
+
+
 def test_a_pod_offers_ray_whole_cpus_only() -> None:
     _, job = manifests(recipe_with({f"{KUBERNETES}.cpu": "3500m"}))
     assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["rayStartParams"]["num-cpus"] == "3"
@@ -159,6 +185,13 @@ def test_an_elastic_run_scales_between_its_bounds_and_a_fixed_one_does_not() -> 
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 3)
     assert "automountServiceAccountToken" not in spec["headGroupSpec"]["template"]["spec"]
     assert "enableInTreeAutoscaling" not in rendered("cpu")[1]["spec"]["rayClusterSpec"]
+
+
+@pytest.mark.parametrize(("workers", "pods"), [(1, (6, 6, 6)), (4, (24, 24, 24)), ({"min": 1, "max": 3}, (6, 18, 18))])
+def test_each_of_the_trials_at_once_has_the_pods_of_a_run(workers: Any, pods: tuple[int, int, int]) -> None:
+    fields = {"cluster.workers": workers, "tune": {"trials": 24, "search": SEARCH}, f"{KUBERNETES}.trials_at_once": 6}
+    group = manifests(recipe_with(fields))[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == pods
 
 
 def test_a_queued_job_waits_until_it_is_admitted() -> None:

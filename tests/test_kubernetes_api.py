@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from kube_api import TOKEN, KubeApi, kubeconfig, serving
-from rayft import following, jobs, kubernetes_api, storage
+from rayft import following, jobs, kubernetes_api, retry, storage
 from rayft.answer import Answer
 from rayft.cli import app
 from rayft.errors import ClusterError, RunRefused, TrainingError
@@ -144,9 +144,27 @@ def test_a_recipe_is_submitted_once_and_after_a_failure_again(api: KubeApi, home
     second = send(made)
     assert (second.job, second.attempt, second.attached) == (job_name(made, 2), 2, False)
     api.plays(second.job, "Complete", "SUCCEEDED")
+    storage.write_json(storage.join(made.folder, "result.json"), {"status": "finished"})
     last = send(made)
     assert (last.job, last.attempt, last.attached, last.status) == (second.job, 2, True, "SUCCEEDED")
     assert api.names() == api.names("configmaps") == [first.job, second.job]
+
+
+def test_a_run_that_was_deleted_after_it_had_succeeded_is_submitted_again(
+    api: KubeApi, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(home, name="deleted")
+    storage.write_json(storage.join(made.folder, "result.json"), {"status": "finished"})
+    first = send(made)
+    api.plays(first.job, "Complete", "SUCCEEDED")
+    assert send(made).attached
+    storage.delete(made.folder)
+    with monkeypatch.context() as unreadable:
+        unreadable.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        unreadable.setattr(retry, "RETRY", retry.Retry(attempts=1))
+        assert send(made).attached
+    again = send(made)
+    assert (again.job, again.attempt, again.attached) == (job_name(made, 2), 2, False)
 
 
 def test_another_recipe_for_a_run_that_goes_on_is_refused(api: KubeApi, home: str) -> None:
@@ -431,7 +449,7 @@ def test_a_stop_waits_for_the_checkpoint_and_is_not_taken_for_a_failure_to_retry
     operator(script)
     assert jobs.stop(server, "kind", silent)["status"] == "stopped"
     assert "suspend" not in api.job(job)["spec"]
-    with pytest.raises(RunRefused, match="has ended already"):
+    with pytest.raises(RunRefused, match="has ended already: stopped"):
         jobs.stop(server, job, silent)
     assert not any(line.startswith("DELETE") for line in api.asked)
 

@@ -25,6 +25,7 @@ SOUND: dict[str, Any] = {
 KUBERNETES = "submit.kubernetes"
 SELECTOR = f"{KUBERNETES}.node_selector"
 SWEEP = {"trials": 2, "search": {"model.path": {"choice": ["org/m", "./other"]}}}
+SEARCH = {"trials": 24, "search": {"train.learning_rate": {"choice": [1e-5, 1e-4]}}}
 TYPE, ACCELERATORS = "node.kubernetes.io/instance-type", "cloud.google.com/gke-accelerator-count"
 
 
@@ -68,6 +69,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({f"{KUBERNETES}.retries": 2**31}, f"{KUBERNETES}.retries"),
     ({f"{KUBERNETES}.deadline_s": 2**31}, f"{KUBERNETES}.deadline_s"),
     ({f"{KUBERNETES}.ttl_s": 2**31}, f"{KUBERNETES}.ttl_s"),
+    ({f"{KUBERNETES}.trials_at_once": 2**31, "tune": SEARCH}, f"{KUBERNETES}.trials_at_once"),
+    ({f"{KUBERNETES}.trials_at_once": 2}, f"{KUBERNETES}.trials_at_once"),
     ({f"{KUBERNETES}.memory": "16ki"}, f"{KUBERNETES}.memory"),
     ({f"{KUBERNETES}.cpu": "4Gi"}, f"{KUBERNETES}.cpu"),
     ({f"{KUBERNETES}.shm": "8"}, f"{KUBERNETES}.shm"),
@@ -115,6 +118,8 @@ PASSED: list[dict[str, Any]] = [
     {f"{KUBERNETES}.cpu": 192, "cluster.cpus_per_worker": 191},
     {f"{KUBERNETES}.memory": "9G", f"{KUBERNETES}.shm": "8Gi"},
     {f"{KUBERNETES}.deadline_s": 1, f"{KUBERNETES}.ttl_s": 0, f"{KUBERNETES}.retries": 0},
+    {f"{KUBERNETES}.trials_at_once": 24, "tune": SEARCH},
+    {f"{KUBERNETES}.trials_at_once": 1},
     *({f"{KUBERNETES}.mode": mode, f"{KUBERNETES}.retries": 5} for mode in ("HTTPMode", "SidecarMode")),
     gpus(1, {TYPE: "g5.xlarge"}),
     gpus(8, {TYPE: "p4d.24xlarge"}),

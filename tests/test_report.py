@@ -63,6 +63,7 @@ def write_run(
         }
         storage.write_json(storage.join(run, "result.json"), {**result, "best": None, "export": None, "timing": {}})
     storage.write_text(storage.join(run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    storage.write_json(storage.join(run, "attempts", "000001.json"), {"number": 1, "accepts": []})
     return run
 
 
@@ -187,6 +188,17 @@ def test_what_is_not_there_is_named(where: str, tmp_path: Path) -> None:
         report.show(storage.join(where, "onee"))
 
 
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+@pytest.mark.parametrize("content", [b'{"status": "runn', b"[1, 2]", b"", b"\xff"])
+def test_a_damaged_file_makes_only_its_own_run_unreadable(where: str, name: str, content: bytes) -> None:
+    run = write_run(where, "torn")
+    write_run(where, "sound")
+    storage.write_bytes(storage.join(run, name), content)
+    assert {one["name"]: one["status"] for one in report.runs(where)} == {"torn": "unreadable", "sound": "finished"}
+    found = report.show(run)
+    assert (found["status"], found["error"]) == ("unreadable", f"{run}/{name} is damaged: it holds no JSON object")
+
+
 def test_a_storage_without_runs_is_an_empty_list(tmp_path: Path) -> None:
     assert report.runs(str(tmp_path)) == []
 
@@ -250,6 +262,32 @@ def test_failed_runs_with_nothing_in_them_go_after_a_day_and_take_their_shards_a
     report.remove(where, found)
     assert sorted(run["name"] for run in report.runs(where)) == ["resumable", "young"]
     assert os.path.exists(kept)
+
+
+def test_a_failed_run_goes_with_its_claims_and_pictures_but_no_trial_of_a_sweep(where: str) -> None:
+    day = 2 * report.DAY_S
+    barren = write_run(where, "barren", "failed", day)
+    storage.write_bytes(storage.join(barren, "pictures", "step-000002", "eval_confusion_matrix.png"), b"png")
+    write_run(where, "sweep", "failed", day, prepared={"train": OTHER})
+    for number in range(2):
+        write_run(where, f"sweep/trials/{number:05d}", "failed", day, prepared={"train": OTHER})
+    for place in (where, storage.join(where, "sweep"), storage.join(where, "sweep", "trials")):
+        assert [one.path for one in report.leftovers(place)] == ([barren] if place == where else [])
+    report.remove(where, report.leftovers(where))
+    assert not os.path.exists(barren)
+
+
+def test_while_a_run_can_not_be_read_it_keeps_its_remains_and_every_shard(where: str) -> None:
+    run = write_run(where, "torn", silent_s=2 * report.DAY_S)
+    storage.write_text(storage.join(run, "checkpoints", "step-000004-a1", "state.json"), "{}")
+    shards(where, OTHER, 9)
+    told: list[str] = []
+    storage.write_text(storage.join(run, "run.json"), '{"status": "runn')
+    assert report.leftovers(where, told.append) == []
+    assert told == [f"{run}/run.json is damaged, and may refer to any of the prepared shards: all stay"]
+    storage.delete(run)
+    assert len(report.leftovers(where, told.append)) == 1
+    assert len(told) == 1
 
 
 def test_what_came_into_use_after_the_question_stays(where: str) -> None:

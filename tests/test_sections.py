@@ -100,6 +100,7 @@ from rayft.sections import (
                     "cpu": "4",
                     "memory": "16Gi",
                     "shm": "8Gi",
+                    "trials_at_once": 1,
                     "mode": "K8sJobMode",
                     "retries": 2,
                     "deadline_s": None,

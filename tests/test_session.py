@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+
+import small
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -79,3 +82,21 @@ def test_a_cluster_that_does_not_start_is_one_sentence() -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("rayft.errors.ClusterError: Ray did not start on this machine (")
     assert "/proc/nowhere" in last
+
+
+def test_a_cluster_that_wants_a_token_is_asked_once_and_told_as_what_it_is(tmp_path: Path) -> None:
+    script = "from rayft.session import cluster\nwith cluster(imports=()):\n    print('joined')"
+    with small.Cluster(tmp_path, cpus=1, token="0" * 48) as ray:
+        joining = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **ray.leads}
+        for token, told in (
+            (None, "asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+            ("1" * 48, "refuses"),
+        ):
+            given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+            command = [sys.executable, "-c", script]
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=300, env={**joining, **given}
+            )
+            last = done.stderr.strip().splitlines()[-1]
+            assert last.startswith(f"rayft.errors.ClusterError: the Ray cluster at {ray.leads['RAY_ADDRESS']} {told}")
+            assert done.stderr.count("Failed to get cluster ID") == 1

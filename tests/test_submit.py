@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import small
-from rayft import __version__
+from rayft import __version__, storage
 from rayft.recipe import Recipe
-from rayft.submit import digest, entrypoint, environment, job_prefix, metadata
+from rayft.servers import Job
+from rayft.submit import digest, entrypoint, environment, job_prefix, metadata, submit
 
 
 @pytest.fixture
@@ -60,3 +61,40 @@ def test_metadata_names_the_run(plain: dict[str, Any]) -> None:
         "rayft_version": __version__,
         "kind": "run",
     }
+
+
+class Server:
+    """A job server on this machine or another, with the job that a first submission left; what is sent is kept."""
+
+    def __init__(self, address: str, jobs: list[Job]) -> None:
+        self.address, self.known, self.sent = address, jobs, list[str]()
+
+    def jobs(self, prefix: str) -> list[Job]:
+        return self.known
+
+    def submit(self, job: str, **_: Any) -> bool:
+        self.sent.append(job)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("address", "shared", "kept", "again"),
+    [
+        ("http://127.0.0.1:8265", False, "result.json", False),
+        ("http://127.0.0.1:8265", False, "run.json", True),
+        ("http://127.0.0.1:8265", False, None, True),  # with all that was in the storage
+        ("http://head.invalid:8265", True, "run.json", True),
+        ("http://head.invalid:8265", True, None, False),  # a storage that this machine may not share
+    ],
+)
+def test_a_succeeded_job_is_attached_to_unless_its_result_is_known_to_be_gone(
+    plain: dict[str, Any], address: str, shared: bool, kept: str | None, again: bool
+) -> None:
+    recipe = Recipe.parse({**plain, "cluster": {"workers": 1, "shared_storage": shared}})
+    run = storage.absolute(recipe.folder)
+    job = Job(f"{job_prefix(recipe.name, run)}1", "SUCCEEDED", recipe.name, digest(recipe.resolved()), run)
+    if kept:
+        storage.write_text(storage.join(run, kept), "{}")
+    server: Any = Server(address, [job])
+    sent = submit(recipe, server, upload=False, show=lambda event: None)
+    assert (sent.attached, sent.attempt, len(server.sent)) == ((False, 2, 1) if again else (True, 1, 0))

@@ -132,3 +132,14 @@ def test_comparison_reads_from_top_to_bottom() -> None:
     ]
     same = text.compare_lines({"runs": runs, "recipe": {}, "metrics": {}})
     assert same[-1] == "their recipes are the same"
+
+
+def test_of_a_jobs_output_only_the_error_at_its_end_is_shown() -> None:
+    job = dict.fromkeys(("run", "attempt", "step", "epoch", "loss", "metric", "value", "left_s", "started", "seconds"))
+    message = "Job entrypoint command failed with exit code 1, last available logs:\nstep 7\nerror: no room left\n\n"
+    lines = text.job_lines({**job, "job": "one", "status": "failed", "message": message})
+    assert lines[1].split() == ["status", "failed:", "error:", "no", "room", "left"]
+    assert text.job_lines({**job, "job": "one", "status": "running", "message": None})[1].split() == [
+        "status",
+        "running",
+    ]

@@ -7,9 +7,10 @@ their attempt, so that processes which prepare the same key at once can't meet; 
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -41,6 +42,8 @@ from rayft.tasks.task import Pretrained
 
 MOST_BAD = 0.1  # the share of bad rows beyond which skipping them is refused
 ENOUGH_BAD = 1000  # bad rows after which the rest is not looked at
+USED = "used"  # rewritten by whoever finds shards: a run's folder refers to them only once its workers are there
+USED_S = 3600.0  # so long a mark serves all who find them
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -136,6 +139,7 @@ class Preparation:
             return None
         there = {name: Prepared.find(folder) for name, folder in self._folders(known).items()}
         found = {name: one for name, one in there.items() if one is not None}
+        _mark(found.values())
         return found if len(found) == len(there) else None
 
     def made(self, progress: Progress | None = None) -> dict[str, Prepared]:
@@ -149,6 +153,7 @@ class Preparation:
         assert known is not None  # what scans, knows
         folders = self._folders(known)
         there = {name: Prepared.find(folder) for name, folder in folders.items()}
+        _mark(one for one in there.values() if one is not None)
         missing = [self._parts[name] for name, one in there.items() if one is None]
         encoder = Encoder(self._recipe.task, self._model, self._recipe.model.path, self._processor, known.facts)
         made = _make(self._recipe, missing, folders, known, encoder, show)
@@ -188,6 +193,15 @@ def facts_of(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, A
     train = splits_of(recipe, ["train"], with_train=True)["train"]
     show = progress or (lambda stage, done, total: None)
     return _scanned(recipe, train, recipe.data.validation is None, _home(recipe), show).facts
+
+
+def _mark(found: Iterable[Prepared]) -> None:
+    """Keeps `rayft clean` from shards that are about to be used, where their storage can be written."""
+    for one in found:
+        newest = max(entry.modified for entry in storage.listing(one.folder, recursive=False))
+        if time.time() - newest > USED_S:
+            with contextlib.suppress(StorageError):
+                storage.write_bytes(storage.join(one.folder, USED), b"")
 
 
 def _home(recipe: Recipe) -> str:

@@ -146,6 +146,15 @@ def test_shared_memory_is_memory_and_fits_into_the_limit(name: str) -> None:
     assert set(mounts.values()) <= set(volumes)
 
 
+@pytest.mark.parametrize("name", ["head", *WORKERS])
+def test_rays_objects_fit_into_shared_memory(name: str) -> None:
+    group = RAY["spec"]["headGroupSpec"] if name == "head" else WORKERS[name]
+    memory = gib(CONTAINERS[name]["resources"]["limits"]["memory"])
+    shared = next(volume for volume in PODS[name]["volumes"] if volume["name"] == "shared-memory")["emptyDir"]
+    most = min(0.9 * gib(shared["sizeLimit"]), 0.3 * memory) * 2**30
+    assert group["rayStartParams"]["object-store-memory"] == str(int(most))
+
+
 def gib(text: str) -> int:
     assert text.endswith("Gi")
     return int(text.removesuffix("Gi"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from rayft import storage
+from rayft import report, storage
 from rayft.data import prepare as module
 from rayft.data import scan, splits
-from rayft.data.prepare import Manifest, Prepared, prepare
-from rayft.errors import DataError, StorageDown
+from rayft.data.prepare import Manifest, Preparation, Prepared, prepare
+from rayft.errors import DataError, StorageDenied, StorageDown
 from rayft.recipe import Recipe
 from rayft.tasks.task import Columns, Encoded, Pretrained, Task
 
@@ -228,6 +230,46 @@ def test_a_second_call_starts_no_execution(place: Path, monkeypatch: pytest.Monk
     assert made(place, train=str(place / "moved"))["train"] == first["train"]
     with pytest.raises(AssertionError, match="an execution was started"):
         made(place, Words(window=5))
+
+
+def aged(where: str, days: float) -> None:
+    then = time.time() - days * report.DAY_S
+    for entry in storage.listing(where):
+        os.utime(entry.path, (then, then))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_old_shards_that_a_starting_run_has_found_are_kept(place: Path) -> None:
+    made(place)
+    where = str(place / "runs")
+    for find in (Preparation(recipe(place), str(place / "model")).found, lambda: made(place)):
+        aged(where, 2)
+        assert len(report.leftovers(where)) == 2  # train, and the validation rows that were cut from it
+        assert find()
+        assert report.leftovers(where) == []
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_use_is_marked_once_an_hour_and_reading_needs_no_right_to_write(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, tries, write = made(place), list[str](), storage.write_bytes
+    aged(str(place / "runs"), 0.1)
+
+    def refused(path: str, data: bytes) -> None:
+        tries.append(path)
+        raise StorageDenied(path)
+
+    def counted(path: str, data: bytes) -> None:
+        tries.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(storage, "write_bytes", refused)
+    assert made(place) == first
+    monkeypatch.setattr(storage, "write_bytes", counted)
+    for _ in range(3):
+        assert made(place) == first
+    assert tries == [storage.join(one.folder, "used") for one in first.values()] * 2
 
 
 @pytest.mark.usefixtures("ray_local")
