@@ -57,18 +57,23 @@ def listing(path: str, recursive: bool = True) -> list[Entry]:
 
 
 def folders(path: str) -> list[str]:
-    """Paths of the folders directly in a folder, sorted; [] where nothing is."""
+    """Paths of the folders directly in a folder, sorted; [] where nothing is. Links to a folder above are none."""
     if is_local(path):
         base = local(path)
         with contextlib.suppress(StorageMissing):
-            names = retry.call(path, "listing", lambda: [one.name for one in os.scandir(base) if one.is_dir()])
-            return sorted(os.path.join(base, name) for name in names)
+            found = retry.call(path, "listing", lambda: [one for one in os.scandir(base) if one.is_dir()])
+            return sorted(one.path for one in found if not (one.is_symlink() and _is_above(one.path)))
         return []
     try:
         infos = on(path, "listing", lambda fs, inner: fs.ls(inner, detail=True))
     except StorageMissing:
         return []
     return sorted(f"{path.rstrip('/')}/{_name(info)}" for info in infos if info["type"] == "directory")
+
+
+def _is_above(link: str) -> bool:
+    """Does a link lead to a folder that it lies in? Whoever goes down would never come to an end."""
+    return f"{os.path.realpath(os.path.dirname(link))}/".startswith(f"{os.path.realpath(link).rstrip('/')}/")
 
 
 def expand(pattern: str) -> list[Entry]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayft import report, storage
 from rayft.errors import StorageMissing
+from rayft.layout import INSIDE, PREPARED
 from rayft.retry import shown
 from rayft.snapshots import Files, Json, curves, in_parallel, is_number, name_of, scores, text
 
@@ -139,7 +140,7 @@ def _listed(files: Files, where: str, folder: str) -> tuple[Json | None, list[st
     """The index's row of a folder, None where it is no run, and the folders in it that may be runs."""
     found = files.inside(folder)
     recipe = files.yaml(found.get("recipe.yaml")) if "run.json" in found else {}
-    closed = {*report.INSIDE, report.PREPARED} | ({TRIALS} if is_sweep(recipe) else set())
+    closed = {*INSIDE, PREPARED} | ({TRIALS} if is_sweep(recipe) else set())
     inner = storage.folders(folder)
     below = [path for path in inner if name_of(path) not in closed and not name_of(path).startswith(".")]
     if "run.json" not in found or folder == where:
@@ -170,7 +171,7 @@ def _splits(files: Files, state: Json, where: str) -> list[Json]:
     for split in sorted(keys, key=lambda each: (_SPLITS.index(each) if each in _SPLITS else len(_SPLITS), each)):
         key = str(keys[split])
         if _KEY.fullmatch(key):
-            manifest = files.settled(storage.join(where, report.PREPARED, key, "manifest.json"))
+            manifest = files.settled(storage.join(where, PREPARED, key, "manifest.json"))
             found += [{"split": split, **{field: manifest.get(field) for field in wanted}}] if manifest else []
     return found
 

@@ -6,25 +6,24 @@ Nothing here asks a running process; whatever writes a run's folder in the agree
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rayft import document, storage
 from rayft.errors import StorageMissing
+from rayft.layout import INSIDE, PREPARED
 from rayft.retry import shown
 from rayft.snapshots import plain_object
 
 HEARTBEAT_S = 30.0  # a running run that has been silent for longer is lost
 DAY_S = 86_400.0  # what is younger may belong to something that has only just begun
 SCRATCH = "ray"  # the folder of a run that an attempt removes at its end
-# Folders of a run that can't hold another run.
-INSIDE = frozenset({"attempts", "checkpoints", "export", "pictures", "tensorboard", SCRATCH})
-PREPARED = "prepared"
 UNREADABLE = "unreadable"  # the status of a run whose run.json or result.json is damaged
 _KEY = re.compile(r"[0-9a-f]{12,64}")  # the names of folders in prepared/; anything else there is not rayft's
 
@@ -176,8 +175,15 @@ def _unused(where: str, states: list[Json]) -> Iterator[Leftover]:
         key = path.rpartition("/")[2]
         if _KEY.fullmatch(key) and key not in used:
             entries = storage.listing(path)
-            if _age(max((entry.modified for entry in entries), default=0.0)) >= DAY_S:
+            if _age(_changed(path, entries)) >= DAY_S:
                 yield Leftover(path, "prepared shards that no run refers to", sum(entry.size for entry in entries))
+
+
+def _changed(path: str, entries: Sequence[storage.Entry]) -> float:
+    """When something last changed below a folder, in seconds since 1970; what is only being written is no entry yet."""
+    if not entries and storage.is_local(path):
+        return max(os.stat(folder).st_mtime for folder, _, _ in os.walk(path))
+    return max((entry.modified for entry in entries), default=0.0)
 
 
 def _whole(path: str, why: str) -> Leftover:

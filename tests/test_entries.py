@@ -46,6 +46,16 @@ def test_folders_are_those_directly_inside(tree: str) -> None:
     assert storage.folders(storage.join(tree, "nothing")) == []
 
 
+def test_a_link_to_a_folder_above_is_no_folder(tmp_path: Path) -> None:
+    """Whoever looks for runs in it would never come to an end."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a/b/up").symlink_to(tmp_path / "a")
+    (tmp_path / "a/b/self").symlink_to(tmp_path / "a/b")
+    (tmp_path / "a/b/other").symlink_to(tmp_path / "elsewhere")
+    assert storage.folders(str(tmp_path / "a/b")) == [str(tmp_path / "a/b/other")]
+
+
 @pytest.mark.parametrize(
     ("pattern", "found"),
     [

@@ -226,6 +226,18 @@ def test_prepared_shards_go_when_old_and_unused(where: str) -> None:
     assert [os.path.exists(path) for path in (used, young, old)] == [True, True, False]
 
 
+def test_what_a_preparation_is_only_writing_stays(where: str) -> None:
+    begun = Path(where, "prepared", KEY, "attempt-1", "scratch")
+    begun.mkdir(parents=True)
+    (begun / ".rayft-tmp-abc").write_text("half", encoding="utf-8")
+    empty = Path(where, "prepared", OTHER)
+    empty.mkdir()
+    assert report.leftovers(where) == []
+    for folder in (begun, *begun.parents[:2], empty):
+        os.utime(folder, (time.time() - 2 * report.DAY_S,) * 2)
+    assert {one.path for one in report.leftovers(where)} == {str(begun.parents[1]), str(empty)}
+
+
 @pytest.mark.parametrize("fields", [{"prepared": {"train": OTHER}}, {"prepared": [OTHER]}, {"facts": [OTHER]}])
 def test_shards_that_a_run_refers_to_stay(where: str, fields: dict[str, Any]) -> None:
     write_run(where, "deep/one", "running", silent_s=3600, **fields)

@@ -7,6 +7,7 @@ their attempt, so that processes which prepare the same key at once can't meet; 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import uuid
 from collections import defaultdict
@@ -274,8 +275,10 @@ def _make(
         return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
     except BaseException:
         for attempt in attempts.values():
-            with contextlib.suppress(StorageError):  # the error on its way says more
+            with contextlib.suppress(StorageError, OSError):  # the error on its way says more
                 storage.delete(attempt)
+                if storage.is_local(attempt):
+                    os.rmdir(os.path.dirname(attempt))  # unless somebody else's are there
         raise
 
 
