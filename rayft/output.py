@@ -28,6 +28,7 @@ ENDINGS = (".parquet", ".jsonl")
 GROUP_ROWS = 8192  # of a row group in Parquet
 GROUP_BYTES = 64 << 20
 METADATA, FILE_NAME = "metadata.jsonl", "file_name"  # of a folder of pictures
+INPUT_FILE_NAME = "input_file_name"
 ERROR = "error"
 PREFIX = "predicted_"
 
@@ -47,7 +48,7 @@ class Output:
 
     A row has its input's columns, its prediction's keys (those that an input column has already as `predicted_…`), and
     `error` where any row failed. In a folder, whose `path` ends in /, a prediction that is a picture is a file of its
-    own, and `file_name` names it.
+    own, and `file_name` names it: such a column of the input's becomes `input_file_name`.
     """
 
     def __init__(self, path: str) -> None:
@@ -97,7 +98,7 @@ class Output:
     def columns(self) -> dict[str, str]:
         """The key of a prediction -> its column."""
         apart = self._pictures if self.path.endswith("/") else {}
-        return {name: self._own(FILE_NAME if name in apart else name) for name in self._predictions}
+        return {name: FILE_NAME if name in apart else self._own(name) for name in self._predictions}
 
     def pictures(self) -> list[str]:
         """The columns that hold pictures."""
@@ -106,13 +107,15 @@ class Output:
     def blocks(self) -> Iterator[Rows]:
         """The rows as they are to be written, from the first one on, a block at a time."""
         names = self.columns()
-        error_name = self._own(ERROR)
+        aside = FILE_NAME if FILE_NAME in names.values() and FILE_NAME in self._inputs else None
+        error_name, aside_name = self._own(ERROR), self._own(INPUT_FILE_NAME)
         self._waiting.seek(0)
         for _ in iter(self._more, False):
             inputs, predictions, errors = pickle.load(self._waiting)
             rows = []
             for values, prediction, error in zip(inputs, predictions, errors, strict=True):
-                row = {**values, **{own: (prediction or {}).get(name) for name, own in names.items()}}
+                kept = {aside_name if name == aside else name: value for name, value in values.items()}
+                row = {**kept, **{own: (prediction or {}).get(name) for name, own in names.items()}}
                 rows.append({**row, error_name: error} if self._failed else row)
             yield rows
 

@@ -109,6 +109,20 @@ def test_pictures_go_into_a_folder_that_can_be_trained_on(tmp_path: Path, s3: st
     assert piece.path.endswith("metadata.jsonl")
 
 
+def test_a_drawing_is_named_where_training_looks_for_it_whatever_the_input_has(tmp_path: Path) -> None:
+    folder = f"{tmp_path}/drawn/"
+    with Output(folder) as file:
+        file.add([{"file_name": "old.png", "text": "a"}], [{"picture": b"PNG a"}], [None])
+        file.add([{"text": "b", "input_file_name": "x"}], [{"picture": b"PNG b"}], [None])
+        file.commit()
+    assert [json.loads(line) for line in storage.read_text(folder + "metadata.jsonl").splitlines()] == [
+        {"predicted_input_file_name": "old.png", "text": "a", "file_name": "000000.png"},
+        {"text": "b", "input_file_name": "x", "file_name": "000001.png"},
+    ]
+    inputs = [{"file_name": "old.png"}]
+    assert written(tmp_path / "out.jsonl", (inputs, [{"picture": b"PNG"}], [None]))[0]["file_name"] == "old.png"
+
+
 def test_pictures_are_bytes_in_parquet_and_base64_in_jsonl(tmp_path: Path) -> None:
     table = written(tmp_path / "out.parquet", *PICTURED)
     assert table["picture"].to_pylist() == [b"PNG a", None, b"PNG c"]

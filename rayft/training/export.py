@@ -51,7 +51,8 @@ def export(
         network.save_pretrained(folder)  # type: ignore[operator]
         processor.save_pretrained(folder)
         task.export(folder, network, processor, facts)
-        (Path(folder) / "README.md").write_text(model_card(recipe, scores, data), encoding="utf-8")
+        library = "diffusers" if (Path(folder) / "model_index.json").exists() else "transformers"
+        (Path(folder) / "README.md").write_text(model_card(recipe, scores, data, library), encoding="utf-8")
         details = {
             "rayft": __version__,
             "task": task.model_dump(mode="json"),
@@ -69,10 +70,10 @@ def new_parameters(network: Any) -> tuple[str, ...]:
     return tuple(getattr(network, "rayft_drawn", ()))
 
 
-def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str]) -> str:
-    """README.md of the model folder."""
+def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str], library: str) -> str:
+    """README.md of the model folder, which `library` loads."""
     pipeline, usage = recipe.task.pipeline(), recipe.task.usage()
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", f"library_name: {library}"]
     if pipeline:
         lines.append(f"pipeline_tag: {pipeline}")
     lines += [f"base_model: {recipe.model.path}", "tags: [rayft]", "---", "", f"# {recipe.name}", ""]

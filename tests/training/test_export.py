@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from diffusion_models import make_pipeline_folder
 from rayft import storage
 from rayft.recipe import Recipe
 from rayft.training import checkpoint, freeze
@@ -128,3 +129,18 @@ def test_the_pipeline_needs_nothing_but_the_folder(base: str, tmp_path: Path) ->
     answer = pipeline("text-classification", model=str(folder), top_k=None)(["win a prize now"])[0]
     scores = {entry["label"]: entry["score"] for entry in answer}
     assert scores == pytest.approx({"ham": expected[0].item(), "spam": expected[1].item()}, abs=1e-5)
+
+
+def test_the_card_names_the_library_that_loads_the_folder(base: str, tmp_path: Path) -> None:
+    _, folder, _ = exported(base, tmp_path, {})
+    assert "\nlibrary_name: transformers\n" in (folder / "README.md").read_text()
+    pipeline, drawing = tmp_path / "pipeline", tmp_path / "drawing"
+    make_pipeline_folder(str(pipeline))
+    drawing.mkdir()
+    fields = {"name": "n", "data": {"train": "unused.csv"}, "train": {"epochs": 1}}
+    recipe = Recipe.parse({**fields, "task": {"type": "text-to-image"}, "model": {"path": str(pipeline)}})
+    given = pretrained(recipe, str(pipeline))
+    network = recipe.task.load(given, {}, recipe.task.processor(given))
+    freeze.freeze(network, recipe.model, recipe.task.blocks(network))
+    export(recipe, given, {}, saved(network, drawing), {}, {}, str(drawing / "export"))
+    assert "\nlibrary_name: diffusers\n" in (drawing / "export" / "README.md").read_text()
