@@ -113,7 +113,8 @@ def test_tokens_and_servers_that_do_not_fit_are_one_sentence(
     plain: dict[str, Any], leads: dict[str, str], tmp_path: Path
 ) -> None:
     path = small.write_recipe(tmp_path, {**plain, "name": "refused"})
-    told = rayft({**leads, "RAY_AUTH_TOKEN": ""}, "submit", path, "--upload", code=2)
+    nowhere = {**leads, "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}  # nor is there a token of Ray's own
+    told = rayft(nowhere, "submit", path, "--upload", code=2)
     assert "asks for a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH" in told
     told = rayft({**leads, "RAY_AUTH_TOKEN": "0" * 48}, "submit", path, "--upload", code=2)
     assert "refuses the token that RAY_AUTH_TOKEN gives" in told
