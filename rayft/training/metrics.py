@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,14 +56,15 @@ class Metrics:
             yield from file
 
     def sync(self) -> None:
-        """Makes everything so far visible where the run is stored."""
+        """Makes everything so far visible where the run is stored, and there to stay: a commit refers to it."""
         self._board.flush()
+        os.fsync(self._stream.fileno())
         if self.remote:
             storage.upload(str(self.folder), self.remote)
 
     def close(self) -> None:
-        self._stream.close()
         self.sync()
+        self._stream.close()
         self._board.close()
 
 
