@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,7 +17,8 @@ import yaml
 
 import small
 from rayft import storage, trials
-from rayft.errors import RunRefused
+from rayft import tune as tune_module
+from rayft.errors import RunRefused, TrainingError
 from rayft.recipe import Recipe
 from rayft.run import run
 from rayft.tune import tune
@@ -320,3 +322,28 @@ def test_known_trials_are_read_from_their_folders(tmp_path: Path) -> None:
     assert worst.number == 0
     trials.write_table(home, known)
     assert [row["error"] for row in table(home)][2] == "the loss of step 3 was NaN"
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "room", "trials"), [(1, 1, 6, 4), (2, 1, 6, 2), (1, 2, 3, 2), (4, 1, 8, 1), (8, 1, 8, 1)]
+)
+def test_a_local_sweep_runs_as_many_trials_as_the_machine_has_processors_for(
+    workers: int, cpus: int, room: int, trials: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever Ray was told that there are: it has room for the readers too."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(tune_module.placement, "room", lambda cluster: room)
+    plain = small.recipe(tmp_path, "nowhere", cluster__workers=workers, cluster__cpus_per_worker=cpus)
+    assert tune_module.at_once(Recipe.parse(plain)) == trials
+
+
+def test_a_budget_that_ends_before_any_evaluation_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep: Any = object.__new__(tune_module.Sweep)
+    sweep.roster = SimpleNamespace(read=lambda: None, delete_unwanted=lambda again: None, ended=[])
+    sweep.record, sweep.stop = SimpleNamespace(superseded=None), SimpleNamespace(asked=lambda: None)
+    sweep.tune, sweep.over_at = SimpleNamespace(budget=SimpleNamespace(minutes=2.0)), time.time() - 1
+    monkeypatch.setattr(sweep, "run_trials", lambda: None)
+    monkeypatch.setattr(sweep, "write", lambda: None)
+    with pytest.raises(TrainingError, match=r"no trial was evaluated within tune\.budget of 2 minutes; a larger one"):
+        sweep.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from group import run_group
 from rayft.recipe import Recipe
+from rayft.training import attempt
+from rayft.training.attempt import Run
+from rayft.training.progress import Progress
 from small import recipe, small_bert
 from whole import trained_all
 
@@ -45,3 +49,15 @@ def test_a_model_that_was_best_before_blocks_were_unfrozen_is_the_one_tested(tmp
     with torch.inference_mode():
         loss = network(**inputs, labels=labels).loss
     assert result["metrics"]["test_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_rank_goes_back_to_the_best_model_only_once_rank_0_has_committed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one rank has written is no checkpoint yet: another's part may still be on its way."""
+    told: list[str] = []
+    run = object.__new__(Run)
+    run.watch, run.progress = SimpleNamespace(at=lambda *_: None), Progress(finished=True)  # type: ignore[assignment]
+    run.saver = SimpleNamespace(release=lambda: told.append("written"))  # type: ignore[assignment]
+    monkeypatch.setattr(run, "_build", lambda: None)
+    monkeypatch.setattr(attempt.dist, "barrier", lambda: told.append("all have"))
+    assert list(run._trained(None)) == []
+    assert told == ["written", "all have"]

@@ -6,9 +6,11 @@ import json
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from group import run_group
@@ -59,6 +61,14 @@ def test_extra_keys_do_not_reach_the_next_configuration() -> None:
     stage, fields = CONFIGS["stage-3-extra"]
     engine.deepspeed_config(recipe(**fields), stage)
     assert "stage3_max_live_parameters" not in engine.deepspeed_config(recipe(), stage)["zero_optimization"]
+
+
+def test_a_parameter_without_a_part_in_the_loss_has_a_gradient_of_zero_on_one_worker_too() -> None:
+    """The optimizer would leave it out there, and let it decay on several."""
+    network = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
+    network["used"](torch.ones(1, 2)).sum().backward()
+    engine.reduce_gradients(SimpleNamespace(module=network, enable_backward_allreduce=False))
+    assert [float(parameter.grad.abs().sum()) for parameter in network.parameters()] == [2.0, 1.0, 0.0, 0.0]
 
 
 # --- what it learns
