@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft import storage
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.recipe import Recipe
 from rayft.search import Space, Tune
 from rayft.sections import Freeze, Model

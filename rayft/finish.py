@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from rayft import storage
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.errors import CheckpointError
 from rayft.models import fetch_model
 from rayft.recipe import Recipe

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft import depths
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.recipe import Freeze, Recipe
 from rayft.sampling import trials
 

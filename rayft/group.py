@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayft import controller, placement, prestart, session, storage
 from rayft.board import Board, Place, standstill
 from rayft.data.feed import Feed, streams
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.errors import RayftError, WorkersLost
 from rayft.failure import Left, cause
 from rayft.network import GroupConfig

@@ -244,7 +244,8 @@ def prepares(names: Iterable[str]) -> bool:
 
 def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]:
     """The sweep's prepared rows; where its trials differ in how rows are prepared, those of this trial."""
-    from rayft.data.prepare import Prepared, prepare
+    from rayft.data.prepare import prepare
+    from rayft.data.prepared import Prepared
 
     if prepares(shared.recipe["tune"]["search"]):
         return prepare(recipe, model_path, progress=lambda stage, done, total: None)

@@ -65,6 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.classes",
         "data.hub",
         "data.source",
+        "data.prepared",
         "data.scan",
         "data.splits",
         "data.shards",

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from rayft import storage
+from rayft.data.prepared import Manifest, Prepared
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
 from rayft.data.source import work
@@ -47,67 +46,6 @@ USED = "used"  # rewritten by whoever finds shards: a run's folder refers to the
 USED_S = 3600.0  # so long a mark serves all who find them
 
 Progress = Callable[[str, int, int | None], None]
-
-
-class Manifest(BaseModel):
-    """What was prepared.
-
-    order        "hash" or "source"
-    rows         prepared rows: features, or packed rows
-    source_rows  rows of the source that were taken, those that were dropped too
-    tokens       sum of the prepared rows' lengths; `longest` is the largest of them
-    lengths      [upper bound, count] of the features' lengths, before packing
-    dropped      reason -> rows that gave no feature
-    bad          {"count", "examples"} of the rows that were skipped
-    shards       [{"path" below the prepared folder, "rows", "row_groups": rows of each, "bytes" in memory, "checksum"}]
-    cut          rows that were cut from train for validation, told in both splits
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    key: str
-    split: str
-    order: str
-    rows: int
-    source_rows: int
-    tokens: int
-    longest: int
-    lengths: list[tuple[int, int]]
-    truncated: int
-    dropped: dict[str, int]
-    bad: dict[str, Any]
-    facts: dict[str, Any]
-    shards: list[dict[str, Any]]
-    cut: int = 0
-
-    def notes(self, split: str) -> list[str]:
-        """What a user should know about how the rows became what they are."""
-        found = []
-        if self.cut and split == "validation":
-            found.append(f"validation: not given, so {self.cut:,} rows were cut from train by a hash of their place")
-        if self.truncated:
-            found.append(f"{split}: {self.truncated:,} of {self.source_rows:,} rows were truncated to what fits")
-        found += [f"{split}: {count:,} rows were dropped: {reason}" for reason, count in sorted(self.dropped.items())]
-        if self.bad["count"]:
-            found.append(f"{split}: {self.bad['count']:,} bad rows were skipped, such as {self.bad['examples'][0]}")
-        return found
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared split; `folder` is `<storage>/prepared/<key>`."""
-
-    folder: str
-    manifest: Manifest
-
-    @classmethod
-    def open(cls, folder: str) -> Prepared:
-        return cls(folder, Manifest.model_validate(storage.read_json(storage.join(folder, "manifest.json"))))
-
-    @classmethod
-    def find(cls, folder: str) -> Prepared | None:
-        """None where no preparation was committed."""
-        return cls.open(folder) if storage.exists(storage.join(folder, "manifest.json")) else None
 
 
 class Preparation:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rayft import attempts, storage
 from rayft.data.order import Position
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model
 from rayft.recipe import Recipe

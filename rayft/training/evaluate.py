@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.data.read import first_row, strided
 from rayft.tasks.task import Batch, Columns, Prediction, Task
 from rayft.training.pictures import Keep

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass
 
 from rayft import __version__, storage
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe

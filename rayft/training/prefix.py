@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rayft import storage
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.data.read import first_row, strided
 from rayft.errors import ModelError
 from rayft.recipe import Recipe

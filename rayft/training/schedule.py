@@ -6,7 +6,7 @@ import hashlib
 import math
 
 from rayft.data.order import Order
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.data.window import order_of
 from rayft.recipe import Every, Recipe, Train
 

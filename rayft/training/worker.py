@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rayft.data.prepare import Prepared
+from rayft.data.prepared import Prepared
 from rayft.data.window import Share
 from rayft.recipe import Recipe
 from rayft.training import engine

@@ -65,7 +65,7 @@ def rows(count: int) -> Row:
     from rayft import storage
     from rayft.data.feed import Windows
     from rayft.data.order import Position
-    from rayft.data.prepare import Manifest, Prepared
+    from rayft.data.prepared import Manifest, Prepared
     from rayft.data.window import order_of
 
     with tempfile.TemporaryDirectory() as folder:

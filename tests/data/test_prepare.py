@@ -23,7 +23,8 @@ import ray
 from rayft import report, storage
 from rayft.data import prepare as module
 from rayft.data import scan, splits
-from rayft.data.prepare import Manifest, Preparation, Prepared, prepare
+from rayft.data.prepare import Preparation, prepare
+from rayft.data.prepared import Manifest, Prepared
 from rayft.errors import DataError, StorageDenied, StorageDown
 from rayft.recipe import Recipe
 from rayft.tasks.task import Columns, Encoded, Pretrained, Task
