@@ -6,15 +6,15 @@ Exit codes: 0 done, 1 failed while running, 2 refused before starting, 130 inter
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rayft.errors import RayftError, RecipeError
+from rayft.finite import finite
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -29,7 +29,7 @@ class Answer:
     def give(self, value: Any, *text: Any) -> None:
         """The answer: `value` as JSON, or `text` (lines or rich renderables) for a reader."""
         if self.stream:
-            self.stream.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            self.stream.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         else:
             self.say(*text)
 
@@ -100,12 +100,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, RayftError) else FAILED
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinities, which it has no words for, become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

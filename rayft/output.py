@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
 import pickle
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 from rayft import storage
 from rayft.errors import RunRefused
+from rayft.finite import finite
 
 Rows = list[dict[str, Any]]
 
@@ -222,16 +222,7 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_plain)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for the infinities and NaN, for which JSON has no words."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=_plain)
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import pkgutil
-from typing import Any
 
 from rayft import storage
+from rayft.finite import finite
 from rayft.overview import page
 from rayft.snapshots import Files, Json
 
@@ -90,19 +89,10 @@ def to_json(data: Json) -> str:
     try:
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     except ValueError:
-        text = json.dumps(_finite(data), separators=(",", ":"))
+        text = json.dumps(finite(data), separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for the infinities and NaN, for which JSON has no words."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _filled(data: Json, style: str, scripts: str, attributes: str, text: str) -> str:

@@ -301,10 +301,10 @@ def _broken_in(data: Mapping[str, Any]) -> list[Fault]:
     """The rules between fields that a trial with the plain form `data` breaks; none where a field itself is faulty."""
     task, _, _, errors = task_section.read(data.get("task"))
     recipe, more = _validated({**data, "task": task or Task.model_construct(type="")})
-    return list(rules.broken(alone(recipe), ())) if recipe is not None and not errors + more else []
+    return list(rules.broken(_alone(recipe), ())) if recipe is not None and not errors + more else []
 
 
-def alone(recipe: Recipe) -> Recipe:
+def _alone(recipe: Recipe) -> Recipe:
     """As a trial has it: without a sweep, and no more rows passed through at once than its batch has."""
     train = recipe.train
     micro = min(train.micro_batch_size, train.global_batch_size)

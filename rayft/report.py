@@ -47,9 +47,9 @@ def runs(where: str) -> list[Json]:
 
     Each: {"name", "run", "status", "steps", "trials", "metric", "value", "seconds", "started"}; what is not known is
     None. `metric` and `value` are the best checkpoint's or, without a result, the last evaluation's. `started` (seconds
-    since 1970) and `seconds` are the last attempt's. A run with a damaged file is `unreadable`; `show` names
-    it. A sweep is one of them, with how many `trials` it has so far; where `where` is the sweep's own folder its trials
-    are listed too.
+    since 1970) and `seconds` are the last attempt's. A run with a damaged file is `unreadable`; `show` names it. A
+    sweep is one of them, with how many `trials` it has so far; where `where` is the sweep's own folder its trials are
+    listed too.
     """
     walked = dict(_walk(_existing(where)))
     trials = Counter(sweep for run in walked if (sweep := _sweep_of(run)) in walked)

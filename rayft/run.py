@@ -75,21 +75,24 @@ def run(
         record.refuse_other_data(keys["train"], keys.get("validation"))
         settled()
         stop = Stop(recipe.folder)
-        with record.writing(recipe, identity, keys), stop.listening():
-            try:
-                Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show, exports, trains).run()
-            except (KeyboardInterrupt, Stopped) as error:
-                told = str(error) or "interrupted; the same command goes on from the last checkpoint"
-                record.end("stopped", told)
-                raise
-            except Exception as error:
-                record.end(
-                    "failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
-                )
-                raise
-            record.status = "finished"
+        with record.writing(recipe, identity, keys), stop.listening(), _ending(record):
+            Attempts(recipe, model_path, prepared, parameters, record, stop, begun, show, exports, trains).run()
     result: dict[str, Any] = storage.read_json(storage.join(recipe.folder, "result.json"))
     return result
+
+
+@contextmanager
+def _ending(record: Record) -> Iterator[None]:
+    """The record says how what is inside has ended."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        record.end("stopped", str(error) or "interrupted; the same command goes on from the last checkpoint")
+        raise
+    except Exception as error:
+        record.end("failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}")
+        raise
+    record.status = "finished"
 
 
 @contextmanager

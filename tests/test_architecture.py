@@ -109,6 +109,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "text",
+        "finite",
         "answer",
         "display",
         "gauges",

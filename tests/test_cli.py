@@ -87,7 +87,7 @@ def test_help_imports_nothing_heavy() -> None:
     command = [sys.executable, "-c", textwrap.dedent(code), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout.splitlines()[-1] == (
-        "[] ['rayft', 'rayft.answer', 'rayft.cli', 'rayft.cli_jobs', 'rayft.errors', 'rayft.options']"
+        "[] ['rayft', 'rayft.answer', 'rayft.cli', 'rayft.cli_jobs', 'rayft.errors', 'rayft.finite', 'rayft.options']"
     )
 
 
