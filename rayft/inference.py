@@ -52,7 +52,7 @@ class Model:
 class Reading:
     """Which rows are read. No task is in it: unpickled in a reader, it would bring torch there.
 
-    names      their column names -> ours; `columns` and `optional` are the ones that the task asks for
+    names      their column names -> ours; `columns` are the ones that the task asks for
     whole      all columns of the source are wanted, for they go where the predictions go
     threshold  only rows with a cut hash up to this one: the validation rows that were cut from train
     """
@@ -60,7 +60,6 @@ class Reading:
     sources: tuple[Source, ...]
     names: dict[str, str]
     columns: tuple[str, ...]
-    optional: tuple[str, ...]
     whole: bool
     threshold: int | None = None
 
@@ -182,7 +181,7 @@ class _Read:
         for piece in unit:
             source = asked.sources[piece.source]
             inputs = _whole(piece) if asked.whole else iter(())
-            for rows in read(piece, source, asked.names, asked.columns, asked.optional, self.size):
+            for rows in read(piece, source, asked.names, asked.columns, self.size):
                 count = len(rows.numbers) + len(rows.bad)
                 yield Block(piece, _cut(piece, rows, asked.threshold), list(islice(inputs, count)))
 

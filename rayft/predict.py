@@ -44,14 +44,13 @@ def evaluate(target: str, data: str | None, *, show: Show) -> dict[str, float]:
     model = _model(found)
     from rayft.inference import Reading, cluster_for_models
 
-    columns, optional = model.task.columns(), model.task.optional_columns()
     with cluster_for_models():
         if found.recipe is None or data is not None:
             rows = _given(data or "")
         else:
             rows = _own_rows(found.recipe)
             show({"event": "note", "text": f"scored are the run's own {rows.what} rows"})
-        reading = Reading(rows.sources, found.names, columns, optional, whole=False, threshold=rows.threshold)
+        reading = Reading(rows.sources, found.names, model.task.columns(), whole=False, threshold=rows.threshold)
         scores = _scores(model, rows, reading, show)
     return {f"{rows.prefix}_{metric}": value for metric, value in scores.items()}
 
@@ -70,8 +69,7 @@ def predict(target: str, data: str, path: str, *, show: Show) -> dict[str, Any]:
     from rayft.inference import Reading, answers, cluster_for_models
 
     sources = (Source(path=data),)
-    columns = model.task.columns(labelled=False)
-    reading = Reading(sources, found.names, columns, model.task.optional_columns(), whole=True)
+    reading = Reading(sources, found.names, model.task.columns(labelled=False), whole=True)
     failed = 0
     examples: list[str] = []
     with cluster_for_models(), output.Output(path) as file:

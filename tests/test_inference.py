@@ -27,7 +27,7 @@ def model(folder: str) -> Model:
 def blocks(path: Path, used: Model, labelled: bool, whole: bool = True, size: int = 8, **reading: Any) -> list[Any]:
     """The blocks of a file as readers give them."""
     columns = used.task.columns(labelled)
-    asked = Reading((Source(path=str(path)),), {}, columns, used.task.optional_columns(), whole, **reading)
+    asked = Reading((Source(path=str(path)),), {}, columns, whole, **reading)
     return list(_Read(asked, size)(fragments(asked.sources, "test")))
 
 

@@ -176,7 +176,6 @@ def _plan(recipe: Recipe, split: Split, known: Scan, folder: str, here: bool) ->
         sources=split.sources,
         names=recipe.data.columns,
         columns=recipe.task.columns(),
-        optional=recipe.task.optional_columns(),
         evaluation=split.evaluation,
         in_order=split.in_order,
         capacity=None if split.evaluation else recipe.task.packs(),

@@ -60,7 +60,7 @@ class Plan:
     """How one split is prepared. No task is in it: unpickled on a worker, it would bring torch to those who only read.
 
     folder      where its scratch files and shards go, given to this attempt alone
-    names       their column names -> ours; `columns` and `optional` are the ones that the task asks for
+    names       their column names -> ours; `columns` are the ones that the task asks for
     evaluation  the features are for evaluation: with references, without weights
     in_order    the source's order; else that of the hash
     capacity    tokens of a packed row; None: not packed
@@ -74,7 +74,6 @@ class Plan:
     sources: tuple[Source, ...]
     names: dict[str, str]
     columns: tuple[str, ...]
-    optional: tuple[str, ...]
     evaluation: bool
     in_order: bool
     capacity: int | None
@@ -162,7 +161,7 @@ def read_rows(unit: tuple[str, Sequence[Fragment]], plans: dict[str, Plan]) -> I
     size = 0
     for fragment in fragments:
         source = plan.sources[fragment.source]
-        for rows in read(fragment, source, plan.names, plan.columns, plan.optional, ENCODE_ROWS):
+        for rows in read(fragment, source, plan.names, plan.columns, ENCODE_ROWS):
             own = rows if plan.threshold is None else _own(rows, plan, fragment.file)
             batches.append((fragment, own))
             size += _size(own.columns)

@@ -121,24 +121,22 @@ def read(
     source: Source,
     names: dict[str, str],
     columns: Sequence[str],
-    optional: Sequence[str] = (),
     batch_size: int = 1024,
 ) -> Iterator[Rows]:
     """The rows of `fragment` that `source.where` lets through, streamed in batches of `batch_size` rows, good and bad.
 
-    `names` maps their column names to ours; a file that lacks a mapped column is asked for ours itself. `columns` are
-    needed, `optional` ones come where the data has them, with None in single rows that lack them. A column that a table
-    lacks as a whole is a DataError with the nearest names; in JSON each row that lacks it is bad.
+    `names` maps their column names to ours; a file that lacks a mapped column is asked for ours itself. A column that a
+    table lacks as a whole is a DataError with the nearest names; in JSON each row that lacks it is bad.
     """
-    theirs = {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in (*columns, *optional)}
+    theirs = {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in columns}
     wanted = {name for candidates in theirs.values() for name in candidates} | set(source.where)
     table = table_of(fragment, wanted, batch_size)
     folder = _folder(fragment.path)
     chosen: dict[str, str] = {}  # our columns -> theirs, where every row has them
     if table.columns is not None:
-        theirs = _present(fragment.path, table.columns, theirs, set(columns), source)
+        theirs = _present(fragment.path, table.columns, theirs, source)
         chosen = {ours: names[0] for ours, names in theirs.items()} if folder is None else {}
-    batch = Rows({ours: [] for ours in chosen})
+    batch = Rows({ours: [] for ours in columns})
     for row in table.rows:
         if row.fault:
             batch.bad.append(BadRow(fragment.path, row.number, row.fault, row.line))
@@ -146,10 +144,10 @@ def read(
             if chosen:
                 _append(batch, row, chosen)
             else:
-                _add(batch, row, theirs, columns, fragment.path, folder)
+                _add(batch, row, theirs, fragment.path, folder)
         if len(batch.numbers) + len(batch.bad) == batch_size:
             yield batch
-            batch = Rows({ours: [] for ours in chosen})
+            batch = Rows({ours: [] for ours in columns})
     if batch.numbers or batch.bad:
         yield batch
 
@@ -184,9 +182,7 @@ def _append(batch: Rows, row: formats.Row, chosen: dict[str, str]) -> None:
     batch.lines.append(row.line)
 
 
-def _add(
-    batch: Rows, row: formats.Row, theirs: dict[str, list[str]], columns: Sequence[str], path: str, folder: str | None
-) -> None:
+def _add(batch: Rows, row: formats.Row, theirs: dict[str, list[str]], path: str, folder: str | None) -> None:
     """Appends the row's columns under our names, or the row to the bad ones."""
     values = {}
     for ours, candidates in theirs.items():
@@ -194,20 +190,14 @@ def _add(
         if name is not None:
             value = row.values[name]
             values[ours] = _resolved(folder, value) if folder and name == FILE_NAME else value
-    missing = [ours for ours in columns if ours not in values]
+    missing = [ours for ours in theirs if ours not in values]
     halved = [f"`{ours}` {fault}" for ours, value in values.items() if (fault := broken(value))]
     if missing or halved:
         reason = _unknown(theirs[missing[0]][0], row.values) if missing else halved[0]
         batch.bad.append(BadRow(path, row.number, reason, row.line))
         return
-    count = len(batch.numbers)
-    for ours in theirs:
-        if ours in values and ours not in batch.columns:
-            batch.columns[ours] = [None] * count
-        if ours in batch.columns:
-            batch.columns[ours].append(values.get(ours))
-    for ours in columns:  # a table of no rows still has its columns
-        batch.columns.setdefault(ours, [])
+    for ours, value in values.items():
+        batch.columns[ours].append(value)
     batch.numbers.append(row.number)
     batch.lines.append(row.line)
 
@@ -229,16 +219,14 @@ def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.T
     return readers[fragment.format](fragment.path)
 
 
-def _present(
-    path: str, there: Sequence[str], theirs: dict[str, list[str]], needed: set[str], source: Source
-) -> dict[str, list[str]]:
-    """Our columns -> the one name each has in this table; faults for needed columns and filters that it lacks."""
+def _present(path: str, there: Sequence[str], theirs: dict[str, list[str]], source: Source) -> dict[str, list[str]]:
+    """Our columns -> the one name each has in this table; faults for columns and filters that it lacks."""
     chosen = {ours: [name for name in names if name in there][:1] for ours, names in theirs.items()}
-    faults = [_unknown(theirs[ours][0], there) for ours in theirs if ours in needed and not chosen[ours]]
+    faults = [_unknown(theirs[ours][0], there) for ours in theirs if not chosen[ours]]
     faults += [f"`where` asks for it, but {_unknown(name, there)}" for name in source.where if name not in there]
     if faults:
         raise DataError(formats.divided(path, there) or f"{path}: {'; '.join(faults)}")
-    return {ours: names for ours, names in chosen.items() if names}
+    return chosen
 
 
 def _unknown(name: str, there: Iterable[str]) -> str:

@@ -122,10 +122,6 @@ class Task(BaseModel):
         """Columns that every row needs; with labelled=False those needed for prediction only."""
         raise NotImplementedError
 
-    def optional_columns(self) -> tuple[str, ...]:
-        """Columns that are used where the data has them."""
-        return ()
-
     def fact_columns(self) -> tuple[str, ...]:
         """Columns that `facts` looks at: the least, so that a scan of a large source stays cheap."""
         return ()

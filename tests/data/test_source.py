@@ -22,10 +22,10 @@ from rayft.recipe import Source
 def everything(path: str | Path, columns: tuple[str, ...] = ("text",), **options: Any) -> Rows:
     """All rows of a source in one batch."""
     one = Source(path=str(path), where=options.pop("where", {}))
-    names, optional = options.pop("names", {}), options.pop("optional", ())
+    names = options.pop("names", {})
     total = Rows({})
     for piece in fragments([one]):
-        for rows in read(piece, one, names, columns, optional, **options):
+        for rows in read(piece, one, names, columns, **options):
             for name, values in rows.columns.items():
                 total.columns.setdefault(name, []).extend(values)
             total.numbers += rows.numbers
@@ -54,8 +54,8 @@ def test_a_table_without_a_needed_column_is_an_error_with_the_nearest_name(tmp_p
 def test_faults_of_rows_name_row_and_line_and_end_nothing(tmp_path: Path) -> None:
     content = b'{"text": "a"}\n\n{"text": "b"\n[1]\n{"txet": "c"}\n{"text": "\xff"}\n{"text": null, "x": 1}'
     path = written(tmp_path / "a.jsonl", content)
-    rows = everything(path, optional=("x",))
-    assert rows.columns == {"text": ["a", None], "x": [None, 1]}
+    rows = everything(path)
+    assert rows.columns == {"text": ["a", None]}
     assert (rows.numbers, rows.lines) == ([0, 5], [1, 7])
     assert faults(path) == [
         "row 2 (line 3): broken JSON: Expecting ',' delimiter at position 13",
@@ -125,8 +125,8 @@ def test_where_lets_through_equal_values_and_members_on_their_own_columns(tmp_pa
 def test_columns_are_renamed_and_files_that_need_no_renaming_mix_in(tmp_path: Path) -> None:
     written(tmp_path / "a.csv", "review,text\nfirst,other\n")
     written(tmp_path / "b.csv", "text,spare\nsecond,x\n")
-    rows = everything(tmp_path, ("text",), names={"review": "text"}, optional=("spare",))
-    assert rows.columns == {"text": ["first", "second"], "spare": ["x"]}
+    rows = everything(tmp_path, ("text",), names={"review": "text"})
+    assert rows.columns == {"text": ["first", "second"]}
 
 
 def test_a_metadata_file_stands_for_its_folder(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_columns_are_those_of_the_rows(loaded: Loaded) -> None:
     task, rows = loaded.task, loaded.case.rows
     assert set(task.columns()) <= set(rows)
     assert set(task.columns(labelled=False)) <= set(task.columns())
-    assert set(task.fact_columns()) <= {*task.columns(), *task.optional_columns()}
+    assert set(task.fact_columns()) <= set(task.columns())
 
 
 def test_facts_are_plain_and_do_not_depend_on_how_the_rows_come(loaded: Loaded) -> None:
