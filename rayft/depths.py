@@ -18,7 +18,7 @@ from rayft.data.prepared import Prepared
 from rayft.recipe import Recipe
 from rayft.search import Space, Tune
 from rayft.sections import Freeze, Model
-from rayft.tasks.task import Blocks
+from rayft.tasks.stacked import Blocks
 
 Show = Callable[[dict[str, Any]], None]
 HERE_S = 60.0  # as `prefix.Cost` counts seconds, which is many times what it takes

@@ -15,10 +15,11 @@ from typing import Any
 from rayft import ahead, placement, storage
 from rayft.balance import balance, unseen
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
+from rayft.findings import check_lines
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.text import check_lines, size
+from rayft.text import size
 
 Show = Callable[[dict[str, Any]], None]
 Report = dict[str, Any]

@@ -22,7 +22,7 @@ from rayft.roster import Roster
 from rayft.run import decided, length, prepared_for, shown_plan
 from rayft.search import Tune
 from rayft.stopping import Stop
-from rayft.tasks.task import Blocks
+from rayft.tasks.stacked import Blocks
 from rayft.trials import Known
 
 Show = Callable[[dict[str, Any]], None]

@@ -9,8 +9,10 @@ from rayft.tasks.task import Task
 
 PARTS = (
     "task",
+    "stacked",
     "later",
     "generation",
+    "drawing",
     "loading",
     "labels",
     "logits",

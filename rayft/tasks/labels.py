@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator
 
+from rayft.tasks.drawing import draw_parameters, gathered
 from rayft.tasks.later import torch
-from rayft.tasks.loading import draw_parameters, gathered
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 SHOWN = 8  # labels that a message lists before it only counts them

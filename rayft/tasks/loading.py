@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from rayft.errors import ModelError
 from rayft.models import hub_answers, without_weights
+from rayft.tasks.drawing import draw_parameters, drawing_one_by_one
 from rayft.tasks.generation import saveable
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.task import Batch, Columns, Pretrained
@@ -137,7 +137,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
             network.rayft_drawn = _head(network)
             saveable(network)
             return network
-        with _drawing_one_by_one(model.seed):
+        with drawing_one_by_one(model.seed):
             network, info = auto.from_pretrained(
                 model.path,
                 revision=model.revision,
@@ -163,32 +163,6 @@ def keep_blocks(config: Any) -> None:
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-
-
-@contextlib.contextmanager
-def _drawing_one_by_one(seed: int) -> Iterator[None]:
-    """Under ZeRO-3 what the weights lack is initialised here while transformers loads, module by module.
-
-    Transformers 5.23 gathers the parameters that are lacking, and then calls the initialisation of modules whose
-    parameters are not gathered too, which fails for ResNet, Whisper and wav2vec 2.0.
-    """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-
-    def initialise(network: Any, is_quantized: bool) -> None:
-        named = network.named_parameters()
-        draw_parameters(network, [name for name, value in named if not hasattr(value, "_is_hf_initialized")], seed)
-
-    transformers_own: Any = transformers.PreTrainedModel
-    before = transformers_own._initialize_missing_keys
-    transformers_own._initialize_missing_keys = initialise
-    try:
-        yield
-    finally:
-        transformers_own._initialize_missing_keys = before
 
 
 def _in_four_bits(model: Pretrained) -> dict[str, Any]:
@@ -299,52 +273,6 @@ def dropouts(config: Any) -> list[tuple[Any, str]]:
         ):
             found.append((config, name))
     return found
-
-
-def draw_parameters(network: Any, names: Iterable[str], seed: int) -> tuple[str, ...]:
-    """Draws the parameters `names` from (seed, module's name) by the model's own initialisation; returns them sorted.
-
-    Works on partitioned (ZeRO-3) parameters too: they are gathered, drawn alike on every rank, and partitioned again.
-    """
-    wanted: dict[str, set[str]] = {}  # module -> names of its own parameters
-    for name in names:
-        owner, _, last = name.rpartition(".")
-        wanted.setdefault(owner, set()).add(last)
-    done: list[str] = []
-    for owner, mine in sorted(wanted.items()):
-        try:
-            module = network.get_submodule(owner)
-        except AttributeError:  # a buffer or tied name that this class does not hold
-            continue
-        drawn = sorted(mine & dict(module.named_parameters(recurse=False)).keys())
-        if drawn:
-            digest = hashlib.sha256(f"{seed}/{owner}".encode()).digest()
-            _draw(network, module, drawn, int.from_bytes(digest[:8], "little") >> 1)
-            done.extend(f"{owner}.{name}" if owner else name for name in drawn)
-    return tuple(done)
-
-
-def _draw(network: Any, module: Any, names: Sequence[str], seed: int) -> None:
-    """Initialises the parameters `names` of `module` itself; its others stay as they are."""
-    own = dict(module.named_parameters(recurse=False))
-    with gathered(list(own.values())), torch.random.fork_rng(devices=[]), torch.no_grad():
-        before = {name: value.detach().clone() for name, value in own.items() if name not in names}
-        torch.manual_seed(seed)
-        for value in own.values():
-            value._is_hf_initialized = False
-        module._is_hf_initialized = False
-        network._init_weights(module)
-        for name, value in before.items():
-            own[name].copy_(value)
-
-
-def gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """A context in which partitioned parameters are whole and writable; nothing for ordinary ones."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def pad(rows: Sequence[Any], value: int) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from rayft.recipe import Recipe
-from rayft.tasks.task import Blocks, Pretrained
+from rayft.tasks.stacked import Blocks
+from rayft.tasks.task import Pretrained
 from rayft.training import checkpoint, engine, export, freeze, prefix
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.first_token import read_first

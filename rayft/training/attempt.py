@@ -17,7 +17,8 @@ from rayft.data.prepared import Prepared
 from rayft.data.window import Cutter, Share, local_shares
 from rayft.models import fetch_model
 from rayft.recipe import Recipe
-from rayft.tasks.task import Blocks, Pretrained
+from rayft.tasks.stacked import Blocks
+from rayft.tasks.task import Pretrained
 from rayft.training import checkpoint, checkpoints, engine, export, freeze, overfitting, pictures
 from rayft.training.assembly import assemble, pretrained
 from rayft.training.evaluate import Network, evaluate

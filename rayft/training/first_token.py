@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from rayft.tasks.task import Blocks, Task
+from rayft.tasks.stacked import Blocks
+from rayft.tasks.task import Task
 
 # transformers writes these attentions alike, line by line: `self` makes query, key and value, `output` adds its input.
 ALIKE = ("bert", "camembert", "data2vec", "electra", "ernie", "roberta", "roc_bert", "xlm_roberta")

@@ -15,7 +15,7 @@ import torch
 
 from rayft.errors import ModelError
 from rayft.recipe import Lora, Model, Recipe, Train
-from rayft.tasks.task import Blocks
+from rayft.tasks.stacked import Blocks
 
 
 @dataclass(frozen=True)

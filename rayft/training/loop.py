@@ -16,7 +16,8 @@ from rayft.data.prepared import Prepared
 from rayft.data.window import Share
 from rayft.errors import NotFinite
 from rayft.recipe import Recipe
-from rayft.tasks.task import Blocks, Task
+from rayft.tasks.stacked import Blocks
+from rayft.tasks.task import Task
 from rayft.training import checkpoint, pictures
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.engine import grad_norm, gradient_scale, reduce_gradients, sum_over_ranks, update

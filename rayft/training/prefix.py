@@ -21,7 +21,7 @@ from rayft.data.prepared import Prepared
 from rayft.data.read import first_row, strided
 from rayft.errors import ModelError
 from rayft.recipe import Recipe
-from rayft.tasks.task import Blocks
+from rayft.tasks.stacked import Blocks
 from rayft.training.evaluate import Network, sharded
 from rayft.training.standin import Enough, Prefix, captured
 from rayft.training.states import Part, States, Writer, commit, found, new_attempt, states_folder

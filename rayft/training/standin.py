@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rayft.tasks.task import Blocks
+from rayft.tasks.stacked import Blocks
 from rayft.training.states import States
 
 

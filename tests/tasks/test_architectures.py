@@ -20,7 +20,8 @@ from rayft.errors import ModelError
 from rayft.recipe import Recipe
 from rayft.sections import Model, Train
 from rayft.tasks.loading import from_pretrained
-from rayft.tasks.task import Pretrained, stacked_blocks
+from rayft.tasks.stacked import stacked_blocks
+from rayft.tasks.task import Pretrained
 from rayft.training import assembly, engine, freeze, prefix, states
 from rayft.training.evaluate import Network
 from rayft.training.standin import Prefix, captured

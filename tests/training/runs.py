@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from rayft import attempts, storage
 from rayft.recipe import Recipe
-from rayft.tasks.task import Blocks
+from rayft.tasks.stacked import Blocks
 from rayft.training import checkpoints, engine, freeze
 from rayft.training.assembly import pretrained
 from rayft.training.attempt import Run, Setting

@@ -13,7 +13,8 @@ import transformers as hf
 from rayft.errors import ModelError
 from rayft.sections import Lora, Model, Train
 from rayft.tasks.loading import from_pretrained
-from rayft.tasks.task import Blocks, Pretrained, stacked_blocks
+from rayft.tasks.stacked import Blocks, stacked_blocks
+from rayft.tasks.task import Pretrained
 from rayft.training import freeze
 from rayft.training.export import new_parameters
 

@@ -17,8 +17,9 @@ from typing import Any
 from safetensors import safe_open
 
 from rayft.errors import ModelError
+from rayft.tasks.drawing import gathered
 from rayft.tasks.later import torch
-from rayft.tasks.loading import gathered, told
+from rayft.tasks.loading import told
 from rayft.tasks.task import Pretrained
 
 FILE = "arcface.safetensors"  # in a model folder: the directions, and in its header the identities they stand for

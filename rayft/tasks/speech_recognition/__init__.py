@@ -19,10 +19,11 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayft.errors import DataError, ModelError
+from rayft.tasks.drawing import draw_parameters
 from rayft.tasks.generation import greedy
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.listening import ignore_padding, inputs, listen
-from rayft.tasks.loading import draw_parameters, from_pretrained, load_config, pad
+from rayft.tasks.loading import from_pretrained, load_config, pad
 from rayft.tasks.sound import FRAME_S, Sound, Wanted, need, read_sound
 from rayft.tasks.speech_recognition.letters import ctc_loss, frames_needed, read_off, spelled
 from rayft.tasks.speech_recognition.processor import BETWEEN, Recogniser, load_recogniser

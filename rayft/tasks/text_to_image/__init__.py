@@ -21,7 +21,8 @@ from pydantic import Field
 from rayft.tasks.charts import grid
 from rayft.tasks.images import opened
 from rayft.tasks.later import torch
-from rayft.tasks.task import Batch, Blocks, Columns, Encoded, Prediction, Pretrained, Task, check_text
+from rayft.tasks.stacked import Blocks
+from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task, check_text
 from rayft.tasks.text_to_image.processor import Prompter, load_prompter
 
 SHOWN = 16  # pictures in the grid of an evaluation

@@ -11,7 +11,8 @@ import torch
 from rayft.errors import ModelError
 from rayft.models import without_weights
 from rayft.tasks.loading import set_dropout, told
-from rayft.tasks.task import Blocks, Pretrained
+from rayft.tasks.stacked import Blocks
+from rayft.tasks.task import Pretrained
 from rayft.tasks.text_to_image.processor import Prompter, config_of
 
 
