@@ -391,6 +391,15 @@ def test_conversations_may_be_json_and_hold_nulls() -> None:
     assert only(encode(task, tokenizer, {"m": [np.array(CHAT[:2], dtype=object)]})) == plain
 
 
+def test_conversations_may_have_the_form_of_sharegpt() -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    speakers = {"user": "human", "assistant": "gpt"}
+    told = [{"from": speakers[turn["role"]], "value": turn["content"], "weight": None} for turn in CHAT]
+    plain = only(encode(CausalLM(messages="m"), tokenizer, {"m": [CHAT]}))
+    assert only(encode(CausalLM(messages="m"), tokenizer, {"m": [told]})) == plain
+
+
 def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> None:
     tokenizer = trained_tokenizer()
     tokenizer.chat_template = (
@@ -417,9 +426,10 @@ def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> Non
         (r'[{"role": "user", "content": "\ud83d"}]', r"`m`: the JSON holds \ud83d, which is half a character"),
         ('{"role": "user"}', "`m`: a dict is no conversation"),
         (
-            [{"from": "human", "value": "x"}],
-            "`m`: message 1 needs `role` and `content`; its fields are `from`, `value`",
+            [{"from": "narrator", "value": "x"}],
+            "`m`: message 1 is from 'narrator'; human, gpt, user, assistant, system, tool fit, or `role` and `content`",
         ),
+        ([{"from": "human"}], "`m`: message 1 needs `role` and `content`; its fields are `from`"),
         ([CHAT[0], {"role": "assistant"}], "`m`: message 2 needs `role` and `content`"),
         ([CHAT[0], "text"], "`m`: message 2 needs `role` and `content`; its fields are none"),
         ([CHAT[1]], "`m`: it begins with the assistant"),

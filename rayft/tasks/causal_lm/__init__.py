@@ -6,7 +6,8 @@ One row of MedQuAD, for `prompt: question` and `completion: answer`:
      "answer": "Signs and symptoms of adult ALL include fever, feeling tired, and easy bruising or bleeding. …"}
 
 The loss is taken over every token of a text, over the completion and the end-of-sequence token behind it, or over the
-assistant's turns of a conversation. A conversation is a list of {"role", "content"}, or that list as JSON.
+assistant's turns of a conversation. A conversation is a list of {"role", "content"} or of ShareGPT's {"from",
+"value"}, or such a list as JSON.
 """
 
 from __future__ import annotations

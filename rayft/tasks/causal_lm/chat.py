@@ -15,13 +15,19 @@ from rayft.tasks.texts import broken
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+# Who speaks in ShareGPT's form of a conversation, {"from", "value"}, by the roles of chat templates.
+SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system", "tool")}
+
 Span = tuple[int, int]  # characters of a text, the end left out
 
 _writing = threading.Lock()  # transformers compiles a template once, and what it notes in there is of one conversation
 
 
 def conversation(value: Any) -> list[dict[str, Any]]:
-    """The messages in a cell, without their nulls; ValueError says what is missing."""
+    """The messages in a cell by `role` and `content`, without their nulls; ValueError says what is missing.
+
+    ShareGPT's `from` and `value` are understood too.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -35,11 +41,19 @@ def conversation(value: Any) -> list[dict[str, Any]]:
     messages = []
     for number, message in enumerate(value, start=1):
         kept = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        if "role" not in kept and kept.keys() >= {"from", "value"}:
+            kept = {**kept, "role": _role(number, kept.pop("from")), "content": kept.pop("value")}
         if not isinstance(kept.get("role"), str) or not kept.keys() & {"content", "tool_calls"}:
             has = ", ".join(f"`{key}`" for key in kept) or "none"
             raise ValueError(f"message {number} needs `role` and `content`; its fields are {has}")
         messages.append(kept)
     return messages
+
+
+def _role(number: int, speaker: Any) -> str:
+    if speaker not in SPEAKERS:
+        raise ValueError(f"message {number} is from {speaker!r}; {', '.join(SPEAKERS)} fit, or `role` and `content`")
+    return SPEAKERS[speaker]
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
