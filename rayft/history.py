@@ -56,7 +56,7 @@ def run(files: Files, folder: str, where: str | None = None) -> Json:
     found = files.inside(folder)
     state = state_of(files, folder)
     recipe = files.yaml(found.get("recipe.yaml"))
-    result = {} if state.get("status") == "running" else files.json(found.get("result.json"))
+    result = result_of(files, folder, state)
     last, evaluations, lines = files.read(found.get("metrics.jsonl"), curves)
     attempts = sorted(files.inside(storage.join(folder, "attempts")).items())
     return {
@@ -64,8 +64,8 @@ def run(files: Files, folder: str, where: str | None = None) -> Json:
         "name": name(folder, where, recipe),
         "folder": folder,
         **times(state),
-        "status": report.status(state),
-        "error": result.get("error"),
+        "status": report.status(state, result),
+        "error": state.get("error") or result.get("error"),
         "warnings": [str(sentence) for sentence in result.get("warnings") or ()],
         "host": state.get("host"),
         "model": state.get("model"),
@@ -86,12 +86,20 @@ def run(files: Files, folder: str, where: str | None = None) -> Json:
 
 
 def state_of(files: Files, folder: str) -> Json:
-    """run.json of what has to be a run; {"status": "starting"} where it is half there."""
+    """run.json of what has to be a run."""
     entry = files.inside(folder).get("run.json")
     if entry is None:
         what = "has no run.json, so it is not a run" if storage.exists(folder) else "does not exist"
         raise StorageMissing(f"{shown(folder)} {what}; a run is <storage>/<name>")
-    return files.json(entry) or {"status": "starting"}
+    return files.json(entry) or report.damaged(entry.path)
+
+
+def result_of(files: Files, folder: str, state: Json) -> Json:
+    """result.json; {} where there is none, or while the run goes on: what is there then is an earlier one's."""
+    entry = files.inside(folder).get("result.json")
+    if entry is None or state.get("status") == "running":
+        return {}
+    return files.json(entry) or report.damaged(entry.path)
 
 
 def times(state: Json) -> Json:
@@ -146,14 +154,14 @@ def _listed(files: Files, where: str, folder: str) -> tuple[Json | None, list[st
     if "run.json" not in found or folder == where:
         return None, below
     state = state_of(files, folder)
-    result = {} if state.get("status") == "running" else files.json(found.get("result.json"))
+    result = result_of(files, folder, state)
     last, evaluations = files.read(found.get("metrics.jsonl"), scores)
     best = mapping(result.get("best")) or leading(evaluations) or {}
     trials = len(storage.folders(storage.join(folder, TRIALS))) if is_sweep(recipe) else None
     row = {
         "name": name(folder, where, recipe),
         "kind": "run" if trials is None else "sweep",
-        "status": report.status(state),
+        "status": report.status(state, result),
         "trials": trials,
         "steps": result.get("steps") or last.get("step"),
         "metric": best.get("metric"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayft import report, storage
 from rayft.errors import RecipeError
-from rayft.history import TRIALS, is_sweep, leading, mapping, name, run, state_of, times, transposed
+from rayft.history import TRIALS, is_sweep, leading, mapping, name, result_of, run, state_of, times, transposed
 from rayft.recipe import Recipe
 from rayft.snapshots import Files, Json, in_parallel, is_number, name_of, points, scores, text, thinned
 from rayft.storage import Entry
@@ -30,8 +30,8 @@ def sweep(files: Files, folder: str, where: str | None = None) -> Json:
     found, state = files.inside(folder), state_of(files, folder)
     recipe = files.yaml(found.get("recipe.yaml"))
     tune = mapping(recipe.get("tune"))
-    status = report.status(state)
-    result = {} if state.get("status") == "running" else files.json(found.get("result.json"))
+    result = result_of(files, folder, state)
+    status = report.status(state, result)
     read = in_parallel(
         lambda pair: _trial(files, *pair, status == "running"),
         sorted(files.each_inside(storage.join(folder, TRIALS)).items()),
@@ -53,7 +53,7 @@ def sweep(files: Files, folder: str, where: str | None = None) -> Json:
         **times(state),
         **({"seconds": seconds} if is_number(seconds) else {}),
         "status": status,
-        "error": result.get("error"),
+        "error": state.get("error") or result.get("error"),
         "planned": tune.get("trials"),
         "sampler": tune.get("sampler"),
         "scheduler": tune.get("scheduler"),

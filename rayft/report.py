@@ -193,11 +193,14 @@ def _whole(path: str, why: str) -> Leftover:
 # --- the files of a run
 
 
-def status(state: Json) -> str:
+def status(state: Json, result: Json | None = None) -> str:
     """The status in a run.json, or `lost` where it says running but nobody has been heard of for HEARTBEAT_S.
 
-    A process of this host that is still there, stopped or suspended perhaps, is not lost.
+    A process of this host that is still there, stopped or suspended perhaps, is not lost. A run whose `result` is
+    damaged is UNREADABLE.
     """
+    if result and result.get("status") == UNREADABLE:
+        return UNREADABLE
     said = str(state.get("status", "unknown"))
     if said != "running" or _age(state.get("heartbeat")) <= HEARTBEAT_S:
         return said
@@ -229,7 +232,12 @@ def _json(run: str, name: str) -> Json:
         value = plain_object(storage.read_bytes(path))
     except StorageMissing:
         return {}
-    return value or {"status": UNREADABLE, "error": f"{shown(path)} is damaged: it holds no JSON object"}
+    return value or damaged(path)
+
+
+def damaged(path: str) -> Json:
+    """What stands for the object of a file that holds none."""
+    return {"status": UNREADABLE, "error": f"{shown(path)} is damaged: it holds no JSON object"}
 
 
 def _state(run: str) -> Json:
@@ -293,7 +301,7 @@ def _summary(where: str, run: str, state: Json) -> Json:
     return {
         "name": run[len(base) + 1 :] if run.startswith(base + "/") else run.rstrip("/").rpartition("/")[2],
         "run": run,
-        "status": UNREADABLE if result.get("status") == UNREADABLE else status(state),
+        "status": status(state, result),
         "steps": result.get("steps") or last.get("step"),
         "metric": best.get("metric"),
         "value": best.get("value"),

@@ -61,7 +61,9 @@ def test_run_shows_the_numbers_of_its_files(where: str) -> None:
 def test_run_with_only_the_beginning_of_its_files_is_shown(where: str) -> None:
     folder = storage.join(where, "new")
     storage.write_text(storage.join(folder, "run.json"), '{"status": "runn')
-    assert run(Files(), folder)["status"] == "starting"
+    found = run(Files(), folder)
+    assert (found["status"], found["error"]) == ("unreadable", f"{folder}/run.json is damaged: it holds no JSON object")
+    assert [row["status"] for row in index(Files(), where)["runs"] if row["name"] == "new"] == ["unreadable"]
     folders.write_state(folder, "running")
     for name in ("recipe.yaml", "result.json", "trial.json", "attempts/000001.json"):
         storage.write_text(storage.join(folder, name), '{"a": [')
