@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayft import storage
 from rayft.recipe import Recipe
 
 NAMED = 8  # of the labels that are not seen, so many by name
@@ -12,18 +11,15 @@ NAMED = 8  # of the labels that are not seen, so many by name
 
 def balance(recipe: Recipe, prepared: Any) -> dict[str, int] | None:
     """How many features of a prepared split have which label; None where the task has none."""
-    columns = list(recipe.task.balance_columns())
-    if not columns:
+    names = recipe.task.balance_columns()
+    if not names:
         return None
-    from pyarrow import parquet
+    from rayft.data.read import columns
 
     counts: dict[str, int] = {}
-    for shard in prepared.manifest.shards:
-        filesystem, path = storage.arrow(storage.join(prepared.folder, shard["path"]))
-        with filesystem.open_input_file(path) as file:
-            for batch in parquet.ParquetFile(file).iter_batches(columns=columns):
-                for label, count in recipe.task.balance(batch.to_pydict(), prepared.manifest.facts).items():
-                    counts[label] = counts.get(label, 0) + count
+    for batch in columns(prepared.folder, prepared.manifest.shards, names):
+        for label, count in recipe.task.balance(batch, prepared.manifest.facts).items():
+            counts[label] = counts.get(label, 0) + count
     return counts
 
 

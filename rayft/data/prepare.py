@@ -7,6 +7,7 @@ their attempt, so that processes which prepare the same key at once can't meet; 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ from typing import Any
 
 from rayft import storage
 from rayft.data.prepared import Manifest, Prepared
+from rayft.data.read import columns
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
 from rayft.data.source import work
@@ -207,6 +209,9 @@ def _make(
         if refused:
             raise DataError("\n".join(refused))
         _gather(plans, tallies, show)
+        for split in splits:
+            if split.evaluation:
+                _check_references(recipe, split.name, folders[split.name], tallies[split.name])
         manifests = {name: _manifest(name, plans[name], folders[name], tallies[name], known) for name in plans}
         # From here on an attempt's manifest may be there, even where writing it seemed to fail.
         return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
@@ -266,8 +271,7 @@ def _expected(split: Split, known: Scan) -> int | None:
 
 def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
     """Why the split can't be used: bad rows (or more of them than may be skipped), or no features."""
-    cut = split == "validation" and recipe.data.validation is None
-    what = "the validation rows of data.train" if cut else f"data.{split}"
+    what = _named(recipe, split)
     first = "\n".join(f"  {sentence}" for *_, sentence in counts.examples)
     rows = counts.source_rows + counts.bad
     if counts.bad and recipe.data.on_bad_row == "error":
@@ -284,6 +288,11 @@ def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
     return []
 
 
+def _named(recipe: Recipe, split: str) -> str:
+    cut = split == "validation" and recipe.data.validation is None
+    return "the validation rows of data.train" if cut else f"data.{split}"
+
+
 def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress) -> None:
     """Writes all shards of all splits in one execution."""
     units = [
@@ -295,6 +304,16 @@ def _gather(plans: dict[str, Plan], tallies: dict[str, _Tally], show: Progress) 
     for done, written in enumerate(spread(units, partial(write_shard, plans=plans), here=here), 1):
         tallies[written.split].written.append(written)
         show("writing shards", done, len(units))
+
+
+def _check_references(recipe: Recipe, split: str, folder: str, tally: _Tally) -> None:
+    """DataError where the rows of a split can't be scored together; reads them only where the task looks at them."""
+    batches = columns(folder, [shard.entry for shard in tally.written], ["reference"])
+    references = (json.loads(text) for batch in batches for text in batch["reference"] if text is not None)
+    try:
+        recipe.task.check_references(references)
+    except DataError as fault:
+        raise DataError(f"{_named(recipe, split)}: {fault}") from None
 
 
 def _manifest(split: str, plan: Plan, folder: str, tally: _Tally, known: Scan) -> Manifest:

@@ -43,6 +43,14 @@ def read_pieces(paths: dict[int, str], pieces: Sequence[Piece]) -> pa.Table:
     return pa.concat_tables([tables[piece] for piece in pieces]).combine_chunks()
 
 
+def columns(folder: str, shards: Shards, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """Some columns of a whole split as plain values, in batches; `folder` is the prepared one."""
+    for shard in shards:
+        with _parquet(storage.join(folder, shard["path"])) as file:
+            for batch in file.iter_batches(columns=list(names)):
+                yield batch.to_pydict()
+
+
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     """A shard whose pages are compared with their checksums as they are read; Damaged where it isn't as written."""

@@ -134,6 +134,12 @@ class Task(BaseModel):
         """
         raise NotImplementedError
 
+    def check_references(self, references: Iterable[Any]) -> None:
+        """DataError where the features of a split, one reference each, together lack what their scores need.
+
+        By default nothing is needed, and no reference is read.
+        """
+
     def balance_columns(self) -> tuple[str, ...]:
         """Columns of the features that `balance` looks at; none where there is nothing to balance."""
         return ()

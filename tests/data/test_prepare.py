@@ -38,6 +38,11 @@ class Words(Task):
     type: Literal["words"] = "words"
     window: int = 8
     packed: int | None = None
+    apart: bool = False  # whether its scores need two labels
+
+    def check_references(self, references: Iterable[Any]) -> None:
+        if self.apart and len(found := set(references)) < 2:
+            raise DataError(f"its rows have only {', '.join(found)}")
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return ("text", "label")
@@ -357,6 +362,16 @@ def test_a_data_set_that_would_train_on_nothing_is_refused(place: Path) -> None:
     empty.write_text("txt,label\nx,a\n")
     with pytest.raises(DataError, match="column 'text' is missing; there are txt, label; did you mean 'txt'"):
         made(place, train=str(empty), validation=test)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_rows_that_can_not_be_scored_together_are_refused_before_training(place: Path) -> None:
+    few = str(place / "test.csv")  # of one label
+    with pytest.raises(DataError, match=r"^data.validation: its rows have only a$"):
+        made(place, Words(apart=True), validation=few)
+    assert not storage.listing(storage.join(str(place / "runs"), "prepared"), recursive=True)[1:]
+    assert set(made(place, Words(apart=True))) == {"train", "validation"}  # cut from rows of both
+    assert set(made(place, validation=few)) == {"train", "validation"}
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -121,6 +121,9 @@ class FaceRecognition(Task):
                 encoded.references.append(name)
         return encoded
 
+    def check_references(self, references: Iterable[Any]) -> None:
+        verification.check(list(references))
+
     def load(self, model: Pretrained, facts: dict[str, Any], processor: Any) -> torch.nn.Module:
         """The backbone, and ArcFace's directions: an earlier export's for the same people, else drawn anew."""
         from rayft.tasks.face_recognition.recogniser import Recogniser

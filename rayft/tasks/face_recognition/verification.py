@@ -28,6 +28,7 @@ def pairs(identities: Sequence[str], most: int = MOST_PAIRS) -> Pairs:
 
     DataError where there is no pair of one person, or none of two.
     """
+    check(identities)
     codes = np.unique(np.asarray(identities, dtype=object).astype(str), return_inverse=True)[1]
     count = len(codes)
     if count * (count - 1) // 2 <= most:
@@ -36,11 +37,15 @@ def pairs(identities: Sequence[str], most: int = MOST_PAIRS) -> Pairs:
         random = np.random.default_rng(0)
         alike, others = _alike(codes, most // 2, random), _others(codes, most // 2, random)
         first, second = np.concatenate([alike, others], axis=1)
-    same = codes[first] == codes[second]
-    if not same.any() or same.all():
-        lack = "pictures of two people" if len(same) and same.all() else "two pictures of one person"
-        raise DataError(f"the {count} rows to score hold no {lack}; verification needs pairs of both kinds")
-    return Pairs(first, second, same)
+    return Pairs(first, second, codes[first] == codes[second])
+
+
+def check(identities: Sequence[str]) -> None:
+    """DataError where there is no pair of pictures of one person, or none of two."""
+    people, rows = len(set(identities)), len(identities)
+    if people in (rows, 1):
+        lack = "pictures of two people" if rows > people else "two pictures of one person"
+        raise DataError(f"its {rows:,} rows hold no {lack}; verification needs pairs of both kinds")
 
 
 def _alike(codes: np.ndarray, most: int, random: np.random.Generator) -> np.ndarray:
