@@ -69,6 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.source",
         "data.prepared",
         "data.scan",
+        "data.named",
         "data.splits",
         "data.shards",
         "data.read",

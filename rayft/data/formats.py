@@ -1,17 +1,20 @@
-"""Reads single files of rows, exactly and in flat memory: csv, tsv, jsonl, json, txt (each also .gz), parquet.
+"""Reads single files of rows, exactly and in flat memory: csv, tsv, jsonl, json, txt (each also packed), parquet.
 
 A broken row never ends a file where the next one can still be found: it comes out as a Row with a fault.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import csv
 import gzip
 import io
 import json
+import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from rayft.errors import DataError
 # A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
 LONGEST_FIELD = 64 << 20
 _CHUNK = 1 << 20
+COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}  # by the end of a name
 _SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # what divides the fields of files that are called .csv too
 
 
@@ -75,16 +79,29 @@ class _Lines:
 
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[Any]:
-    """The file's bytes, decompressed where its name ends in .gz."""
+    """The file's bytes, decompressed where its name ends in one of COMPRESSED."""
+    kind = COMPRESSED.get(os.path.splitext(path.lower())[1])
     with storage.open_read(path) as raw:
-        if not path.endswith(".gz"):
+        if kind is None:
             yield raw
             return
         try:
-            with gzip.GzipFile(fileobj=raw) as file:
+            with _opened(raw, kind) as file:
                 yield io.BufferedReader(file, _CHUNK)
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{path} is not a whole gzip file: {error}") from None
+        except (EOFError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the storage's fault, and not what the file holds
+                raise
+            raise DataError(f"{path} is not a whole {kind} file: {error}") from None
+
+
+def _opened(raw: Any, kind: str) -> Any:
+    if kind == "gzip":
+        return gzip.GzipFile(fileobj=raw)
+    if kind == "bzip2":
+        return bz2.BZ2File(raw)
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
 
 
 def read_csv(path: str, delimiter: str) -> Table:
@@ -108,7 +125,8 @@ def read_csv(path: str, delimiter: str) -> Table:
 
 def divided(path: str, columns: Sequence[str]) -> str:
     """Why a .csv has one column alone, where its header is divided by another sign than a comma; else ""."""
-    if len(columns) != 1 or not path.lower().removesuffix(".gz").endswith(".csv"):
+    stem, ending = os.path.splitext(path.lower())
+    if len(columns) != 1 or not (stem if ending in COMPRESSED else path.lower()).endswith(".csv"):
         return ""
     sign = next((sign for sign in _SIGNS if sign in columns[0]), "")
     mend = "let its name end in .tsv" if sign == "\t" else "write it anew with commas"

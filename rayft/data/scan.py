@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from rayft import storage
 from rayft.data import places
 from rayft.data.source import BadRow, Fragment, read, row_id
 from rayft.data.spread import READ_BYTES, processors, sooner_here, spread
@@ -52,8 +53,9 @@ def scan(
 
     def batches() -> Iterator[Columns]:
         nonlocal rows, hashes, bad
+        pieces = [piece for unit in units for piece in unit]
         work = partial(_scan, sources=sources, names=names, columns=columns, cut=cut)
-        size = sum(max(piece.size, FILE_BYTES) for unit in units for piece in unit)
+        size = sum(piece.size if storage.is_local(piece.path) else max(piece.size, FILE_BYTES) for piece in pieces)
         here = sooner_here(size, READ_BYTES, processors())
         for part in spread(units, work, in_order=True, here=here):
             rows, bad = rows + part["rows"], bad + part["bad"]

@@ -28,9 +28,10 @@ FORMATS = (*TABLES, "txt")
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"  # the column of a metadata file that names a file beside it
 PART_BYTES = 64 << 20  # uncompressed; a Parquet file is read in runs of row groups of about this size
-_GZIP_RATIO = 4  # text packs to about a quarter; only sizes of work and shards hang on it
+_RATIO = 4  # text packs to about a quarter; only sizes of work and shards hang on it
 _FETCHED = 4  # a small file takes as long to ask for as to read and decode, or longer
 _THREADS = 16
+_UNREAD = (".xz", ".lz4", ".zip", ".7z", ".br", ".lzma", ".snappy")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def fragments(sources: Sequence[Source], split: str = "train") -> tuple[Fragment
 
 def identity(fragments: Sequence[Fragment], sources: Sequence[Source]) -> str:
     """A hash of what the rows of a split are: contents, order, filters and weights; independent of any path."""
-    parts: list[Any] = [[piece.identity, piece.size, piece.source, piece.part] for piece in fragments]
+    parts: list[Any] = [[piece.format, piece.identity, piece.size, piece.source, piece.part] for piece in fragments]
     parts += [[sorted(source.where.items()), source.weight] for source in sources]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -272,21 +273,34 @@ def _hub(path: str, split: str) -> list[Fragment]:
 
 def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
     entries = storage.expand(storage.absolute(path))
+    _refuse_others(path, entries)
     chosen = _chosen(entries)
     if not chosen and (named := classes.media(entries)):
         return _classes(storage.absolute(path), named)
     if not chosen:
-        endings = ", ".join(f".{ending}" for ending in FORMATS)
+        endings, packed = ", ".join(f".{ending}" for ending in FORMATS), " or ".join(formats.COMPRESSED)
         if not entries:
             raise DataError(f"{path}: no such file, folder or glob")
         if len(entries) == 1:
-            raise DataError(f"{path} is no file of rows; {endings} fit, .gz after any but .parquet too")
+            raise DataError(f"{path} is no file of rows; {endings} fit, {packed} after any but .parquet too")
         raise DataError(
             f"{path}: none of its {len(entries)} files is a file of rows ({endings}), a list of them "
             f"({' or '.join(METADATA)}), a picture or a sound"
         )
     pieces = mapped(_pieces, range(len(chosen)), chosen)
     return [piece for some in pieces for piece in some]
+
+
+def _refuse_others(path: str, entries: list[Entry]) -> None:
+    """DataError where rows lie in files that would be passed over, or taken for something else."""
+    names = {os.path.basename(entry.path) for entry in entries}
+    if names & {"dataset_dict.json", "state.json"} and any(entry.path.endswith(".arrow") for entry in entries):
+        raise DataError(f"{path} was written by `save_to_disk` of the datasets library; hf://{path} reads it")
+    for entry in entries:
+        stem, ending = os.path.splitext(entry.path.lower())
+        if ending in _UNREAD and _format(stem) in TABLES:
+            fits = ", ".join(formats.COMPRESSED)
+            raise DataError(f"{entry.path} is compressed as {ending}, which is not read; {fits} fit")
 
 
 def _chosen(entries: list[Entry]) -> list[Entry]:
@@ -309,7 +323,7 @@ def _chosen(entries: list[Entry]) -> list[Entry]:
 
 def _format(path: str) -> str | None:
     stem, ending = os.path.splitext(path.lower())
-    if ending == ".gz":
+    if ending in formats.COMPRESSED:
         ending = os.path.splitext(stem)[1]
         return ending[1:] if ending[1:] in FORMATS and ending != ".parquet" else None
     ending = {".ndjson": ".jsonl", ".pq": ".parquet"}.get(ending, ending)
@@ -319,7 +333,7 @@ def _format(path: str) -> str | None:
 def _pieces(file: int, entry: Entry) -> list[Fragment]:
     """The fragments of one file."""
     kind = _format(entry.path) or ""
-    size = entry.size * (_GZIP_RATIO if entry.path.endswith(".gz") else 1)
+    size = entry.size * (_RATIO if entry.path.lower().endswith((*formats.COMPRESSED,)) else 1)
     content = storage.content_hash(entry)
     folder = _folder(entry.path)
     if folder is not None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft import storage
+from rayft.data import named
 from rayft.data.scan import Scan
 from rayft.data.source import Fragment, fragments, identity
 from rayft.recipe import Recipe, Source
 from rayft.tasks.task import Pretrained, Task
 
 # Part of every key: goes up when anything in preparation or in a task changes what the same rows are prepared to.
-FORMAT = 3
+FORMAT = 4
 
 SHARD_BYTES = 16 << 20  # of the source; each shard is sorted in one worker's memory
 MOST_SHARDS = 4096
@@ -34,7 +35,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", "
 
 @dataclass(frozen=True)
 class Split:
-    """What a split is to be made of."""
+    """What a split is to be made of; `files` identifies the pictures or sounds that its tables name."""
 
     name: str
     sources: tuple[Source, ...]
@@ -42,6 +43,7 @@ class Split:
     evaluation: bool
     in_order: bool
     cut: bool  # it is a part of train's rows
+    files: str = ""
 
 
 def splits_of(recipe: Recipe, wanted: Sequence[str], with_train: bool) -> dict[str, Split]:
@@ -51,11 +53,13 @@ def splits_of(recipe: Recipe, wanted: Sequence[str], with_train: bool) -> dict[s
     for name in ("train", "validation", "test"):
         sources = {"train": data.train, "validation": data.validation, "test": data.test}[name]
         if name == "validation" and sources is None and name in wanted:
-            found[name] = Split(name, data.train, found["train"].pieces, True, True, True)
+            train = found["train"]
+            found[name] = Split(name, data.train, train.pieces, True, True, True, train.files)
         elif sources is not None and (name in wanted or (name == "train" and with_train)):
             pieces = fragments(sources, name)
-            train = name == "train"
-            found[name] = Split(name, sources, pieces, not train, not (train and data.shuffle), False)
+            files = named.identity(pieces, sources, data.columns, recipe.task.file_columns())
+            in_order = name != "train" or not data.shuffle
+            found[name] = Split(name, sources, pieces, name != "train", in_order, False, files)
     return found
 
 
@@ -71,6 +75,7 @@ def split_key(recipe: Recipe, split: Split, known: Scan, processor: str) -> str:
         {
             "format": FORMAT,
             "rows": identity(split.pieces, split.sources),
+            "files": split.files,
             "columns": sorted(recipe.data.columns.items()),
             "on_bad_row": recipe.data.on_bad_row,
             "task": recipe.task.model_dump(mode="json"),
@@ -114,9 +119,9 @@ def rows_of(pieces: Sequence[Fragment]) -> int | None:
 def units_of(pieces: Sequence[Fragment]) -> list[list[Fragment]]:
     """Fragments to read in one go: a large one alone, small ones together."""
     units: list[list[Fragment]] = []
-    size = UNIT_BYTES
+    size = 0
     for piece in pieces:
-        if size + piece.size > UNIT_BYTES:
+        if not units or size + piece.size > UNIT_BYTES:
             units.append([])
             size = 0
         units[-1].append(piece)

@@ -53,6 +53,9 @@ class AudioClassification(Task):
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.audio, self.label) if labelled else (self.audio,)
 
+    def file_columns(self) -> tuple[str, ...]:
+        return (self.audio,)
+
     def fact_columns(self) -> tuple[str, ...]:
         return () if self.labels is not None else (self.label,)
 

@@ -56,6 +56,9 @@ class ImageClassification(Task):
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.image, self.label) if labelled else (self.image,)
 
+    def file_columns(self) -> tuple[str, ...]:
+        return (self.image,)
+
     def fact_columns(self) -> tuple[str, ...]:
         return () if self.labels is not None and self.class_weights is None else (self.label,)
 

@@ -106,6 +106,10 @@ class Task(BaseModel):
         """Columns that `facts` looks at: the least, so that a scan of a large source stays cheap."""
         return ()
 
+    def file_columns(self) -> tuple[str, ...]:
+        """Columns whose cells may name files: what these hold is part of what the rows are."""
+        return ()
+
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer, image processor or feature extractor saved with the model."""
         raise NotImplementedError

@@ -158,14 +158,18 @@ def test_folders_and_globs_are_listed_in_order_without_notes_and_hidden_files(tm
     [
         ("nothing", "no such file, folder or glob"),
         ("*.csv", "no such file, folder or glob"),
-        ("", r"none of its 2 files is a file of rows \(.csv, .tsv, .json, .jsonl, .parquet, .txt\)"),
+        ("more", r"none of its 2 files is a file of rows \(.csv, .tsv, .json, .jsonl, .parquet, .txt\)"),
         ("a.xlsx", "is no file of rows; .csv, .tsv"),
         ("a.parquet.gz", "is no file of rows; .csv, .tsv"),
+        ("packed", r"packed/b.jsonl.xz is compressed as .xz, which is not read; .gz, .bz2, .zst fit"),
+        ("saved", r"saved was written by `save_to_disk` of the datasets library; hf://.*/saved reads it"),
     ],
 )
 def test_what_was_looked_for_is_said_where_nothing_is(tmp_path: Path, name: str, sentence: str) -> None:
-    written(tmp_path / "a.xlsx", "")
-    written(tmp_path / "a.parquet.gz", "")
+    for file in ("a.xlsx", "a.parquet.gz", "more/a.xlsx", "more/a.parquet.gz"):
+        written(tmp_path / file, "")
+    for file in ("packed/a.jsonl", "packed/b.jsonl.xz", "saved/state.json", "saved/data-00000-of-00001.arrow"):
+        written(tmp_path / file, "{}")
     with pytest.raises(DataError, match=sentence):
         fragments([Source(path=str(tmp_path / name))])
 
@@ -190,6 +194,12 @@ def test_identity_is_the_content_the_order_the_filter_and_the_weight_and_never_a
     }
     written(tmp_path / "x/b.csv", "text\nB\n")
     assert len({*others, base, known(Source(path=f"{tmp_path}/x"))}) == 7
+
+
+def test_the_same_bytes_read_in_another_way_are_other_rows(tmp_path: Path) -> None:
+    sources = [[Source(path=str(written(tmp_path / name, "text\none\n")))] for name in ("a.csv", "a.txt", "b.csv")]
+    table, text, moved = (identity(fragments(each), each) for each in sources)
+    assert table == moved != text
 
 
 def test_batches_hold_as_many_rows_as_asked_for_good_and_bad(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def pieces(*sizes: int) -> list[Fragment]:
 def test_small_files_are_read_together_and_large_ones_alone() -> None:
     some = pieces(*[UNIT_BYTES // 3] * 4, 5 * UNIT_BYTES, 1, 1)
     assert [[piece.file for piece in unit] for unit in units_of(some)] == [[0, 1, 2], [3], [4], [5, 6]]
+    assert [[piece.file for piece in unit] for unit in units_of(pieces(0, 0, UNIT_BYTES))] == [[0, 1, 2]]
     assert units_of([]) == []
 
 

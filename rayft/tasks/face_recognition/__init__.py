@@ -73,6 +73,9 @@ class FaceRecognition(Task):
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.image, self.identity) if labelled else (self.image,)
 
+    def file_columns(self) -> tuple[str, ...]:
+        return (self.image,)
+
     def fact_columns(self) -> tuple[str, ...]:
         return (self.identity,)
 

@@ -60,6 +60,9 @@ class SpeechRecognition(Task):
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.audio, self.text) if labelled else (self.audio,)
 
+    def file_columns(self) -> tuple[str, ...]:
+        return (self.audio,)
+
     def fact_columns(self) -> tuple[str, ...]:
         return (self.text,)
 

@@ -68,6 +68,9 @@ class TextToImage(Task):
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.image, self.text) if labelled else (self.text,)
 
+    def file_columns(self) -> tuple[str, ...]:
+        return (self.image,)
+
     def processor(self, model: Pretrained) -> Prompter:
         """The tokenizer, and the size and schedule of the model."""
         return load_prompter(model, self.size)

@@ -1,0 +1,64 @@
+"""What identifies the pictures and sounds that the rows of a plain table name, which are read from where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rayft import storage
+from rayft.data.source import METADATA, TABLES, Fragment, read
+from rayft.recipe import Source
+
+_THREADS = 16
+_ASKED = 8  # objects in one folder from which on listing it costs less than asking for each
+
+
+def identity(
+    pieces: Sequence[Fragment], sources: Sequence[Source], names: dict[str, str], columns: Sequence[str]
+) -> str:
+    """A hash of the contents of all files that the `columns` name; "" where none do.
+
+    The files beside a metadata file are part of what identifies that, and so are those in folders by class. Of
+    addresses on the web only the name counts: whether they have changed is a question to each.
+    """
+    paths: set[str] = set()
+    for piece in pieces:
+        if columns and piece.format in TABLES and os.path.basename(piece.path) not in METADATA:
+            for rows in read(piece, sources[piece.source], names, columns):
+                paths.update(path for column in columns for path in _paths(rows.columns[column]))
+    if not paths:
+        return ""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = sorted(pair for pairs in pool.map(_contents, _by_folder(paths)) for pair in pairs)
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _paths(cells: Iterable[Any]) -> Iterator[str]:
+    for cell in cells:
+        value = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
+        if not isinstance(value, str) or value.startswith(("http://", "https://")):
+            continue
+        if value.startswith(("/", "file://")) or not storage.is_local(value):  # a relative one is a bad cell
+            yield value
+
+
+def _by_folder(paths: Iterable[str]) -> list[list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        found[path.rpartition("/")[0]].append(path)
+    return list(found.values())
+
+
+def _contents(paths: list[str]) -> list[tuple[str, str]]:
+    """(path, what identifies its content) of files in one folder; those that are missing are left out."""
+    folder = paths[0].rpartition("/")[0]
+    if storage.is_local(folder) or len(paths) < _ASKED:
+        there = {path: entry for path in paths for entry in storage.listing(path, recursive=False)}
+    else:
+        there = {entry.path: entry for entry in storage.listing(folder, recursive=False)}
+    return [(path, storage.content_hash(there[path])) for path in paths if path in there]
