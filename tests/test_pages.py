@@ -163,6 +163,26 @@ def test_two_discrete_fields_make_a_heat_map_of_the_best_scores(browser: Any, wh
         assert drawn["z"][2] == [None, None, None]
 
 
+def test_values_that_begin_and_end_alike_are_categories_of_their_own(browser: Any, where: str, tmp_path: Path) -> None:
+    paths = [f"/mnt/shared/models/checkpoints/m{number}/weights/of/step-001200/export" for number in range(4)]
+    folder = folders.write_sweep(where, "paths", 0, "running")
+    for number, path in enumerate(paths):
+        folders.write_trial(folder, number, **{"model.path": path, "model.freeze.layers": 2})
+    recipe = storage.read_text(storage.join(folder, "recipe.yaml"))
+    search = f"  search:\n    model.path: {{choice: [{', '.join(paths)}]}}\n"
+    storage.write_text(storage.join(folder, "recipe.yaml"), recipe.replace("  search:\n", search))
+    with watched(browser, offline=True) as page:
+        opened(page, folder, tmp_path)
+        page.locator("#over select").nth(0).select_option("model.path")
+        for field, axis in ((0, "x"), (1, "y")):
+            page.locator("#over select").nth(field).select_option("model.path")
+            page.locator("#over select").nth(1 - field).select_option("model.freeze.layers")
+            drawn = page.evaluate("document.querySelector('#over .chart').data[0]")
+            assert drawn[axis] == paths
+        shown = page.evaluate("document.querySelector('#over .chart').layout.yaxis.ticktext")
+        assert shown == ["/mnt/shar…step-001200/export"] * 4
+
+
 def test_names_and_texts_are_never_taken_for_html(browser: Any, where: str, tmp_path: Path) -> None:
     folder = storage.join(where, "odd")
     folders.write_state(folder, "failed")

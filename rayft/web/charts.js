@@ -6,7 +6,10 @@ const charts = (() => {
   // Plotly reads a little HTML in its texts; names of fields and trials are no HTML.
   const plain = (value) => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const word = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  const brief = (text) => (text.length > 28 ? text.slice(0, 27) + "…" : text);
+  // Paths of models and data tell themselves apart at their ends.
+  const brief = (text) => (text.length > 28 ? text.slice(0, 9) + "…" + text.slice(-18) : text);
+  const whole = (value) => plain(word(value));
+  const short = (value) => plain(brief(word(value)));
 
   // The weakest colour is for the worst score, whichever direction is wanted.
   const scale = (mode) => {
@@ -77,7 +80,7 @@ const charts = (() => {
   const label = (trial) => `trial ${plain(trial.trial)}`;
 
   function hover(trial, metric) {
-    const fields = Object.entries(trial.fields).map(([name, value]) => `${plain(name)}: ${plain(brief(word(value)))}`);
+    const fields = Object.entries(trial.fields).map(([name, value]) => `${plain(name)}: ${short(value)}`);
     return [`<b>${label(trial)}</b> (${plain(trial.status)})`, `${plain(metric)}: ${trial.score}`, ...fields].join("<br>");
   }
 
@@ -97,6 +100,13 @@ const charts = (() => {
   const scored = (page) => page.trials.filter((trial) => trial.score !== null && trial.status !== "failed");
   const numeric = (values) => values.every((value) => typeof value === "number");
 
+  // A category is known by its whole text, since short ones may be the same.
+  function categories(values) {
+    const known = [...new Map(values.map((value) => [whole(value), value])).values()];
+    const order = known.map(whole);
+    return { type: "category", categoryorder: "array", categoryarray: order, tickvals: order, ticktext: known.map(short) };
+  }
+
   // The axis and the values of a field. Values that are no numbers are categories in their order.
   function along(axis, trials) {
     const values = trials.map((trial) => trial.fields[axis.name]);
@@ -106,8 +116,7 @@ const charts = (() => {
       const ticks = axis.choices ? { tickvals: axis.choices } : {};
       return [{ exponentformat: "e", ...ticks }, values];
     }
-    const order = (axis.choices || []).map((value) => plain(brief(word(value))));
-    return [{ type: "category", categoryorder: "array", categoryarray: order }, values.map((v) => plain(brief(word(v))))];
+    return [categories([...(axis.choices || []), ...values]), values.map(whole)];
   }
 
   function over(page, first, second) {
@@ -143,15 +152,14 @@ const charts = (() => {
       if (cell.best === null || better(trial.score, cell.best.score)) cell.best = trial;
     }
     const each = (make) => cells.map((row) => row.map(make));
-    const names = (axis) => axis.choices.map((value) => plain(brief(word(value))));
     const trace = {
-      type: "heatmap", x: names(first), y: names(second), z: each((cell) => (cell.best ? cell.best.score : null)),
+      type: "heatmap", x: first.choices.map(whole), y: second.choices.map(whole), z: each((cell) => (cell.best ? cell.best.score : null)),
       text: each((cell) => (cell.best ? Number(cell.best.score.toPrecision(4)) : "")), texttemplate: "%{text}",
       hovertext: each((cell) => (cell.best ? `best of ${cell.count}: ` + hover(cell.best, page.metric) : "no trial yet")),
       hoverinfo: "text", colorscale: scale(page.mode), xgap: 2, ygap: 2, hoverongaps: false,
       colorbar: { thickness: 10, outlinewidth: 0 },
     };
-    const axis = (one) => ({ type: "category", title: title(one.name), showgrid: false });
+    const axis = (one) => ({ ...categories(one.choices), title: title(one.name), showgrid: false });
     return { traces: [trace], layout: { xaxis: axis(first), yaxis: axis(second) } };
   }
 
@@ -176,7 +184,7 @@ const charts = (() => {
     if (axis.choices || !numeric(values)) {
       const known = axis.choices || [...new Map(values.map((value) => [word(value), value])).values()];
       const place = new Map(known.map((value, at) => [word(value), at]));
-      const ticktext = known.map((value) => plain(brief(word(value))));
+      const ticktext = known.map(short);
       const range = known.length > 1 ? [0, known.length - 1] : [-1, 1];
       return { label: name, values: values.map((v) => place.get(word(v))), tickvals: known.map((_, at) => at), ticktext, range };
     }
