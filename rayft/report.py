@@ -19,7 +19,7 @@ from rayft import document, storage
 from rayft.errors import StorageMissing
 from rayft.layout import INSIDE, PREPARED
 from rayft.retry import shown
-from rayft.snapshots import plain_object
+from rayft.snapshots import is_number, plain_object
 
 HEARTBEAT_S = 30.0  # a running run that has been silent for longer is lost
 DAY_S = 86_400.0  # what is younger may belong to something that has only just begun
@@ -291,12 +291,12 @@ def _row(line: bytes) -> Json:
 
 def _summary(where: str, run: str, state: Json) -> Json:
     result = _result(run, state)
-    best = result.get("best") or {}
+    best = result["best"] if isinstance(result.get("best"), dict) else {}
     last: Json = {}
     if not best:
         last, evaluations = _metrics(run)
         best = _leading(evaluations)
-    started, heartbeat = state.get("started"), state.get("heartbeat")
+    started, heartbeat = (state[key] if is_number(state.get(key)) else None for key in ("started", "heartbeat"))
     base = where.rstrip("/")
     return {
         "name": run[len(base) + 1 :] if run.startswith(base + "/") else run.rstrip("/").rpartition("/")[2],
@@ -348,6 +348,6 @@ def _existing(where: str) -> str:
     return where
 
 
-def _age(moment: float | None) -> float:
+def _age(moment: Any) -> float:
     """Seconds since a time in run.json; endless where there is none."""
-    return float("inf") if moment is None else time.time() - moment
+    return time.time() - moment if is_number(moment) else float("inf")

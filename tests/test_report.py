@@ -199,6 +199,16 @@ def test_a_damaged_file_makes_only_its_own_run_unreadable(where: str, name: str,
     assert (found["status"], found["error"]) == ("unreadable", f"{run}/{name} is damaged: it holds no JSON object")
 
 
+def test_fields_of_other_types_than_they_should_be_spoil_no_list(where: str) -> None:
+    run = write_run(where, "odd")
+    write_run(where, "sound")
+    for name, fields in (("run.json", {"started": "today", "heartbeat": [1]}), ("result.json", {"best": 5})):
+        path = storage.join(run, name)
+        storage.write_json(path, {**storage.read_json(path), **fields})
+    odd = next(one for one in report.runs(where) if one["name"] == "odd")
+    assert (odd["status"], odd["started"], odd["seconds"]) == ("finished", None, None)
+
+
 def test_a_storage_without_runs_is_an_empty_list(tmp_path: Path) -> None:
     assert report.runs(str(tmp_path)) == []
 
