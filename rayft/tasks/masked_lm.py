@@ -43,7 +43,7 @@ class MaskedLM(Task):
     max_length: int = Field(default=128, ge=8)
     """Tokens that are read at a time; a longer text gives several features."""
     mask_share: float = Field(default=0.15, gt=0, lt=1)
-    """The share of a text's words that is asked for, one word at least."""
+    """The share of a text's words that is asked for, one at least; without `whole_words`, of its tokens."""
     whole_words: bool = True
     """Whether all tokens of a word are asked for together; false: single tokens are chosen."""
 
