@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rayft import placement
-from rayft.sections import Cluster
+from rayft.machines import Cluster
 from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT
 
 KEPT_S = 120  # how long a process waits to be taken

@@ -16,27 +16,9 @@ from pydantic_core import ErrorDetails
 from rayft import document, faults, rules, task_section, tasks
 from rayft.document import parse_override, set_field
 from rayft.errors import Fault, RecipeError
+from rayft.machines import Checkpoints, Cluster, DeepSpeed, Failure, Kubernetes, Submit, Workers
 from rayft.search import Space, Tune, unsearchable
-from rayft.sections import (
-    Checkpoints,
-    Cluster,
-    Data,
-    DeepSpeed,
-    EarlyStopping,
-    Every,
-    Failure,
-    Freeze,
-    Kubernetes,
-    Lora,
-    Model,
-    Name,
-    Section,
-    Source,
-    Submit,
-    Text,
-    Train,
-    Workers,
-)
+from rayft.sections import Data, EarlyStopping, Every, Freeze, Lora, Model, Name, Section, Source, Text, Train
 from rayft.tasks.task import Task
 
 __all__ = [
@@ -87,17 +69,27 @@ class Recipe(Section):
     name: Name
     """With `storage` the run's identity: run it again and it resumes."""
     task: SerializeAsAny[Task]
+    """What is learned, and from which columns of a row: `type` names the task, which has fields of its own."""
     model: Model
+    """The pretrained model, and what of it learns."""
     data: Data
+    """The rows for training, validation and test."""
     train: Train = Train()
+    """Batches, learning rate, length and what is done between steps."""
     checkpoints: Checkpoints = Checkpoints()
+    """What a run keeps to go on from."""
     deepspeed: DeepSpeed = DeepSpeed()
+    """How memory is saved by sharding and offloading."""
     cluster: Cluster = Cluster()
+    """The workers."""
     failure: Failure = Failure()
+    """Retries, and how long is waited for what."""
     storage: Text = "runs"
-    """A folder, or s3://bucket/prefix."""
+    """A folder, or an URL such as s3://bucket/prefix, for runs, prepared rows and the output of frozen blocks."""
     tune: Tune | None = None
+    """What `rayft tune` searches; null: it is a single run."""
     submit: Submit | None = None
+    """How it comes to a cluster; null: as its fields are by default."""
 
     @classmethod
     def load(cls, path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -200,7 +192,9 @@ def _schema(kinds: tuple[type[Task], ...]) -> dict[str, Any]:
         chosen[definition["properties"]["type"]["const"]] = reference
     if chosen:
         mapping = {"propertyName": "type", "mapping": chosen}
-        own["properties"]["task"] = {"oneOf": [{"$ref": one} for one in chosen.values()], "discriminator": mapping}
+        says = own["properties"]["task"]["description"]
+        one_of = [{"$ref": one} for one in chosen.values()]
+        own["properties"]["task"] = {"description": says, "oneOf": one_of, "discriminator": mapping}
         definitions.pop("Task", None)
     draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return {**draft, **own, "title": root["title"], "$defs": definitions}

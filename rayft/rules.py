@@ -14,8 +14,9 @@ from typing import Any
 
 from rayft.errors import Fault
 from rayft.faults import show
+from rayft.machines import Cluster, Workers
 from rayft.search import Space, Tune
-from rayft.sections import Cluster, Freeze, Lora, Source, Workers
+from rayft.sections import Freeze, Lora, Source
 
 Faults = Iterator[Fault]
 

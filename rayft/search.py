@@ -25,10 +25,13 @@ class Space(Section):
     """The values that one field takes in a sweep: exactly one of the keys."""
 
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """A list of values, of which a trial takes one; with the sampler `grid` each is crossed with all others."""
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """Each value as often as any other, crossed with those of every other grid."""
+    """A list of values, each as often as any other, crossed with those of every other grid; not with `optuna`."""
     uniform: tuple[Number, Number] | None = None
+    """Numbers from the first to the second, each as likely as any other."""
     log_uniform: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]] | None = None
+    """Numbers from the first to the second, evenly by their logarithm: 1e-5 to 1e-4 is as likely as 1e-4 to 1e-3."""
     int: tuple[Whole, Whole] | None = None
     """Whole numbers from the first to the second, both included."""
 
@@ -57,24 +60,36 @@ class Space(Section):
 
 
 class Budget(Section):
+    """What a sweep may cost; the best trial so far is its answer then."""
+
     minutes: Annotated[Number, Field(gt=0)]
+    """Minutes from the start of the command after which no trial goes on."""
 
 
 class Tune(Section):
+    """What a sweep varies, and how its trials are chosen and stopped."""
+
     search: Annotated[dict[str, Space], Field(min_length=1)]
     """Dotted names of this recipe's fields, each with its search space."""
     trials: Positive | None = None
-    """Needed unless the sampler is `grid`, which runs every combination once."""
+    """How many trials there are; needed unless the sampler is `grid`, which runs every combination once."""
     sampler: Literal["grid", "random", "optuna"] = "optuna"
+    """Who proposes values: each combination in turn, at random, or Optuna's TPE from what came of earlier trials."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "asha"
+    """Which trials go on after an evaluation: all (none), the best third of each rung (asha), those above the median.
+
+    pbt: all, the worse ones from a better one's weights and with other values.
+    """
     metric: Metric | None = None
-    """A validation score; null: the task's first."""
+    """The validation score by which trials are compared; null: the one that chooses the best model of a run."""
     mode: Literal["max", "min"] | None = None
-    """null: as the metric wants it."""
+    """Which end of the metric is the better one; null: as the metric has it, and the other one is refused."""
     budget: Budget | None = None
+    """When the sweep ends before all its trials have; null: it goes on to their end."""
     log_to: tuple[Literal["mlflow", "wandb"], ...] = ()
     """Where trials are logged besides their folders; addresses and keys come from the environment."""
     seed: Natural = 0
+    """What random and Optuna's values follow from; that of each trial's training is `train.seed`."""
 
 
 def unsearchable(

@@ -1,4 +1,7 @@
-"""The sections of a recipe: each option its type, its default and what fits. Rules between options: rules.py."""
+"""The sections of a recipe that say what is trained: each option its type, its default, what fits and what it does.
+
+Those that say where it runs are in machines.py, the rules between options in rules.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -73,9 +76,12 @@ class Freeze(Section):
     """What stays as pretrained."""
 
     layers: Natural | Literal["all"] = 0
-    """N: the embeddings and the first N blocks from the input side; 0: nothing; all: all but the head."""
+    """N: the embeddings and the first N blocks from the input side; 0: nothing; all: all but the head.
+
+    With `model.lora` blocks that stay get no adapters.
+    """
     patterns: Annotated[tuple[Text, ...], BeforeValidator(_listed, json_schema_input_type=Text | list[Text])] = ()
-    """Shell-style patterns of parameter or module names."""
+    """Shell-style patterns of names of parameters or modules, which stay too; one that matches nothing is refused."""
 
     @property
     def nothing(self) -> bool:
@@ -83,15 +89,18 @@ class Freeze(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters: everything else stays as pretrained."""
+    """Low-rank adapters: everything else, but a new head, stays as pretrained."""
 
     r: Positive = 8
+    """The rank of the matrices that learn."""
     alpha: Positive = 16
+    """What an adapter gives is multiplied by `alpha` / `r`."""
     dropout: Share = 0.0
+    """The share of what goes into an adapter that is left out at random in training."""
     targets: Annotated[
         tuple[Text, ...] | None, BeforeValidator(_listed, json_schema_input_type=Text | list[Text] | None)
     ] = None
-    """Names of the modules that get adapters; null: all linear ones but the head."""
+    """Names of the modules that get adapters, or how they end; null: all linear ones inside the blocks."""
 
 
 def _model_path(value: str) -> str:
@@ -101,31 +110,45 @@ def _model_path(value: str) -> str:
 
 
 class Model(Section):
+    """Which pretrained model, and what of it learns."""
+
     path: Annotated[Text, AfterValidator(_model_path)]
-    """A Hub id, a folder, s3://…, or pkg:<package>/<folder>."""
+    """A Hub id, a folder, an URL such as s3://bucket/folder, or pkg:<package>/<folder>.
+
+    A folder with a config and no weights is a model from nothing: they are drawn from `train.seed`.
+    """
     revision: Text | None = None
+    """The branch, tag or commit of a Hub id; null: its main branch. Folders have none."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The precision of the computation, mixed where that helps."""
+    """The precision of the computation: what learns is kept in float32 all the same. float16 needs GPUs."""
     freeze: Annotated[
         Freeze | None,
         BeforeValidator(_freeze, json_schema_input_type=Freeze | Natural | Literal["all"] | Text | list[Text] | None),
     ] = None
+    """What stays as pretrained; a number or `all` stands for `layers`, a text or a list for `patterns`."""
     unfreeze_every: Positive | None = None
-    """Gradual unfreezing: one more block every so many epochs."""
+    """Gradual unfreezing: one more block learns every so many epochs, the topmost first. Null: the depth stays."""
     cache_frozen: Literal["auto", "on", "off"] = "auto"
-    """Whether the output of the frozen blocks is computed once per row and stored."""
+    """Whether the output of the frozen blocks is computed once per row and stored.
+
+    auto: where the model stands it, it saves time, and half of the free storage is enough; on: refused where it can't.
+    """
     lora: Lora | None = None
+    """Adapters, which learn in place of the weights below them; null: the weights learn themselves."""
     quantize: Literal["4bit"] | None = None
-    """4bit: the weights below the adapters of `lora` are kept in 4 bits (QLoRA); on GPUs."""
+    """4bit: the weights below the adapters of `lora` are kept in 4 bits (QLoRA); on GPUs. Null: at their width."""
     dropout: Share | None = None
-    """Overrides every dropout probability of the model's config."""
+    """Overrides every dropout probability of the model's config; null: they stay."""
     attention: Text | None = None
-    """eager, sdpa, flash_attention_2, …; null: what transformers takes."""
+    """How attention is computed: eager, sdpa, flash_attention_2 (on GPUs), …; null: as transformers chooses."""
     batch_norm_rows: Annotated[int, Field(strict=True, ge=2)] | None = None
     """Rows of which BatchNorm takes its statistics, as a model from nothing needs. Null: it keeps those that it has."""
     gradient_checkpointing: Flag = False
+    """Computes activations again in the backward pass: less memory and the same model, about a third slower."""
     compile: Flag = False
+    """Compiles the network with torch.compile. Not at ZeRO stage 3; the output of frozen blocks is not stored."""
     trust_remote_code: Flag = False
+    """Lets Python code run that comes with the model, for kinds that transformers itself does not know."""
 
 
 # --- data
@@ -135,10 +158,14 @@ class Source(Section):
     """Files of rows, and which of their rows are meant."""
 
     path: Text
-    """A file, folder or glob, s3://…, or hf://owner/name[/config][:split]."""
+    """A file, folder or glob, here or at an URL such as s3://…, or hf://owner/name[/config][:split][@revision].
+
+    Files are csv, tsv, json, jsonl, parquet or txt, also as .gz; pictures and sounds lie in a folder for each class.
+    """
     where: dict[str, Scalar | tuple[Scalar, ...]] = {}
-    """The source's own columns and the value, or the list of values, that a row must have."""
+    """The source's own columns, each with the value, or the list of values, that a row must have in it."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
+    """How often a training row is taken in an epoch: 2 is twice, 0.25 a quarter of the rows, always the same ones."""
 
 
 def _sources(value: Any) -> Any:
@@ -155,19 +182,30 @@ SomeSources = Annotated[_Several | None, BeforeValidator(_sources, json_schema_i
 
 
 class Data(Section):
+    """Where the rows come from."""
+
     train: Sources
+    """The rows that are learned: a path, a section that says more, or a list of both, which are mixed."""
     validation: SomeSources = None
-    """Null: cut from train, by a hash of the row's id."""
+    """The rows that say which model is best; null: a tenth of `train`, at most 10,000, by a hash of the row's id."""
     test: SomeSources = None
+    """The rows on which the best model is scored at the end; null: there are no test scores."""
     columns: dict[str, Text] = {}
-    """Theirs -> ours."""
+    """The data's own column names -> what the task's fields call them, for sources whose names differ."""
     shuffle: Flag = True
-    """False: the source's order throughout, no sorting by length."""
+    """Whether each epoch has an order of its own; false: the source's order throughout, no sorting by length."""
     group_by_length: Flag = True
     """Rows of like length meet in a global batch, and little of it is padding. False where lengths tell the answers."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """What follows from a row that can't be used: error ends the run before it trains, and tells the first ones.
+
+    skip leaves such rows out and counts them, up to a tenth of a split.
+    """
     stream: Literal["auto", "on", "off"] = "auto"
-    """Whether Ray Data reads prepared rows for the workers; else each reads its own. Auto: unless they are few."""
+    """Whether Ray Data reads prepared rows for the workers; else each reads its own.
+
+    auto: where they are more than 16 MiB, or differ from epoch to epoch.
+    """
 
 
 # --- train
@@ -177,7 +215,13 @@ class Every(Section):
     """How often: written as "1 epoch", "500 steps" or "10 minutes"."""
 
     count: float
+    """How many of them; of epochs and minutes also fractions."""
     unit: Literal["epoch", "steps", "minutes"]
+    """What is counted; a step is one of the optimizer."""
+
+    @model_serializer
+    def _written(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         stem = self.unit.removesuffix("s")
@@ -215,11 +259,10 @@ def _often(*allowed: str) -> Any:
 
 
 _EPOCHS, _MORE = ("epoch", "step"), ("epoch", "step", "minute")
-_Written = PlainSerializer(str, return_type=str)
 _OfEpochs = BeforeValidator(partial(_every, allowed=_EPOCHS), json_schema_input_type=_often(*_EPOCHS))
 _OfMore = BeforeValidator(partial(_every, allowed=_MORE), json_schema_input_type=_often(*_MORE))
-EvaluateEvery = Annotated[Every, _OfEpochs, _Written]
-SaveEvery = Annotated[Every, _OfMore, _Written]
+EvaluateEvery = Annotated[Every, _OfEpochs]
+SaveEvery = Annotated[Every, _OfMore]
 
 
 def _metric(value: str) -> str:
@@ -232,8 +275,10 @@ Metric = Annotated[Text, AfterValidator(_metric)]  # with or without `eval_` in 
 
 
 class EarlyStopping(Section):
+    """When a run ends before its last step."""
+
     metric: Metric | None = None
-    """A validation score; null: the one by which the best model is chosen."""
+    """The validation score that has to get better; null: the one by which the best model is chosen."""
     patience: Positive
     """Evaluations in a row without a better score after which the run ends."""
 
@@ -247,29 +292,43 @@ def _warmup(value: float) -> float:
 
 
 class Train(Section):
+    """How long it learns, in which steps, and what is done between them."""
+
     epochs: Positive | None = None
+    """How often the training rows are passed through; needed where `max_steps` is not given."""
     max_steps: Positive | None = None
-    """With `epochs` too, the run and its schedule end at whichever comes first."""
+    """Optimizer steps of the run; with `epochs` too, it and its schedule end at whichever comes first."""
     global_batch_size: Positive = 32
     """Prepared rows per optimizer step, over all workers: independent of their number."""
     micro_batch_size: Positive = 16
     """At most so many rows per forward pass on one worker; by default no more than `global_batch_size`."""
     learning_rate: Annotated[Number, Field(gt=0)] = 5e-5
+    """The learning rate of AdamW after the warm-up, its highest."""
     layer_lr_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    """0.9: each block learns at 0.9 of the one above it."""
+    """0.9: each block learns at 0.9 of the rate of the one above it, the topmost at 0.9 of the head's."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up: it falls to 0 in a line or a cosine, or it stays."""
     warmup: Annotated[Number | Whole, AfterValidator(_warmup)] = 0.0
-    """A share of the steps (below 1), or a whole number of steps."""
+    """How long the learning rate rises from 0: a share of the steps (below 1), or a whole number of steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    """The weight decay of AdamW; biases and norms have none."""
     max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
-    """0: gradients are not clipped."""
+    """The norm to which a longer gradient of all parameters is cut; 0: gradients are not clipped."""
     label_smoothing: Share = 0.0
+    """The share of a row's label that is spread evenly over all labels, or tokens; 0 for tasks without."""
     evaluate_every: EvaluateEvery = Every(count=1, unit="epoch")
+    """How often the validation rows are scored, in epochs or steps; after the last step they always are."""
     save_every: SaveEvery = Every(count=1, unit="epoch")
+    """How often a checkpoint is saved, in epochs, steps or minutes.
+
+    One is saved for each better model, at the end, and when a run is asked to stop, too.
+    """
     early_stopping: EarlyStopping | None = None
+    """Ends the run when a score gets no better; null: it goes on to its last step."""
     metric: Metric | None = None
     """The validation score that says which model is best; null: that of `early_stopping`, else the task's first."""
     seed: Natural = 0
+    """What all that is random follows from: the order of rows, dropout, augmentation, new parameters."""
 
     @model_validator(mode="before")
     @classmethod
@@ -279,90 +338,3 @@ class Train(Section):
             if isinstance(size, int) and not isinstance(size, bool) and 1 <= size < 16:
                 return {**value, "micro_batch_size": size}
         return value
-
-
-# --- where it runs
-
-
-class Checkpoints(Section):
-    keep: Positive = 2
-    """How many of the newest are kept, besides the best."""
-
-
-def _stage(value: Any) -> Any:
-    return "a boolean" if isinstance(value, bool) else value  # or Python takes `true` for 1
-
-
-class DeepSpeed(Section):
-    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_stage)] = "auto"
-    """auto: the least sharding that fits."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
-    extra: dict[str, Any] = {}
-    """Raw DeepSpeed keys."""
-
-
-class Workers(Section):
-    """An elastic number of workers."""
-
-    min: Positive
-    max: Positive
-
-
-class Cluster(Section):
-    workers: Positive | Workers = 2
-    gpus_per_worker: Natural = 0
-    cpus_per_worker: Positive = 1
-    shared_storage: Flag = False
-    """True: local paths are the same on every machine."""
-
-    @property
-    def max_workers(self) -> int:
-        return self.workers.max if isinstance(self.workers, Workers) else self.workers
-
-    @property
-    def min_workers(self) -> int:
-        return self.workers.min if isinstance(self.workers, Workers) else self.workers
-
-
-class Failure(Section):
-    max_retries: Natural = 3
-    timeout_s: Positive = 600
-    grace_s: Natural = 30
-
-
-# --- submit
-
-
-def _quantity(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-_Amount = Annotated[str, Field(strict=True, pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?|Ki)?$", examples=["4", "16Gi"])]
-Quantity = Annotated[_Amount, BeforeValidator(_quantity, json_schema_input_type=_Amount | Number)]
-
-
-class Kubernetes(Section):
-    namespace: Text = "default"
-    queue: Text | None = None
-    credentials_secret: Text | None = None
-    """The Secret whose keys become environment variables of every pod."""
-    token_secret: Text | None = None
-    """The Secret that holds Ray's token."""
-    node_selector: dict[str, Text] = {}
-    tolerations: tuple[dict[str, Any], ...] = ()
-    cpu: Quantity = "4"
-    memory: Quantity = "16Gi"
-    shm: Quantity = "8Gi"
-    trials_at_once: Positive = 1
-    """Trials of a sweep that have pods to run side by side: the pods of workers are multiplied by it."""
-    mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"] = "K8sJobMode"
-    retries: Natural = 2
-    deadline_s: Positive | None = None
-    ttl_s: Natural = 3600
-
-
-class Submit(Section):
-    address: Text | None = None
-    image: Text | None = None
-    entrypoint_cpus: Annotated[Number, Field(ge=0)] = 0.0
-    kubernetes: Kubernetes = Kubernetes()

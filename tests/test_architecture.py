@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "document",
         "faults",
         "sections",
+        "machines",
         "search",
         "rules",
         "tasks.stacked",

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from rayft import controller, prestart
-from rayft.sections import Cluster
+from rayft.machines import Cluster
 from rayft.session import quiet
 
 

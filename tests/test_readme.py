@@ -12,8 +12,8 @@ import pytest
 import typer
 import yaml
 
-from rayft import cli
-from rayft.recipe import Recipe
+from rayft import cli, faults
+from rayft.recipe import Recipe, json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -105,3 +105,28 @@ def test_readme_shows_commands_and_a_recipe() -> None:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http|#)([^)#]+)", README))))
 def test_link_leads_somewhere(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+# --- coming from another trainer
+
+
+def renamed() -> list[tuple[list[str], list[str]]]:
+    """Each row of the table of other trainers' names: the words in code there, and the fields of a recipe here."""
+    section = README.partition("### Coming from another trainer\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*?`.*?) \| (.+) \|$", section, re.MULTILINE)
+    sections = "task|model|data|train|checkpoints|deepspeed|cluster|tune|storage|name"
+    named = rf"`((?:{sections})\b(?:\.\w+)*)"
+    return [(re.findall(r"`(\w+)", there), re.findall(named, here)) for there, here in rows]
+
+
+def test_other_trainers_names_lead_to_fields_that_there_are() -> None:
+    assert len(renamed()) > 20
+    schema, fields = json_schema(), {field for _, here in renamed() for field in here}
+    known = {field for field in fields if any(True for _ in faults.at(schema, tuple(field.split("."))))}
+    assert fields - known == set()
+
+
+def test_other_trainers_names_lead_where_check_sends_them() -> None:
+    sent = {name: faults._ELSEWHERE[name] for there, _ in renamed() for name in there if name in faults._ELSEWHERE}
+    assert len(sent) > 10
+    assert {name: here for there, here in renamed() for name in there if name in sent and sent[name] not in here} == {}

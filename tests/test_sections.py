@@ -1,4 +1,4 @@
-"""The options of a recipe: their defaults and what each takes."""
+"""The options of a recipe that say what is trained: their defaults and what each takes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from rayft import sections
-from rayft.sections import (
-    Checkpoints,
-    Cluster,
-    Data,
-    DeepSpeed,
-    EarlyStopping,
-    Every,
-    Failure,
-    Lora,
-    Model,
-    Submit,
-    Train,
-)
+from rayft.sections import Data, EarlyStopping, Every, Lora, Model, Train
 
 
 @pytest.mark.parametrize(
@@ -80,34 +68,6 @@ from rayft.sections import (
             },
         ),
         (Lora(), {"r": 8, "alpha": 16, "dropout": 0.0, "targets": None}),
-        (Checkpoints(), {"keep": 2}),
-        (DeepSpeed(), {"zero_stage": "auto", "offload": "none", "extra": {}}),
-        (Cluster(), {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": 1, "shared_storage": False}),
-        (Failure(), {"max_retries": 3, "timeout_s": 600, "grace_s": 30}),
-        (
-            Submit(),
-            {
-                "address": None,
-                "image": None,
-                "entrypoint_cpus": 0,
-                "kubernetes": {
-                    "namespace": "default",
-                    "queue": None,
-                    "credentials_secret": None,
-                    "token_secret": None,
-                    "node_selector": {},
-                    "tolerations": [],
-                    "cpu": "4",
-                    "memory": "16Gi",
-                    "shm": "8Gi",
-                    "trials_at_once": 1,
-                    "mode": "K8sJobMode",
-                    "retries": 2,
-                    "deadline_s": None,
-                    "ttl_s": 3600,
-                },
-            },
-        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseModel) else "",
 )
@@ -220,16 +180,6 @@ def test_test_scores_choose_nothing() -> None:
         ("Train", "layer_lr_decay", 1.1),
         ("Train", "seed", -1),
         ("Train", "schedule", "poly"),
-        ("DeepSpeed", "zero_stage", 4),
-        ("DeepSpeed", "zero_stage", True),
-        ("DeepSpeed", "zero_stage", "2"),
-        ("DeepSpeed", "offload", False),
-        ("Cluster", "shared_storage", 1),
-        ("Cluster", "shared_storage", "true"),
-        ("Cluster", "workers", 0),
-        ("Cluster", "workers", True),
-        ("Cluster", "workers", {"min": 1}),
-        ("Checkpoints", "keep", 0),
         ("Lora", "r", 0),
         ("Lora", "dropout", 1.0),
     ],
@@ -248,13 +198,6 @@ def test_models_come_from_many_places(path: str) -> None:
 def test_a_model_path_that_leads_nowhere_is_refused(path: str) -> None:
     with pytest.raises(ValidationError):
         Model(path=path)
-
-
-def test_a_number_of_cpus_may_stand_for_a_quantity() -> None:
-    kubernetes = Submit.model_validate({"kubernetes": {"cpu": 2, "memory": "512Mi"}}).kubernetes
-    assert (kubernetes.cpu, kubernetes.memory) == ("2", "512Mi")
-    with pytest.raises(ValidationError):
-        Submit.model_validate({"kubernetes": {"memory": "lots"}})
 
 
 def test_sections_are_frozen() -> None:

@@ -29,20 +29,24 @@ from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Ta
 
 
 class AudioClassification(Task):
-    """`labels` fixes the label names and their order; without it they are those of the training rows, sorted.
-
-    What lasts longer than `max_seconds` is cut there, what is shorter than `min_seconds` left out.
-    """
+    """One label for a sound."""
 
     first_metric: ClassVar[str] = "accuracy"
 
     type: Literal["audio-classification"] = "audio-classification"
+    """Which label a sound has."""
     audio: str = "file_name"
+    """The column of the sounds: a path, beside a metadata file or absolute, an URL, or a file's bytes."""
     label: str = "label"
+    """The column of the label names; where a folder holds a class, this is its name."""
     labels: LabelNames | None = None
+    """The label names in the order of their indices; null: those of the training rows, sorted."""
     min_seconds: float = Field(default=0.1, ge=0.025)
+    """Sounds that are shorter are left out."""
     max_seconds: float = Field(default=10.0, gt=0)
+    """What lasts longer is cut there."""
     on_mismatch: Literal["convert", "refuse"] = "convert"
+    """What is done with a sound of several channels, or of another rate than the model's; refuse: its row is bad."""
 
     @model_validator(mode="after")
     def _sensible(self) -> AudioClassification:

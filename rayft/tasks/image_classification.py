@@ -27,20 +27,25 @@ from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Ta
 
 
 class ImageClassification(Task):
-    """`labels` fixes the label names and their order; without it they are those of the training rows, sorted.
-
-    `class_weights: balanced` gives each class the same weight in the loss, however many rows it has; {name: weight}
-    gives single ones theirs, 1 to the rest. Weights are scaled so that their mean over the training rows is 1.
-    """
+    """One label for a picture."""
 
     first_metric: ClassVar[str] = "accuracy"
 
     type: Literal["image-classification"] = "image-classification"
+    """Which label a picture has."""
     image: str = "file_name"
+    """The column of the pictures: a path, beside a metadata file or absolute, an URL, or a file's bytes."""
     label: str = "label"
+    """The column of the label names; where a folder holds a class, this is its name."""
     labels: LabelNames | None = None
+    """The label names in the order of their indices; null: those of the training rows, sorted."""
     class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """The weight of classes in the loss. balanced: all alike, however many rows they have; null: rows alike.
+
+    {name: weight} gives single ones theirs, 1 to the rest. They are scaled to a mean of 1 over the training rows.
+    """
     augment: Augment | None = None
+    """How training pictures are varied from epoch to epoch; null: they are not."""
 
     @field_validator("class_weights")
     @classmethod

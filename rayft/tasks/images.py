@@ -28,23 +28,24 @@ ROUNDING = 2 / 255  # of the whole range: two steps of 8 bits
 
 
 class Augment(BaseModel):
-    """How a training row is varied, by random numbers of its own in each epoch. Chances and shares lie in [0, 1].
+    """How a training row is varied, by random numbers of its own in each epoch. Chances and shares lie in [0, 1]."""
 
-    flip, flip_vertical   the chance of a mirror image
-    crop                  a part of at least this share of the area, blown up to the whole (1: all of it)
-    rotate                up to so many degrees to either side
-    brightness, contrast, saturation   a factor of up to this much more or less than 1
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     flip: float = Field(default=0.5, ge=0, le=1)
+    """The chance that left and right are exchanged."""
     flip_vertical: float = Field(default=0.0, ge=0, le=1)
+    """The chance that top and bottom are exchanged."""
     crop: float = Field(default=1.0, gt=0, le=1)
+    """A part of at least this share of the area is blown up to the whole; 1: all of it stays."""
     rotate: float = Field(default=0.0, ge=0, le=180)
+    """Turns by up to so many degrees to either side."""
     brightness: float = Field(default=0.0, ge=0, lt=1)
+    """How much the factor of the brightness may be above or below 1."""
     contrast: float = Field(default=0.0, ge=0, lt=1)
+    """How much the factor of the contrast may be above or below 1."""
     saturation: float = Field(default=0.0, ge=0, lt=1)
+    """How much the factor of the colours' strength may be above or below 1."""
 
 
 def load_image_processor(model: Pretrained) -> Any:

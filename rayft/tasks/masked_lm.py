@@ -31,16 +31,21 @@ SEEN = 1.0  # the draw of a token that is shown as it is
 
 
 class MaskedLM(Task):
-    """`mask_share` of the words are asked for, one at least; with `whole_words` false, of the tokens."""
+    """An encoder fills in words of a text that it does not see."""
 
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"pseudo_perplexity"}
     first_metric: ClassVar[str] = "pseudo_perplexity"
 
     type: Literal["masked-lm"] = "masked-lm"
+    """Which words are missing in a text: an encoder reads the texts of a field."""
     text: str = "text"
+    """The column of the texts."""
     max_length: int = Field(default=128, ge=8)
+    """Tokens that are read at a time; a longer text gives several features."""
     mask_share: float = Field(default=0.15, gt=0, lt=1)
+    """The share of a text's words that is asked for, one at least; without `whole_words`, of its tokens."""
     whole_words: bool = True
+    """Whether all tokens of a word are asked for together; false: single tokens are chosen."""
 
     @property
     def varies(self) -> bool:

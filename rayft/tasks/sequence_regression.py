@@ -29,7 +29,7 @@ MOST = 1e38  # as much as float32 holds
 
 
 class SequenceRegression(Task):
-    """`target` is the column of the numbers."""
+    """A number for a text or a pair of texts, in the unit of the data."""
 
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"mse"}
     first_metric: ClassVar[str] = "spearman"
@@ -37,10 +37,15 @@ class SequenceRegression(Task):
     smooths: ClassVar[bool] = False
 
     type: Literal["sequence-regression"] = "sequence-regression"
+    """Which number a text or a pair of texts has."""
     text: str = "text"
+    """The column of the texts."""
     text_pair: str | None = None
+    """The column of the second texts, where rows are pairs; null: they are not."""
     target: str = "score"
+    """The column of the numbers; those of about unit size learn best."""
     max_length: int = Field(default=128, ge=4)
+    """Tokens of a text, or of both of a pair; what is longer is cut."""
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         texts = (self.text,) if self.text_pair is None else (self.text, self.text_pair)

@@ -71,9 +71,12 @@ class Encoded:
 
 
 class Task(BaseModel):
-    """One kind of fine-tuning. Subclasses add fields and `type: Literal["their-name"] = "their-name"`."""
+    """One kind of fine-tuning. Subclasses add `type: Literal["their-name"] = "their-name"` and fields.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    What each field does is said below it, and reaches the user by the recipe's schema.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     # Metric names whose smaller value is the better one; every other metric is better when larger.
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
@@ -87,6 +90,7 @@ class Task(BaseModel):
     reads_first: ClassVar[bool] = False
 
     type: str
+    """The name of the task: that of its file, with hyphens."""
 
     @property
     def varies(self) -> bool:

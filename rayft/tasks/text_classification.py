@@ -28,18 +28,25 @@ from rayft.tasks.texts import classifying_tokenizer, encode_texts
 
 
 class TextClassification(Task):
-    """`labels` fixes the label names and their order; without it they are those of the training rows, sorted."""
+    """One label, or any number of them, for a text or a pair of texts."""
 
     first_metric: ClassVar[str] = "accuracy"
     reads_first: ClassVar[bool] = True
 
     type: Literal["text-classification"] = "text-classification"
+    """Which label, or labels, a text or a pair of texts has."""
     text: str = "text"
+    """The column of the texts."""
     text_pair: str | None = None
+    """The column of the second texts, where rows are pairs; null: they are not."""
     label: str = "label"
+    """The column of the labels; with `multi_label` it holds lists of names, or names with | between them."""
     multi_label: bool = False
+    """Whether a row may have any number of labels, none too, instead of one."""
     labels: tuple[str, ...] | None = None
+    """The label names in the order of their indices; null: those of the training rows, sorted."""
     max_length: int = Field(default=128, ge=4)
+    """Tokens of a text, or of both of a pair; what is longer is cut."""
 
     @field_validator("labels", mode="before")
     @classmethod

@@ -199,7 +199,7 @@ def test_a_token_is_asked_for_and_the_versions_agree() -> None:
 
 
 def test_pods_have_time_for_a_checkpoint_before_they_end() -> None:
-    from rayft.sections import Failure
+    from rayft.recipe import Failure
 
     assert all(pod["terminationGracePeriodSeconds"] > Failure().grace_s for pod in (HEAD, *_workers()))
 

@@ -40,34 +40,37 @@ NOTHING = {"text": "empty, or a single token", "prompt": "empty completion", "me
 class CausalLM(Task):
     """Exactly one of `text`, `prompt` with `completion`, and `messages`; `text: text` where none is given.
 
-    The first three are columns, or format strings over several columns: "### Instruction:\\n{instruction}\\n{input}".
-    `chat_template`, a Jinja template or a file that holds one, replaces the tokenizer's; the file is read when the
-    recipe is, so that a resolved recipe holds the template itself. A text longer than `max_length` tokens gives several
-    features, each of which begins with the last token of the one before, so that every token is predicted once; a
-    completion or conversation is cut. `pack` joins short sequences to rows of `max_length` tokens, in which none sees
-    another. `train_on_prompt` takes the loss over the prompt and the user's turns too. With `chat` a prompt is a user's
-    turn and its completion the assistant's, as the chat template writes them.
-
-    With `answer_after` evaluation writes on from prompts too, greedily, and counts the answers that are right: an
-    answer is what stands behind the last such mark. Writing is dear, so `answer_share` says for how many of the rows:
-    each is chosen, or not, by a hash of what it holds, which gives the same rows every time.
+    The first three are columns, or format strings over several: "### Instruction:\\n{instruction}\\n{input}".
     """
 
     first_metric: ClassVar[str] = "perplexity"
 
     type: Literal["causal-lm"] = "causal-lm"
+    """Which token comes next: of texts, completions of prompts, or the assistant's turns of conversations."""
     text: str | None = None
+    """The column of texts, or a format string, of which every token is learned."""
     prompt: str | None = None
+    """The column of what a completion follows, or a format string; learned with `train_on_prompt` alone."""
     completion: str | None = None
+    """The column of what is written behind a prompt, or a format string."""
     messages: str | None = None
+    """The column of conversations: lists of {role, content}, or of ShareGPT's {from, value}, or such a list as JSON."""
     chat: bool = False
+    """Whether a prompt becomes a user's turn and its completion the assistant's, as the chat template writes them."""
     chat_template: str | None = None
+    """A Jinja template, or a file with one that is read when the recipe is; null: the tokenizer's own."""
     max_length: int = Field(default=1024, ge=2)
+    """Tokens that are read at a time; a longer text gives several features, a completion or conversation is cut."""
     pack: bool = True
+    """Whether short sequences are joined to rows of `max_length` tokens, in which none sees another."""
     train_on_prompt: bool = False
+    """Whether prompts, and all but the assistant's turns of a conversation, are learned too."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens that are written at most for a prediction, or for an answer that is counted."""
     answer_after: str | None = Field(default=None, min_length=1)
+    """The mark before an answer: evaluation writes on from prompts and counts right answers. Null: it doesn't."""
     answer_share: float = Field(default=1.0, gt=0, le=1)
+    """The share of the rows whose answers are counted, since writing is dear; always the same ones."""
 
     @model_validator(mode="before")
     @classmethod
@@ -329,7 +332,7 @@ class CausalLM(Task):
         return Form(self.text, self.prompt, self.completion, self.messages, self.chat, self.train_on_prompt)
 
     def _cut(self, ids: list[int], labels: list[int], labelled: bool) -> list[Sample]:
-        """A sample as features of at most `max_length` tokens."""
+        """A sample as features of at most `max_length` tokens; a text's share one, so that all are predicted once."""
         size = self.max_length
         if not labelled:
             return [(ids[-size:], labels[-size:])]

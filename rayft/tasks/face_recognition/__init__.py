@@ -53,18 +53,24 @@ of both errors. Only for pictures of people who agreed to this use.
 
 
 class FaceRecognition(Task):
-    """`scale` multiplies the cosines (64 in the paper; the fewer identities, the less), `margin` is in radians."""
+    """Embeddings in which pictures of one person lie together, by ArcFace (Deng et al. 2019)."""
 
     # It needs no threshold: each pair's place counts, where the others hang on a few pairs beside one.
     first_metric: ClassVar[str] = "auc"
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"eer"}
 
     type: Literal["face-recognition"] = "face-recognition"
+    """Whose face it is, also of people never seen."""
     image: str = "file_name"
+    """The column of the pictures: a path, beside a metadata file or absolute, an URL, or a file's bytes."""
     identity: str = "identity"
+    """The column that says which person it is, by a name or number."""
     scale: float = Field(default=64.0, gt=0)
+    """What cosines are multiplied by in the loss: 64 in the paper; the fewer identities, the less."""
     margin: float = Field(default=0.5, ge=0, lt=1.5)
+    """The angle in radians by which a picture has to be closer to its person than to others."""
     augment: Augment | None = None
+    """How training pictures are varied from epoch to epoch; null: they are not."""
 
     @property
     def varies(self) -> bool:

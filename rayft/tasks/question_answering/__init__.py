@@ -31,22 +31,28 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class QuestionAnswering(Task):
-    """`question`, `context` and `answers` name columns; lengths count tokens.
-
-    `null_threshold` is how much better the score of "no answer" must be than the best answer's before it is given.
-    """
+    """The span of a context that answers a question."""
 
     first_metric: ClassVar[str] = "f1"
 
     type: Literal["question-answering"] = "question-answering"
+    """Which span of a context answers a question."""
     question: str = "question"
+    """The column of the questions."""
     context: str = "context"
+    """The column of the texts that hold the answers."""
     answers: str = "answers"
+    """The column of the answers as SQuAD has them: {"text": […], "answer_start": […]}, or a list of such pairs."""
     max_length: int = Field(default=384, ge=16)
+    """Tokens of a window: the question and a part of its context."""
     stride: int = Field(default=128, ge=0, validate_default=True)
+    """Tokens that two windows of one context share."""
     unanswerable: bool = False
+    """Whether rows may have no answer, as in SQuAD 2; false: such rows are bad ones."""
     null_threshold: float = 0.0
+    """How much higher the score of "no answer" has to be than the best answer's, in logits, for it to be given."""
     max_answer_length: int = Field(default=30, ge=1)
+    """Tokens that an answer which is given may have."""
 
     @field_validator("stride")
     @classmethod

@@ -31,19 +31,28 @@ DIGITS = 6  # of a vector's numbers that are kept
 
 
 class SentenceEmbedding(Task):
-    """Rows of a group know of each other: `train.global_batch_size` is a multiple of `group_size`, and a micro-batch
-    holds one group at least."""
+    """Vectors of texts: those that belong together lie close."""
 
     first_metric: ClassVar[str] = "mrr"
     one_pass: ClassVar[bool] = False
 
     type: Literal["sentence-embedding"] = "sentence-embedding"
+    """Which vector a text has, for search and comparison."""
     anchor: str = "anchor"
+    """The column of the texts that search, such as questions."""
     positive: str = "positive"
+    """The column of the texts that are to be found, each by the anchor of its row."""
     negative: str | None = None
+    """The column of texts that are not to be found, though they look like it; null: there are none."""
     group_size: int = Field(default=16, ge=2)
+    """Rows among whose texts an anchor has to find its own.
+
+    They stay together: `train.global_batch_size` is a multiple of it, and `train.micro_batch_size` no smaller.
+    """
     scale: float = Field(default=20.0, gt=0)
+    """What the cosine of two texts is multiplied by in the loss."""
     max_length: int = Field(default=128, ge=4)
+    """Tokens of each text; what is longer is cut."""
 
     @model_validator(mode="after")
     def _different(self) -> SentenceEmbedding:

@@ -33,23 +33,29 @@ IGNORED = -100  # the label of places that are not learnt
 
 
 class SpeechRecognition(Task):
-    """Texts are compared and learnt as they stand, blanks folded, in the `case` that is asked for.
-
-    What lasts longer than `max_seconds` or shorter than `min_seconds` is left out, since its text can't be cut with it.
-    """
+    """What is said in a sound. Texts are compared and learnt as they stand, blanks folded."""
 
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"wer", "cer"}
     first_metric: ClassVar[str] = "wer"
 
     type: Literal["speech-recognition"] = "speech-recognition"
+    """What is said in a sound, as text."""
     audio: str = "file_name"
+    """The column of the sounds: a path, beside a metadata file or absolute, an URL, or a file's bytes."""
     text: str = "text"
+    """The column of what is said."""
     case: Literal["keep", "lower", "upper"] = "keep"
+    """Whether texts are learnt and compared as they are, in lower or in upper case."""
     language: str | None = None
+    """The language that a model which writes (Whisper) is told; null: none. Null for those that give letters."""
     min_seconds: float = Field(default=0.1, ge=0.025)
+    """Sounds that are shorter are left out."""
     max_seconds: float = Field(default=20.0, gt=0)
+    """Sounds that last longer are left out, since their text can't be cut with them."""
     on_mismatch: Literal["convert", "refuse"] = "convert"
+    """What is done with a sound of several channels, or of another rate than the model's; refuse: its row is bad."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens that a model which writes (Whisper) writes at most; rows with longer texts are left out."""
 
     @model_validator(mode="after")
     def _sensible(self) -> SpeechRecognition:

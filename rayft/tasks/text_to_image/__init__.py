@@ -29,17 +29,10 @@ SHOWN = 16  # pictures in the grid of an evaluation
 
 
 class TextToImage(Task):
-    """`image` holds a picture's path below its metadata file, its URL or its bytes, `text` what it shows.
+    """The denoiser of a Stable Diffusion pipeline, on pictures with their texts; its encoders always stay.
 
-    `size` is the side of a picture in pixels: it is cut to a square around its middle; null is what the model was
-    trained on. `snr_gamma` weighs steps with little noise down, as Hang et al. 2023 do (Efficient Diffusion Training
-    via Min-SNR Weighting Strategy; they take 5).
-
-    How large an error is hangs on how much noise there is, far more than on the model. So a row is scored at
-    `score_draws` amounts of noise, which lie evenly over all of them; in training it has one.
-
-    After each evaluation a `sample_share` of its rows is drawn, chosen by a hash of what they hold, in `sample_steps`
-    steps; `guidance` is how much a picture follows its text (Ho and Salimans 2022, Classifier-Free Diffusion Guidance).
+    How large an error is hangs on how much noise there is, far more than on the model. So a row is scored at several
+    amounts of noise, which lie evenly over all of them; in training it has one.
     """
 
     first_metric: ClassVar[str] = "mse"
@@ -47,14 +40,29 @@ class TextToImage(Task):
     smooths: ClassVar[bool] = False
 
     type: Literal["text-to-image"] = "text-to-image"
+    """Which picture a text describes: a style or a subject."""
     image: str = "file_name"
+    """The column of the pictures: a path, beside a metadata file or absolute, an URL, or a file's bytes."""
     text: str = "text"
+    """The column of what the pictures show."""
     size: int | None = Field(default=None, ge=8)
+    """The side in pixels of the square that is cut around a picture's middle; null: what the model was trained on."""
     snr_gamma: float | None = Field(default=None, gt=0)
+    """Weighs steps with little noise down in the loss; null: all count alike.
+
+    Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, who take 5.
+    """
     score_draws: int = Field(default=4, ge=1)
+    """Amounts of noise at which a row is scored."""
     sample_share: float = Field(default=0.0, ge=0, le=1)
+    """The share of the rows that is drawn after each evaluation, chosen by a hash of what they hold."""
     sample_steps: int = Field(default=25, ge=1)
+    """Steps in which a picture is drawn; more are slower and finer."""
     guidance: float = Field(default=7.5, ge=1)
+    """How much a picture that is drawn follows its text; 1: as it was trained.
+
+    Ho and Salimans 2022, Classifier-Free Diffusion Guidance.
+    """
 
     @property
     def varies(self) -> bool:

@@ -31,15 +31,20 @@ IGNORED = -100  # the label of pieces from which nothing is learned
 
 
 class TokenClassification(Task):
-    """`labels` fixes the tags and their order; without it they are those of the training rows, O first."""
+    """A tag for every word; tags that mark entities are scored by whole entities."""
 
     first_metric: ClassVar[str] = "f1"
 
     type: Literal["token-classification"] = "token-classification"
+    """Which tag each word has: names of people and places, parts of speech."""
     tokens: str = "tokens"
+    """The column of the words: a list of them, or a text whose words are what blanks separate."""
     tags: str = "tags"
+    """The column of the tags, one for each word."""
     labels: LabelNames | None = None
+    """The tags in the order of their indices; null: those of the training rows, O first."""
     max_length: int = Field(default=128, ge=8)
+    """Tokens that are read at a time; a longer row is cut at a word into several features."""
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         return (self.tokens, self.tags) if labelled else (self.tokens,)
