@@ -63,6 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.pack",
         "data.places",
         "data.spread",
+        "data.class_labels",
         "data.formats",
         "data.classes",
         "data.hub",

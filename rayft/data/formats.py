@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rayft import retry, storage
+from rayft.data import class_labels
 from rayft.errors import DataError
 
 # A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
@@ -295,9 +296,13 @@ def parquet_groups(path: str) -> list[tuple[int, int]]:
 
 
 def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int) -> Table:
-    """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`."""
+    """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`.
+
+    Class labels come as their names, where the file says them: as `datasets` writes it.
+    """
     with _parquet(path) as file:
         columns = tuple(file.schema_arrow.names)
+        known = class_labels.names_in(file.schema_arrow.metadata)
 
     def rows() -> Iterator[Row]:
         number = first_row
@@ -306,10 +311,17 @@ def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[s
             for batch in file.iter_batches(batch_size, **options):
                 # A batch without columns has rows all the same.
                 for values in batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows)):
-                    yield Row(number, 0, values)
+                    yield _named(number, values, known) if known else Row(number, 0, values)
                     number += 1
 
     return Table(columns, rows())
+
+
+def _named(number: int, values: dict[str, Any], known: dict[str, list[str]]) -> Row:
+    try:
+        return Row(number, 0, class_labels.named(values, known))
+    except ValueError as fault:
+        return Row(number, 0, {}, str(fault))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from rayft.recipe import Recipe, Source
 from rayft.tasks.task import Pretrained, Task
 
 # Part of every key: goes up when anything in preparation or in a task changes what the same rows are prepared to.
-FORMAT = 3
+FORMAT = 4
 
 SHARD_BYTES = 16 << 20  # of the source; each shard is sorted in one worker's memory
 MOST_SHARDS = 4096

@@ -165,6 +165,30 @@ def test_parquet_gives_a_run_of_row_groups_and_the_wanted_columns(tmp_path: Path
     assert list(read_parquet(path, (3, 4), 90, set(), 7).rows) == [Row(i, 0, {}) for i in range(90, 100)]
 
 
+def test_parquet_of_a_data_set_gives_class_labels_as_their_names(tmp_path: Path) -> None:
+    label, path = {"names": ["ham", "spam"], "_type": "ClassLabel"}, str(tmp_path / "a.parquet")
+    kinds = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": label,
+        "tags": {"feature": label, "_type": "List"},
+        "words": {"feature": label, "length": -1, "_type": "Sequence"},
+        "old": [label],
+    }
+    rows = [
+        {"text": "a", "label": 1, "tags": [0, 1], "words": [1], "old": [0], "own": 1},
+        {"text": "b", "label": -1, "tags": [], "words": None, "old": [-1, 1], "own": 0},
+        {"text": "c", "label": 2, "tags": [0], "words": [0], "old": [0], "own": 1},
+    ]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kinds}})}), path)
+    assert list(read_parquet(path, (0, 1), 0, set(table.column_names), 7).rows) == [
+        Row(0, 0, {"text": "a", "label": "spam", "tags": ["ham", "spam"], "words": ["spam"], "old": ["ham"], "own": 1}),
+        Row(1, 0, {"text": "b", "label": None, "tags": [], "words": None, "old": [None, "spam"], "own": 0}),
+        Row(2, 0, {}, "class label 2 has no name; the data set's features name 2"),
+    ]
+    assert list(read_parquet(path, (0, 1), 0, {"text"}, 7).rows)[1] == Row(1, 0, {"text": "b"})
+
+
 def test_parquet_that_is_broken_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not a whole Parquet file"):
         parquet_groups(written(tmp_path, "PAR1"))
