@@ -16,6 +16,7 @@ from rayft.data.formats import divided
 from rayft.data.source import Fragment, peek
 from rayft.errors import DataError
 from rayft.layout import taken
+from rayft.tasks.cells import short
 from rayft.tasks.task import Task
 
 # What a column is for -> names that it goes by, the likelier first. A task's field for such a column has the same name.
@@ -91,7 +92,7 @@ def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], pa
             return "\n".join(_lines(task, {}, sample, path)) + "\n"
     known = "; ".join(" + ".join(form) for form in _FORMS)
     raise DataError(
-        f"{path}: no task fits the columns {', '.join(columns) or '(none)'}; these would do: {known}. "
+        f"{path}: no task fits the columns {', '.join(map(short, columns)) or '(none)'}; these would do: {known}. "
         "Rename them in `data.columns` of a recipe written by hand"
     )
 

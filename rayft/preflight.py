@@ -19,6 +19,7 @@ from rayft.findings import check_lines
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.tasks.cells import short
 from rayft.text import size
 
 Show = Callable[[dict[str, Any]], None]
@@ -120,7 +121,7 @@ class _Check:
                     columns, _ = peek(first)
                     missing = [name for name in wanted if name not in columns]
                     if missing:
-                        there = ", ".join(columns) or "none"
+                        there = ", ".join(map(short, columns)) or "none"
                         self._add(
                             f"data.{split}: {first.path} has no column {', '.join(missing)}; its columns: {there}"
                         )

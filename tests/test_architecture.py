@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "search",
         "rules",
         "tasks.stacked",
+        "tasks.cells",
         "tasks.task",
         "tasks.later",
         "tasks.generation",

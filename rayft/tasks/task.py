@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from rayft.tasks.cells import quoted
 from rayft.tasks.stacked import Blocks, stacked_blocks
 
 if TYPE_CHECKING:  # heavy and needed by the annotations alone
@@ -247,4 +248,4 @@ class Task(BaseModel):
 def check_text(column: str, value: Any) -> None:
     """ValueError, whose sentence is for `Encoded.bad`, unless `value` is text that is not blank."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{column}` is {value!r}; it needs text")
+        raise ValueError(f"`{column}` is {quoted(value)}; it needs text")

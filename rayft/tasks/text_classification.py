@@ -20,6 +20,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from rayft.errors import DataError
+from rayft.tasks.cells import quoted
 from rayft.tasks.labels import fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, padded
@@ -81,7 +82,7 @@ class TextClassification(Task):
                     )
                 found.update(self._parse(value) or ())
         if len(found) < (1 if self.multi_label else 2):
-            only = f"only the label {found.pop()!r}" if found else "no label"
+            only = f"only the label {quoted(found.pop())}" if found else "no label"
             raise DataError(
                 f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
             )

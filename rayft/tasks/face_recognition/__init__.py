@@ -20,6 +20,7 @@ from pydantic import Field
 
 from rayft.errors import DataError
 from rayft.models import without_weights
+from rayft.tasks.cells import quoted
 from rayft.tasks.charts import roc
 from rayft.tasks.face_recognition import arcface, verification
 from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, picture_shape, pixels
@@ -84,7 +85,7 @@ class FaceRecognition(Task):
         """{"identities": names of the people in the training rows, in the order of their indices}"""
         found = in_order(name for batch in rows for name in map(label_name, batch.get(self.identity, ())) if name)
         if len(found) < 2:
-            only = f"only {found[0]!r}" if found else "nobody"
+            only = f"only {quoted(found[0])}" if found else "nobody"
             raise DataError(
                 f"column `{self.identity}` of the training rows names {only}; telling people apart takes two at least"
             )
@@ -104,7 +105,7 @@ class FaceRecognition(Task):
             name = label_name(rows[self.identity][row]) if labelled else None
             if labelled and name is None:
                 encoded.bad[row] = (
-                    f"`{self.identity}` is {rows[self.identity][row]!r}; it needs a person's name or number"
+                    f"`{self.identity}` is {quoted(rows[self.identity][row])}; it needs a person's name or number"
                 )
                 continue
             try:
