@@ -16,7 +16,7 @@ from rayft.data.formats import divided
 from rayft.data.source import Fragment, peek
 from rayft.errors import DataError
 from rayft.layout import taken
-from rayft.tasks.cells import short
+from rayft.tasks.cells import in_brackets, list_in, short
 from rayft.tasks.task import Task
 
 # What a column is for -> names that it goes by, the likelier first. A task's field for such a column has the same name.
@@ -195,7 +195,7 @@ def _seen(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[A
     seen: dict[str, Any] = {}
     known = type(task).model_fields
     labels = sample.get(fields.get("label", ""), ())
-    if "multi_label" in known and any(isinstance(value, list | tuple) for value in labels):
+    if "multi_label" in known and any(map(_is_list, labels)):
         seen["multi_label"] = True
     if "unanswerable" in known and any(_empty(value) for value in sample.get(fields.get("answers", ""), ())):
         seen["unanswerable"] = True
@@ -207,6 +207,10 @@ def _seen(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[A
             # Three tokens for two words is on the safe side for text in the model's language.
             seen["max_length"] = next((size for size in (64, 128, 256) if 1.5 * max(words) + 3 <= size), 512)
     return seen
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (in_brackets(value) and list_in(value) is not None)
 
 
 def _empty(answers: Any) -> bool:

@@ -118,7 +118,10 @@ def test_lengths_come_from_the_first_rows(words: int, length: int) -> None:
 
 def test_lists_of_labels_make_it_multi_label() -> None:
     assert recipe_for(["text", "labels"], {"text": ["a"], "labels": [["x", "y"]]}).dump()["task"]["multi_label"] is True
-    assert recipe_for(["text", "labels"], {"text": ["a"], "labels": ["x"]}).dump()["task"]["multi_label"] is False
+    listed = {"text": ["a"] * 2, "labels": ["[]", "['x', 'y']"]}
+    assert recipe_for(["text", "labels"], listed).dump()["task"]["multi_label"] is True
+    for other in ("x", "[x]"):
+        assert recipe_for(["text", "labels"], {"text": ["a"], "labels": [other]}).dump()["task"]["multi_label"] is False
 
 
 def test_empty_answers_make_it_unanswerable() -> None:
