@@ -14,6 +14,7 @@ from typing import Any
 
 from rayft import ahead, placement, storage
 from rayft.balance import balance, unseen
+from rayft.doubts import doubts
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.findings import check_lines
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
@@ -250,6 +251,7 @@ class _Check:
         }
         for split, prepared in self.prepared.items():
             report["warnings"] += prepared.manifest.notes(split)
+        report["warnings"] += doubts(self.recipe, self.prepared["train"])
         report["warnings"] += unseen(self.prepared["train"].manifest.facts, self.balances)
         if self.record is not None and report["run"]["state"] is not None:
             with self._gathering():

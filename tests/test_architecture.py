@@ -114,6 +114,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "text",
         "findings",
+        "doubts",
         "finite",
         "answer",
         "display",

@@ -86,6 +86,8 @@ class Task(BaseModel):
     smooths: ClassVar[bool] = True
     # True if of a row's tokens the head reads the first alone, in an encoder of the BERT kind.
     reads_first: ClassVar[bool] = False
+    # What makes the scores of validation rows that are cut from train too good, as a sentence goes on; "": nothing.
+    cut_flatters: ClassVar[str] = ""
 
     type: str
 
