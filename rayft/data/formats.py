@@ -22,6 +22,8 @@ from rayft.errors import DataError
 
 # A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
 LONGEST_FIELD = 64 << 20
+BY_COLUMN = "columns, as pandas writes them, where rows are needed: df.to_json(path, orient='records', lines=True)"
+NOT_UTF8 = "is not UTF-8; save it as that"
 _CHUNK = 1 << 20
 _SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # what divides the fields of files that are called .csv too
 
@@ -66,7 +68,7 @@ class _Lines:
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
-                    self.fault = f"byte {line[error.start]:#04x} at position {error.start + 1} of its line is not UTF-8"
+                    self.fault = f"byte {line[error.start]:#04x} at position {error.start + 1} of its line {NOT_UTF8}"
                     yield line.decode(errors="surrogateescape")
 
     def take_fault(self) -> str:
@@ -107,11 +109,16 @@ def read_csv(path: str, delimiter: str) -> Table:
     return Table(tuple(header), _csv_rows(reader, lines, header))
 
 
-def divided(path: str, columns: Sequence[str]) -> str:
-    """Why a .csv has one column alone, where its header is divided by another sign than a comma; else ""."""
-    if len(columns) != 1 or not path.lower().removesuffix(".gz").endswith(".csv"):
+def divided(path: str, columns: Sequence[str], missing: Sequence[str] = ()) -> str:
+    """Why a .csv has one column alone, or not those that are `missing`: another sign than a comma divides its header.
+
+    A comma may stand in it all the same; "" where no other sign is to blame.
+    """
+    if not path.lower().removesuffix(".gz").endswith(".csv"):
         return ""
-    sign = next((sign for sign in _SIGNS if sign in columns[0]), "")
+    alone, header = len(columns) == 1, ",".join(columns)
+    signs = [sign for sign in _SIGNS if sign in header]
+    sign = next((sign for sign in signs if alone or {*missing} & {*re.split(f"[,{re.escape(sign)}]", header)}), "")
     mend = "let its name end in .tsv" if sign == "\t" else "write it anew with commas"
     return f"{path}: its fields are divided by {_SIGNS[sign]}, those of a .csv by commas; {mend}" if sign else ""
 
@@ -165,8 +172,16 @@ def _broken_json(error: Exception) -> str:
 
 def _object(number: int, line: int, value: Any) -> Row:
     if isinstance(value, dict):
-        return Row(number, line, value)
+        return Row(number, line, {}, BY_COLUMN) if _by_column(value) else Row(number, line, value)
     return Row(number, line, {}, f"a JSON {_KINDS.get(type(value), 'value')} where a row is an object of columns")
+
+
+def _by_column(value: dict[str, Any]) -> bool:
+    """Whether a JSON object holds whole columns as {"text": {"0": …, "1": …}}: numbered rows, the same in each."""
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, dict) and column for column in columns):
+        return False
+    return all(map(str.isdecimal, columns[0])) and all(column.keys() == columns[0].keys() for column in columns)
 
 
 _KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -190,6 +205,8 @@ def read_json(path: str) -> Table:
                 whole = json.loads(first + file.read())
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         return Table(None, (_object(number, 0, value) for number, value in enumerate(whole["data"])))
+    if isinstance(whole, dict) and _by_column(whole):
+        return Table(None, iter([_object(0, 1, whole)]))
     if start != b"{":
         raise DataError(f'{path} is no JSON of rows; an array of objects, {{"data": [...]}} or one object a line fits')
     return read_jsonl(path)
@@ -259,7 +276,7 @@ class _Array:
         try:
             read = self._stream.read(max(_CHUNK, len(rest)))  # doubling keeps a long element linear
         except UnicodeDecodeError as error:
-            raise self._broken(f"byte {error.object[error.start]:#04x} after its begin is not UTF-8") from None
+            raise self._broken(f"byte {error.object[error.start]:#04x} after its begin {NOT_UTF8}") from None
         self._text, self._place, self._ended = rest + read, 0, not read
 
     def _line_here(self) -> int:

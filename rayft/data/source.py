@@ -226,7 +226,8 @@ def _present(path: str, there: Sequence[str], theirs: dict[str, list[str]], sour
     faults = [_unknown(theirs[ours][0], there) for ours in theirs if not chosen[ours]]
     faults += [f"`where` asks for it, but {_unknown(name, there)}" for name in source.where if name not in there]
     if faults:
-        raise DataError(formats.divided(path, there) or f"{path}: {'; '.join(faults)}")
+        lacking = [name for ours, names in theirs.items() if not chosen[ours] for name in names]
+        raise DataError(formats.divided(path, there, lacking) or f"{path}: {'; '.join(faults)}")
     return chosen
 
 
