@@ -78,7 +78,7 @@ def look(pieces: Sequence[Fragment], path: str) -> tuple[list[str], dict[str, li
 
 
 class First(NamedTuple):
-    """A first recipe's commented text, and the columns of the data that it makes no use of."""
+    """A first recipe's commented text, and the columns of the data, but for nameless ones, that it makes no use of."""
 
     text: str
     unused: list[str]
@@ -110,7 +110,7 @@ def _first(
     task: Task, fields: Mapping[str, str], columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str
 ) -> First:
     used = {*task.columns(), split_column(columns)}
-    unused = [column for column in columns if column not in used]
+    unused = [column for column in columns if column and column not in used]
     return First("\n".join(_lines(task, fields, unused, sample, path)) + "\n", unused)
 
 

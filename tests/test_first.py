@@ -118,7 +118,7 @@ def test_labels_that_are_mostly_fractions_are_a_measure(columns: list[str], valu
 
 
 def test_columns_that_are_not_used_are_told() -> None:
-    made = first_recipe(["id", "text", "entities: all", "Split"], {}, "rows.csv")
+    made = first_recipe(["", "id", "text", "entities: all", "Split"], {}, "rows.csv")
     assert made.unused == ["id", "entities: all"]
     assert "\n  # not used of the data: id, entities: all\n" in made.text.replace("'", "")
     assert document.read(made.text).faults == []
