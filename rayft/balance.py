@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayft.recipe import Recipe
+from rayft.tasks.cells import short
 
 NAMED = 8  # of the labels that are not seen, so many by name
 
@@ -33,5 +34,5 @@ def unseen(facts: dict[str, Any], balances: dict[str, dict[str, int] | None]) ->
     if not lacking:
         return []
     more = f" and {len(lacking) - NAMED:,} more" if len(lacking) > NAMED else ""
-    named, them = (", ".join(lacking[:NAMED]) + more, "them") if lacking[1:] else (lacking[0], "it")
+    named, them = (", ".join(map(short, lacking[:NAMED])) + more, "them") if lacking[1:] else (short(lacking[0]), "it")
     return [f"no training row has the label{'s' * (them == 'them')} {named}; the model can't learn to give {them}"]

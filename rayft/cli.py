@@ -85,6 +85,7 @@ def init(
         from rayft.data import source
         from rayft.first import first_recipe, look, split_column
         from rayft.recipe import Source
+        from rayft.tasks.cells import short
 
         train = _train_split(data)
         if train != data:
@@ -93,7 +94,9 @@ def init(
         columns, sample = look(pieces, train)
         if column := split_column(columns):
             sample[column] = source.distinct(pieces, column)
-        text = first_recipe(columns, sample, train)
+        text, unused = first_recipe(columns, sample, train)
+        if unused:
+            answer.say(f"note: these columns are not used: {', '.join(map(short, unused))}")
         if output == "-":
             answer.give({"output": None, "recipe": text}, text.rstrip("\n"))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rayft.tasks.cells import short
 from rayft.text import Json, aligned, amount, counted, duration, number, size
 
 _STATES = {
@@ -88,7 +89,7 @@ def _balance_lines(data: Json) -> list[str]:
         return f"{count:,} ({count / totals[name]:.1%})" if label != "..." else ""
 
     head = f"{len(labels):,} labels" if shown != labels else "labels"
-    rows = [(head, *splits), *((label, *(cell(name, label) for name in splits)) for label in shown)]
+    rows = [(head, *splits), *((short(label), *(cell(name, label) for name in splits)) for label in shown)]
     return ["", *aligned(rows, right=range(1, len(rows[0])))]
 
 

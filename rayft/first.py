@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -16,13 +17,14 @@ from rayft.data.formats import divided
 from rayft.data.source import Fragment, peek
 from rayft.errors import DataError
 from rayft.layout import taken
+from rayft.tasks.cells import in_brackets, list_in, short
 from rayft.tasks.task import Task
 
 # What a column is for -> names that it goes by, the likelier first. A task's field for such a column has the same name.
 _NAMES = {
     "text": ("text", "sentence", "content", "review", "message", "sms", "tweet", "document", "body", "utterance"),
-    "label": ("label", "labels", "category", "class", "intent", "sentiment", "topic", "target"),
-    "target": ("score", "similarity_score", "similarity"),
+    "label": ("label", "labels", "category", "class", "intent", "sentiment", "topic", "target", "rating", "stars"),
+    "target": ("score", "similarity_score", "similarity", "label", "labels", "target", "rating", "stars"),
     "anchor": ("anchor",),
     "positive": ("positive",),
     "negative": ("negative",),
@@ -32,11 +34,12 @@ _NAMES = {
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "ner", "pos"),
     "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
-    "prompt": ("prompt", "instruction", "question", "query", "source"),
+    "prompt": ("prompt", "instruction", "question", "query", "source", "input"),
     "completion": ("completion", "output", "response", "answer", "reply", "target"),
 }
 _SPLIT = ("split", "subset", "partition")  # a column that says which rows are for what
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_BESIDE = ("input", *_NAMES["context"])  # what a prompt is about
 _CAPTIONS = ("caption", "prompt", "description")  # of a picture
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text", "text_pair"))
 # What columns are together for, the most telling first.
@@ -74,26 +77,41 @@ def look(pieces: Sequence[Fragment], path: str) -> tuple[list[str], dict[str, li
     raise DataError(f"{path} has no rows; a first recipe needs some to look at")
 
 
-def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str) -> str:
-    """The commented text of a recipe that trains on the data at `path`, which has `columns`.
+class First(NamedTuple):
+    """A first recipe's commented text, and the columns of the data, but for nameless ones, that it makes no use of."""
+
+    text: str
+    unused: list[str]
+
+
+def first_recipe(columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str) -> First:
+    """A recipe that trains on the data at `path`, which has `columns`.
 
     `sample` holds the first rows of each column; it tells list-valued labels, empty answers and lengths. Of the
     `split_column` it holds all values.
     DataError, with the columns found and those that would do, where no task fits.
     """
-    for fields in (*_files(columns, sample), *_readings(columns)):
+    for fields in (*_files(columns, sample), *_readings(columns, sample)):
         for name in tasks.names():
             if task := _fitting(tasks.find(name), fields, columns):
-                return "\n".join(_lines(task, fields, sample, path)) + "\n"
+                return _first(task, fields, columns, sample, path)
     for name in tasks.names():  # a task whose own names for its columns are those of the data; sounds were looked for
         kind = tasks.find(name)
         if "audio" not in kind.model_fields and (task := _fitting(kind, {}, columns)):
-            return "\n".join(_lines(task, {}, sample, path)) + "\n"
+            return _first(task, {}, columns, sample, path)
     known = "; ".join(" + ".join(form) for form in _FORMS)
     raise DataError(
-        f"{path}: no task fits the columns {', '.join(columns) or '(none)'}; these would do: {known}. "
+        f"{path}: no task fits the columns {', '.join(map(short, columns)) or '(none)'}; these would do: {known}. "
         "Rename them in `data.columns` of a recipe written by hand"
     )
+
+
+def _first(
+    task: Task, fields: Mapping[str, str], columns: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str
+) -> First:
+    used = {*task.columns(), split_column(columns)}
+    unused = [column for column in columns if column and column not in used]
+    return First("\n".join(_lines(task, fields, unused, sample, path)) + "\n", unused)
 
 
 def _files(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, str]]:
@@ -109,22 +127,37 @@ def _files(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Itera
                         yield {field: column, role: found}
 
 
-def _readings(columns: Sequence[str]) -> Iterator[dict[str, str]]:
+def _readings(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, str]]:
     """What the columns may be for, field of a task -> column, the most telling reading first."""
     lower = {column.lower(): column for column in reversed(columns)}
+
+    def column_for(role: str) -> str | None:
+        there = (lower[name] for name in _NAMES[role] if name in lower)
+        return next((name for name in there if role != "label" or not _measured(sample.get(name, ()))), None)
+
     for first, second in _PAIRS:
         for role in ("label", "target"):
-            truth = next((lower[name] for name in _NAMES[role] if name in lower), None)
-            if first in lower and second in lower and truth:
+            if first in lower and second in lower and (truth := column_for(role)):
                 yield {"text": lower[first], "text_pair": lower[second], role: truth}
     for form in _FORMS:
-        found = {role: next((lower[name] for name in _NAMES[role] if name in lower), None) for role in form}
-        fields = {role: column for role, column in found.items() if column is not None}
+        fields = {role: column for role in form if (column := column_for(role)) is not None}
         if len(set(fields.values())) < len(form):
             continue
-        if fields.get("prompt") == lower.get("instruction") and "input" in lower:
-            yield {**fields, "prompt": f"{{{fields['prompt']}}}\n\n{{{lower['input']}}}"}
+        asked = fields.get("prompt")
+        beside = next((lower[name] for name in _BESIDE if name in lower and lower[name] not in fields.values()), None)
+        if asked and beside:
+            whole = (asked, beside) if asked == lower.get("instruction") else (beside, asked)
+            yield {**fields, "prompt": "\n\n".join(f"{{{name}}}" for name in whole)}
         yield fields
+
+
+def _measured(values: Sequence[Any]) -> bool:
+    """Whether a column's values are numbers, and most of them no whole ones: a measure, not labels."""
+    try:
+        numbers = [float(value) for value in values if value is not None and value != ""]
+    except (TypeError, ValueError):
+        return False
+    return 2 * sum(math.isfinite(number) and not number.is_integer() for number in numbers) > len(numbers)
 
 
 def _fitting(kind: type[Task], fields: Mapping[str, str], columns: Sequence[str]) -> Task | None:
@@ -138,7 +171,9 @@ def _fitting(kind: type[Task], fields: Mapping[str, str], columns: Sequence[str]
     return task if needed and needed <= set(columns) and (not named or needed == named) else None
 
 
-def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[Any]], path: str) -> Iterator[str]:
+def _lines(
+    task: Task, fields: Mapping[str, str], unused: Sequence[str], sample: Mapping[str, Sequence[Any]], path: str
+) -> Iterator[str]:
     generates = task.packs() is not None
     model = _model(task, fields)
     yield "# Check it with `rayft check`, start it with `rayft run`; `rayft schema` describes every field."
@@ -149,6 +184,8 @@ def _lines(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[
         yield f"  {field}: {_plain(column)}"
     for field, value in _seen(task, fields, sample).items():
         yield f"  {field}: {_plain(value)}"
+    if unused:
+        yield f"  # not used of the data: {_plain(', '.join(unused))}"
     yield "model:"
     yield f"  path: {model}  # a Hub id, a folder, s3://..., or pkg:<package>/<folder>"
     yield "  dtype: float32  # bfloat16 on GPUs"
@@ -194,7 +231,7 @@ def _seen(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[A
     seen: dict[str, Any] = {}
     known = type(task).model_fields
     labels = sample.get(fields.get("label", ""), ())
-    if "multi_label" in known and any(isinstance(value, list | tuple) for value in labels):
+    if "multi_label" in known and any(map(_is_list, labels)):
         seen["multi_label"] = True
     if "unanswerable" in known and any(_empty(value) for value in sample.get(fields.get("answers", ""), ())):
         seen["unanswerable"] = True
@@ -206,6 +243,10 @@ def _seen(task: Task, fields: Mapping[str, str], sample: Mapping[str, Sequence[A
             # Three tokens for two words is on the safe side for text in the model's language.
             seen["max_length"] = next((size for size in (64, 128, 256) if 1.5 * max(words) + 3 <= size), 512)
     return seen
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (in_brackets(value) and list_in(value) is not None)
 
 
 def _empty(answers: Any) -> bool:

@@ -14,11 +14,13 @@ from typing import Any
 
 from rayft import ahead, placement, storage
 from rayft.balance import balance, unseen
+from rayft.doubts import doubts
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.findings import check_lines
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.tasks.cells import short
 from rayft.text import size
 
 Show = Callable[[dict[str, Any]], None]
@@ -120,7 +122,7 @@ class _Check:
                     columns, _ = peek(first)
                     missing = [name for name in wanted if name not in columns]
                     if missing:
-                        there = ", ".join(columns) or "none"
+                        there = ", ".join(map(short, columns)) or "none"
                         self._add(
                             f"data.{split}: {first.path} has no column {', '.join(missing)}; its columns: {there}"
                         )
@@ -249,6 +251,7 @@ class _Check:
         }
         for split, prepared in self.prepared.items():
             report["warnings"] += prepared.manifest.notes(split)
+        report["warnings"] += doubts(self.recipe, self.prepared["train"])
         report["warnings"] += unseen(self.prepared["train"].manifest.facts, self.balances)
         if self.record is not None and report["run"]["state"] is not None:
             with self._gathering():

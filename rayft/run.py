@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft import ahead, placement, prestart, storage
+from rayft.doubts import doubts
 from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
 from rayft.failure import AGAIN, Left, decide
 from rayft.gauges import Gauges
@@ -172,6 +173,8 @@ def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: 
     for split, data in prepared.items():
         for text in data.manifest.notes(split):
             show({"event": "note", "text": text})
+    for text in doubts(recipe, prepared["train"]):
+        show({"event": "note", "text": text})
     steps, epochs = _steps(recipe, prepared)
     parameters = known(recipe, model_path, prepared)
     if parameters is None:

@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "search",
         "rules",
         "tasks.stacked",
+        "tasks.cells",
         "tasks.task",
         "tasks.later",
         "tasks.generation",
@@ -64,6 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.pack",
         "data.places",
         "data.spread",
+        "data.class_labels",
         "data.formats",
         "data.classes",
         "data.hub",
@@ -114,6 +116,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "text",
         "findings",
+        "doubts",
         "finite",
         "answer",
         "display",

@@ -293,7 +293,7 @@ def test_init_writes_a_recipe_that_check_reads_and_never_overwrites_it(tmp_path:
 def test_init_of_a_folder_of_splits_trains_on_its_train_split_alone(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         (tmp_path / "rows").mkdir(exist_ok=True)
-        (tmp_path / "rows" / f"{split}.csv").write_text("text,label\nhello there,ham\nwin a prize,spam\n")
+        (tmp_path / "rows" / f"{split}.csv").write_text("id,text,label\n1,hello there,ham\n2,win a prize,spam\n")
     done = rayft("init", "rows", "--json", cwd=tmp_path)
     lines = json.loads(done.stdout)["recipe"].splitlines()
     assert lines[lines.index("data:") + 1 :][:3] == [
@@ -301,7 +301,9 @@ def test_init_of_a_folder_of_splits_trains_on_its_train_split_alone(tmp_path: Pa
         "  validation: rows/validation.csv",
         "  test: rows/test.csv",
     ]
-    assert done.stderr == "note: rows holds several splits; rows/train.csv is trained on\n"
+    assert done.stderr == (
+        "note: rows holds several splits; rows/train.csv is trained on\nnote: these columns are not used: id\n"
+    )
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from rayft.recipe import Recipe, Source
 
 
 def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, path: str = "data/train.csv") -> Recipe:
-    read = document.read(first_recipe(columns, sample or {}, path))
+    read = document.read(first_recipe(columns, sample or {}, path).text)
     assert read.faults == []
     return Recipe.parse(read.value)
 
@@ -43,6 +43,16 @@ def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, p
             {"type": "causal-lm", "prompt": "{instruction}\n\n{input}", "completion": "output"},
         ),
         (["question", "answer", "qtype"], {"type": "causal-lm", "prompt": "question", "completion": "answer"}),
+        (
+            ["question", "context", "answer"],
+            {"type": "causal-lm", "prompt": "{context}\n\n{question}", "completion": "answer"},
+        ),
+        (
+            ["instruction", "context", "response", "category"],
+            {"type": "causal-lm", "prompt": "{instruction}\n\n{context}", "completion": "response"},
+        ),
+        (["input", "output"], {"type": "causal-lm", "prompt": "input", "completion": "output"}),
+        (["review", "rating"], {"type": "text-classification", "text": "review", "label": "rating"}),
         (["text"], {"type": "causal-lm", "text": "text"}),
         (["content", "url"], {"type": "causal-lm", "text": "content"}),
         (["file_name", "identity", "split"], {"type": "face-recognition", "image": "file_name"}),
@@ -91,6 +101,32 @@ def test_files_that_are_pictures_are_looked_at(columns: list[str], task: dict[st
     assert ("stable-diffusion" in recipe.model.path) == (task["type"] == "text-to-image")
 
 
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        ([5.0, 3.8, 2.6, None], "sequence-regression"),
+        (["3.75", "0.5", "", "4.0"], "sequence-regression"),
+        ([1.0, 0.0, 1.5, None, float("nan"), float("nan")], "text-classification"),
+        (["1", "0", "2"], "text-classification"),
+        (["1.5 stars", "2.5 stars"], "text-classification"),
+    ],
+)
+@pytest.mark.parametrize("columns", [["sentence1", "sentence2", "label"], ["review", "stars"]], ids=str)
+def test_labels_that_are_mostly_fractions_are_a_measure(columns: list[str], values: list[Any], task: str) -> None:
+    sample = {name: ["a"] * len(values) for name in columns[:-1]} | {columns[-1]: values}
+    assert recipe_for(columns, sample).task.type == task
+
+
+def test_columns_that_are_not_used_are_told() -> None:
+    made = first_recipe(["", "id", "text", "entities: all", "Split"], {}, "rows.csv")
+    assert made.unused == ["id", "entities: all"]
+    assert "\n  # not used of the data: id, entities: all\n" in made.text.replace("'", "")
+    assert document.read(made.text).faults == []
+    odd = first_recipe(["text", "two\nlines"], {}, "rows.csv").text
+    assert Recipe.parse(document.read(odd).value).task.type == "causal-lm"
+    assert "not used" not in first_recipe(["text", "label"], {}, "rows.csv").text
+
+
 def test_columns_that_call_for_no_task_are_told_what_would() -> None:
     with pytest.raises(
         DataError, match=r"x\.csv: no task fits the columns height, weight; these would do: .*text \+ label"
@@ -118,7 +154,10 @@ def test_lengths_come_from_the_first_rows(words: int, length: int) -> None:
 
 def test_lists_of_labels_make_it_multi_label() -> None:
     assert recipe_for(["text", "labels"], {"text": ["a"], "labels": [["x", "y"]]}).dump()["task"]["multi_label"] is True
-    assert recipe_for(["text", "labels"], {"text": ["a"], "labels": ["x"]}).dump()["task"]["multi_label"] is False
+    listed = {"text": ["a"] * 2, "labels": ["[]", "['x', 'y']"]}
+    assert recipe_for(["text", "labels"], listed).dump()["task"]["multi_label"] is True
+    for other in ("x", "[x]"):
+        assert recipe_for(["text", "labels"], {"text": ["a"], "labels": [other]}).dump()["task"]["multi_label"] is False
 
 
 def test_empty_answers_make_it_unanswerable() -> None:

@@ -135,6 +135,19 @@ def test_a_label_that_no_training_row_has_is_told(tmp_path: Path, bert: str, ray
     assert "no training row has the label hamm; the model can't learn to give it" in report["warnings"]
 
 
+def test_what_is_hardly_meant_is_told_by_check_and_run(tmp_path: Path, bert: str, ray_local: None) -> None:
+    from rayft.data.prepare import prepare
+    from rayft.run import shown_plan
+
+    plain = small.recipe(tmp_path, bert, task__labels=["ham", "Ham", "spam"], data__test=None)
+    doubt = "labels that differ only in how they are written count as different ones: 'ham', 'Ham'"
+    assert doubt in check(plain)["warnings"]
+    events: list[dict[str, Any]] = []
+    recipe = Recipe.parse(plain).resolved()
+    shown_plan(recipe, bert, prepare(recipe, bert), events.append)
+    assert {"event": "note", "text": doubt} in events
+
+
 def test_bad_rows_that_are_skipped_are_counted_with_examples(tmp_path: Path, bert: str, ray_local: None) -> None:
     plain = small.recipe(tmp_path, bert, data__on_bad_row="skip", data__validation=None, data__test=None)
     append(plain["data"]["train"], text="", label="ham")

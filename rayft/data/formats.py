@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rayft import retry, storage
+from rayft.data import class_labels
 from rayft.errors import DataError
 
 # A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
 LONGEST_FIELD = 64 << 20
+BY_COLUMN = "columns, as pandas writes them, where rows are needed: df.to_json(path, orient='records', lines=True)"
+NOT_UTF8 = "is not UTF-8; save it as that"
 _CHUNK = 1 << 20
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}  # by the end of a name
 _SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # what divides the fields of files that are called .csv too
@@ -69,7 +72,7 @@ class _Lines:
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
-                    self.fault = f"byte {line[error.start]:#04x} at position {error.start + 1} of its line is not UTF-8"
+                    self.fault = f"byte {line[error.start]:#04x} at position {error.start + 1} of its line {NOT_UTF8}"
                     yield line.decode(errors="surrogateescape")
 
     def take_fault(self) -> str:
@@ -123,12 +126,17 @@ def read_csv(path: str, delimiter: str) -> Table:
     return Table(tuple(header), _csv_rows(reader, lines, header))
 
 
-def divided(path: str, columns: Sequence[str]) -> str:
-    """Why a .csv has one column alone, where its header is divided by another sign than a comma; else ""."""
+def divided(path: str, columns: Sequence[str], missing: Sequence[str] = ()) -> str:
+    """Why a .csv has one column alone, or not those that are `missing`: another sign than a comma divides its header.
+
+    A comma may stand in it all the same; "" where no other sign is to blame.
+    """
     stem, ending = os.path.splitext(path.lower())
-    if len(columns) != 1 or not (stem if ending in COMPRESSED else path.lower()).endswith(".csv"):
+    if not (stem if ending in COMPRESSED else path.lower()).endswith(".csv"):
         return ""
-    sign = next((sign for sign in _SIGNS if sign in columns[0]), "")
+    alone, header = len(columns) == 1, ",".join(columns)
+    signs = [sign for sign in _SIGNS if sign in header]
+    sign = next((sign for sign in signs if alone or {*missing} & {*re.split(f"[,{re.escape(sign)}]", header)}), "")
     mend = "let its name end in .tsv" if sign == "\t" else "write it anew with commas"
     return f"{path}: its fields are divided by {_SIGNS[sign]}, those of a .csv by commas; {mend}" if sign else ""
 
@@ -182,8 +190,16 @@ def _broken_json(error: Exception) -> str:
 
 def _object(number: int, line: int, value: Any) -> Row:
     if isinstance(value, dict):
-        return Row(number, line, value)
+        return Row(number, line, {}, BY_COLUMN) if _by_column(value) else Row(number, line, value)
     return Row(number, line, {}, f"a JSON {_KINDS.get(type(value), 'value')} where a row is an object of columns")
+
+
+def _by_column(value: dict[str, Any]) -> bool:
+    """Whether a JSON object holds whole columns as {"text": {"0": …, "1": …}}: numbered rows, the same in each."""
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, dict) and column for column in columns):
+        return False
+    return all(map(str.isdecimal, columns[0])) and all(column.keys() == columns[0].keys() for column in columns)
 
 
 _KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -207,6 +223,8 @@ def read_json(path: str) -> Table:
                 whole = json.loads(first + file.read())
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         return Table(None, (_object(number, 0, value) for number, value in enumerate(whole["data"])))
+    if isinstance(whole, dict) and _by_column(whole):
+        return Table(None, iter([_object(0, 1, whole)]))
     if start != b"{":
         raise DataError(f'{path} is no JSON of rows; an array of objects, {{"data": [...]}} or one object a line fits')
     return read_jsonl(path)
@@ -276,7 +294,7 @@ class _Array:
         try:
             read = self._stream.read(max(_CHUNK, len(rest)))  # doubling keeps a long element linear
         except UnicodeDecodeError as error:
-            raise self._broken(f"byte {error.object[error.start]:#04x} after its begin is not UTF-8") from None
+            raise self._broken(f"byte {error.object[error.start]:#04x} after its begin {NOT_UTF8}") from None
         self._text, self._place, self._ended = rest + read, 0, not read
 
     def _line_here(self) -> int:
@@ -313,9 +331,13 @@ def parquet_groups(path: str) -> list[tuple[int, int]]:
 
 
 def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int) -> Table:
-    """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`."""
+    """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`.
+
+    Class labels come as their names, where the file says them: as `datasets` writes it.
+    """
     with _parquet(path) as file:
         columns = tuple(file.schema_arrow.names)
+        known = class_labels.names_in(file.schema_arrow.metadata)
 
     def rows() -> Iterator[Row]:
         number = first_row
@@ -324,10 +346,17 @@ def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[s
             for batch in file.iter_batches(batch_size, **options):
                 # A batch without columns has rows all the same.
                 for values in batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows)):
-                    yield Row(number, 0, values)
+                    yield _named(number, values, known) if known else Row(number, 0, values)
                     number += 1
 
     return Table(columns, rows())
+
+
+def _named(number: int, values: dict[str, Any], known: dict[str, list[str]]) -> Row:
+    try:
+        return Row(number, 0, class_labels.named(values, known))
+    except ValueError as fault:
+        return Row(number, 0, {}, str(fault))
 
 
 @contextlib.contextmanager

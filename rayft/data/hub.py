@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft import storage
+from rayft.data import class_labels
 from rayft.data.formats import Row, Table
 from rayft.errors import DataError
 from rayft.models import hub_answers
@@ -86,26 +87,14 @@ def read_hub(path: str, part: tuple[int, int]) -> Table:
 
 
 def _rows(path: str, stream: Any, features: Any) -> Iterator[Row]:
-    number = 0
+    known, number = class_labels.names(features.to_dict() if features else None), 0
     try:
         for values in stream:
-            named = {name: _named(values.get(name), kind) for name, kind in features.items()} if features else values
-            yield Row(number, 0, named)
+            row = {name: values.get(name) for name in features} if features else values
+            yield Row(number, 0, class_labels.named(row, known))
             number += 1
     except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
         raise DataError(f"{path} row {number + 1}: the data set can't be read further: {error}") from None
-
-
-def _named(value: Any, feature: Any) -> Any:
-    """`value` with class labels replaced by their names, in lists too; an unlabelled row (-1) has None."""
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
-        return feature.int2str(value) if value >= 0 else None
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    if isinstance(value, list) and inner is not None:
-        return [_named(entry, inner) for entry in value]
-    return value
 
 
 def _builder(data: HubData) -> Any:

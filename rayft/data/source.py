@@ -21,6 +21,7 @@ from rayft.data import classes, formats, hub
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.storage import Entry
+from rayft.tasks.cells import short
 from rayft.tasks.texts import broken
 
 TABLES = ("csv", "tsv", "json", "jsonl", "parquet")
@@ -226,14 +227,16 @@ def _present(path: str, there: Sequence[str], theirs: dict[str, list[str]], sour
     faults = [_unknown(theirs[ours][0], there) for ours in theirs if not chosen[ours]]
     faults += [f"`where` asks for it, but {_unknown(name, there)}" for name in source.where if name not in there]
     if faults:
-        raise DataError(formats.divided(path, there) or f"{path}: {'; '.join(faults)}")
+        lacking = [name for ours, names in theirs.items() if not chosen[ours] for name in names]
+        raise DataError(formats.divided(path, there, lacking) or f"{path}: {'; '.join(faults)}")
     return chosen
 
 
 def _unknown(name: str, there: Iterable[str]) -> str:
     known = [str(one) for one in there]
     near = difflib.get_close_matches(name, known, 1) or [one for one in known if one.lower() == name.lower()]
-    text = f"column {name!r} is missing; there {'are' if len(known) != 1 else 'is'} {', '.join(known[:12]) or 'none'}"
+    listed = ", ".join(map(short, known[:12])) or "none"
+    text = f"column {name!r} is missing; there {'are' if len(known) != 1 else 'is'} {listed}"
     return text + (", …" if len(known) > 12 else "") + (f"; did you mean {near[0]!r}?" if near else "")
 
 

@@ -14,6 +14,7 @@ PARTS = (
     "generation",
     "drawing",
     "loading",
+    "cells",
     "labels",
     "logits",
     "texts",

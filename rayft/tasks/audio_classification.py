@@ -20,6 +20,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayft.errors import DataError
+from rayft.tasks.cells import quoted
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.listening import ignore_padding, inputs, listen, load_extractor
@@ -77,7 +78,7 @@ class AudioClassification(Task):
             return {"labels": list(self.labels)}
         found = {name for batch in rows for value in batch[self.label] if (name := label_name(value)) is not None}
         if len(found) < 2:
-            only = f"only the label {found.pop()!r}" if found else "no label"
+            only = f"only the label {quoted(found.pop())}" if found else "no label"
             raise DataError(
                 f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
             )

@@ -7,6 +7,9 @@ from typing import Any
 
 from rayft import storage
 from rayft.errors import StorageMissing
+from rayft.tasks.cells import quoted
+
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # of what Linux opens: a column of texts is soon longer
 
 
 def file_bytes(column: str, value: Any) -> bytes:
@@ -18,7 +21,7 @@ def file_bytes(column: str, value: Any) -> bytes:
     elif isinstance(value, str) and value.strip():
         content = _read(column, value)
     else:
-        raise ValueError(f"`{column}` is {value!r}; it needs a file's path or URL, or its bytes")
+        raise ValueError(f"`{column}` is {quoted(value)}; it needs a file's path or URL, or its bytes")
     if not content:
         raise ValueError(f"`{column}`: {file_name(value)} is empty")
     return content
@@ -27,9 +30,11 @@ def file_bytes(column: str, value: Any) -> bytes:
 def _read(column: str, path: str) -> bytes:
     if storage.is_local(path) and not os.path.isabs(storage.absolute(path) if path.startswith("file://") else path):
         raise ValueError(
-            f"`{column}` is the relative path {path!r}, of which only a metadata.csv or metadata.jsonl beside the "
-            "files can say where it starts; put the table there, with the paths in the column `file_name`"
+            f"`{column}` is the relative path {quoted(path)}, of which only a metadata.csv or metadata.jsonl beside "
+            "the files can say where it starts; put the table there, with the paths in the column `file_name`"
         )
+    if storage.is_local(path) and (len(path) > LONGEST_PATH or max(map(len, path.split("/"))) > LONGEST_NAME):
+        raise ValueError(f"`{column}` is {quoted(path)}, too long for a file's path; it needs one, a URL or its bytes")
     try:
         return storage.read_bytes(path)
     except StorageMissing:

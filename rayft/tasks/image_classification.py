@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import field_validator
 
 from rayft.errors import DataError
+from rayft.tasks.cells import quoted
 from rayft.tasks.charts import confusion_matrix
 from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, pixels
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
@@ -76,7 +77,7 @@ class ImageClassification(Task):
         counts = Counter(name for batch in rows for name in map(label_name, batch.get(self.label, ())) if name)
         names = list(self.labels) if self.labels is not None else in_order(counts)
         if len(names) < 2:
-            only = f"only the label {names[0]!r}" if names else "no label"
+            only = f"only the label {quoted(names[0])}" if names else "no label"
             raise DataError(
                 f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
             )

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator
 
+from rayft.tasks.cells import QUOTED, quoted, short
 from rayft.tasks.drawing import draw_parameters, gathered
 from rayft.tasks.later import torch
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
+COMPARED = 200  # labels among which the nearest to a wrong one is looked for
 SHOWN = 8  # labels that a message lists before it only counts them
 
 
@@ -43,9 +45,11 @@ def in_order(names: Iterable[str]) -> list[str]:
 def index_of(name: str, index: Mapping[str, int], what: str) -> int:
     """The index of a label, which the task calls `what`; ValueError says what is wrong with it and what would fit."""
     if name not in index:
-        near = difflib.get_close_matches(name, index, n=1)
+        # Each bad row is compared with every label: of thousands, or of texts, that takes a second a row.
+        few = len(index) <= COMPARED and len(name) <= QUOTED
+        near = difflib.get_close_matches(name, index, n=1) if few else []
         raise ValueError(
-            f"{what} {name!r} is not one of {shown(index)}" + (f"; did you mean {near[0]!r}?" if near else "")
+            f"{what} {quoted(name)} is not one of {shown(index)}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     return index[name]
 
@@ -63,7 +67,7 @@ def label_name(value: Any) -> str | None:
 
 def shown(names: Iterable[str]) -> str:
     known = list(names)
-    return ", ".join(known[:SHOWN]) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
+    return ", ".join(map(short, known[:SHOWN])) + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
 
 
 def known_labels(config: Any) -> tuple[str, ...]:

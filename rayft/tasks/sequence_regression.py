@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from rayft.tasks.cells import quoted
 from rayft.tasks.labels import fit_head, known_labels
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, padded
@@ -143,7 +144,7 @@ def number(value: Any, column: str) -> float:
     except (TypeError, ValueError):
         found = math.nan
     if not abs(found) < MOST:
-        raise ValueError(f"`{column}` is {value!r}; it needs a finite number")
+        raise ValueError(f"`{column}` is {quoted(value)}; it needs a finite number")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from rayft.tasks.cells import quoted
 from rayft.tasks.stacked import Blocks, stacked_blocks
 
 if TYPE_CHECKING:  # heavy and needed by the annotations alone
@@ -88,6 +89,8 @@ class Task(BaseModel):
     smooths: ClassVar[bool] = True
     # True if of a row's tokens the head reads the first alone, in an encoder of the BERT kind.
     reads_first: ClassVar[bool] = False
+    # What makes the scores of validation rows that are cut from train too good, as a sentence goes on; "": nothing.
+    cut_flatters: ClassVar[str] = ""
 
     type: str
     """The name of the task: that of its file, with hyphens."""
@@ -255,4 +258,4 @@ class Task(BaseModel):
 def check_text(column: str, value: Any) -> None:
     """ValueError, whose sentence is for `Encoded.bad`, unless `value` is text that is not blank."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{column}` is {value!r}; it needs text")
+        raise ValueError(f"`{column}` is {quoted(value)}; it needs text")

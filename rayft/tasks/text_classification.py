@@ -5,8 +5,8 @@ One row of the SMS spam collection:
     {"text": "Ok lar... Joking wif u oni...", "label": "ham"}
 
 A pair has its second text in another column (`text_pair: hypothesis`); with `multi_label` the label column holds a list
-of names or one string that separates them by `|`, and an empty one means that no label applies. Labels are names: 3 and
-3.0 are "3", true is "true".
+of names, also as JSON or Python writes it, or one text that separates them by `|`, and an empty one means that no label
+applies. Labels are names: 3 and 3.0 are "3", true is "true".
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from rayft.errors import DataError
+from rayft.tasks.cells import in_brackets, list_in, quoted
 from rayft.tasks.labels import fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, padded
@@ -44,7 +45,8 @@ class TextClassification(Task):
     multi_label: bool = False
     """Whether a row may have any number of labels, none too, instead of one."""
     labels: tuple[str, ...] | None = None
-    """The label names in the order of their indices; null: those of the training rows, sorted."""
+    """The label names in the order of their indices; null: those of the training rows, sorted. With `multi_label` a
+    row may then be a list of as many zeros and ones."""
     max_length: int = Field(default=128, ge=4)
     """Tokens of a text, or of both of a pair; what is longer is cut."""
 
@@ -80,18 +82,29 @@ class TextClassification(Task):
         if self.labels is not None:
             return {"labels": list(self.labels)}
         found: set[str] = set()
+        widths: set[int] = set()  # of lists of zeros and ones
+        unread = ""  # a bad row, which is told with its place where there are others
         for batch in rows:
             for value in batch[self.label]:
-                if not self.multi_label and isinstance(value, list | tuple | np.ndarray):
+                held = _listed(value)
+                if held is not None and not self.multi_label:
                     raise DataError(
                         f"column `{self.label}` holds lists of labels; set task.multi_label=true to train on them"
                     )
-                found.update(self._parse(value) or ())
-        if len(found) < (1 if self.multi_label else 2):
-            only = f"only the label {found.pop()!r}" if found else "no label"
+                widths.add(_width(held))
+                try:
+                    found.update(self._parse(value if held is None else held) or ())
+                except ValueError as fault:
+                    unread = str(fault)
+        if len(widths) == 1 and min(widths) > 1:
             raise DataError(
-                f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
+                f"column `{self.label}` holds lists of {min(widths)} zeros and ones; name what these stand for, in "
+                "their order, in task.labels, or write lists of the names that apply"
             )
+        if len(found) < (1 if self.multi_label else 2):
+            only = f"only the label {quoted(found.pop())}" if found else "no label"
+            poor = f"column `{self.label}` of the training rows holds {only}; a classifier needs more to tell apart"
+            raise DataError(unread or poor)
         return {"labels": in_order(found)}
 
     def balance_columns(self) -> tuple[str, ...]:
@@ -231,15 +244,23 @@ class TextClassification(Task):
         return "text-classification"
 
     def _parse(self, value: Any) -> list[str] | None:
-        """The names in a cell of the label column, or None where it is empty (with `multi_label`: missing)."""
+        """The names in a cell of the label column, or None where it is empty (with `multi_label`: missing).
+
+        ValueError where text in brackets is no list.
+        """
         if not self.multi_label:
             name = label_name(value)
             return None if name is None else [name]
-        if isinstance(value, str):
-            value = value.split("|")
-        elif not isinstance(value, list | tuple | np.ndarray):
-            value = [value] if label_name(value) else None
-        return None if value is None else [name for name in map(label_name, value) if name]
+        held = _listed(value)
+        if held is None and in_brackets(value):
+            raise ValueError(f"`{self.label}` is {quoted(value)}, which is no list; ['one', 'two'] or one|two fits")
+        if held is None and isinstance(value, str):
+            held = value.split("|")
+        elif held is None:
+            held = [value] if label_name(value) else None
+        elif self.labels and _width(held) == len(self.labels) and not {"0", "1"} & set(self.labels):
+            return [name for name, applies in zip(self.labels, held, strict=True) if applies]
+        return None if held is None else [name for name in map(label_name, held) if name]
 
     def _index(self, value: Any, index: dict[str, int]) -> int | list[int]:
         """The label's index, or with `multi_label` the ascending indices; ValueError says what is wrong."""
@@ -248,3 +269,15 @@ class TextClassification(Task):
             raise ValueError(f"`{self.label}` has no label; it needs one of {shown(index)}")
         found = [index_of(name, index, "label") for name in parsed]
         return sorted(set(found)) if self.multi_label else found[0]
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """The entries of a cell that is a list, or text that is one; None: it is none."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return list(value)
+    return list_in(value) if in_brackets(value) else None
+
+
+def _width(held: list[Any] | None) -> int:
+    """How many zeros and ones a list has; 0 where it is none or holds others."""
+    return len(held) if held and all(entry in (0, 1) for entry in held) else 0

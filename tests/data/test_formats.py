@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,7 +54,7 @@ def test_csv_faults_have_row_and_line_and_end_nothing(tmp_path: Path) -> None:
     assert faults(read_csv(path, ",")) == [
         (1, 3, "3 fields where the header has 2"),
         (2, 4, "1 field where the header has 2"),
-        (3, 5, "byte 0xe9 at position 2 of its line is not UTF-8"),
+        (3, 5, "byte 0xe9 at position 2 of its line is not UTF-8; save it as that"),
         (4, 6, "broken quotes: ',' expected after '\"'"),
         (6, 8, "broken quotes: unexpected end of data"),
     ]
@@ -66,7 +67,7 @@ def test_jsonl_faults_have_row_and_line_and_end_nothing(tmp_path: Path) -> None:
     assert faults(read_jsonl(path)) == [
         (1, 3, "broken JSON: Expecting ',' delimiter at position 13"),
         (2, 4, "a JSON array where a row is an object of columns"),
-        (3, 5, "byte 0xff at position 11 of its line is not UTF-8"),
+        (3, 5, "byte 0xff at position 11 of its line is not UTF-8; save it as that"),
     ]
 
 
@@ -95,6 +96,21 @@ def test_an_element_that_is_no_object_is_a_bad_row_of_its_array(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize(("read", "indent"), [(read_json, None), (read_json, 1), (read_jsonl, None)])
+def test_columns_as_pandas_writes_them_are_no_rows(tmp_path: Path, read: Any, indent: int | None) -> None:
+    columns = {"text": {"7": "a", "2": "b"}, "label": {"7": 1, "2": 0}}
+    path = written(tmp_path, json.dumps(columns, indent=indent))
+    told = "columns, as pandas writes them, where rows are needed: df.to_json(path, orient='records', lines=True)"
+    assert list(read(path).rows) == [Row(0, 1, {}, told)]
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"a": {"text": ["b"]}}, {"a": {"1": 2}, "b": {"2": 1}}, {"a": {"1": 2}, "b": 1}, {"a": {}}], ids=str
+)
+def test_a_row_of_objects_is_a_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert list(read_json(written(tmp_path, json.dumps(row))).rows) == [Row(0, 1, row)]
+
+
 def test_a_long_json_array_is_decoded_across_its_chunks(tmp_path: Path) -> None:
     texts = [f"{number} " + "é\n" * (number % 97) * 40 for number in range(2000)]
     path = written(tmp_path, json.dumps([{"text": text} for text in texts], indent=1, ensure_ascii=False))
@@ -111,7 +127,7 @@ def test_a_long_json_array_is_decoded_across_its_chunks(tmp_path: Path) -> None:
         ('[{"text": "a"},\n{"text": "b"}', " row 3 (line 2): the array ends too early; nothing"),
         ('[{"text": "a"}\n{"text": "b"}]', " row 2 (line 2): a comma is missing before this row; nothing"),
         ('[{"text": "a"}] 3', " row 2 (line 1): more follows the array; nothing"),
-        (b'[{"text": "\xff"}]', " row 1 (line 1): byte 0xff after its begin is not UTF-8; nothing"),
+        (b'[{"text": "\xff"}]', " row 1 (line 1): byte 0xff after its begin is not UTF-8; save it as that"),
         ("3", " is no JSON of rows; an array of objects, "),
         ("", " is no JSON of rows; an array of objects, "),
     ],
@@ -131,7 +147,10 @@ def test_json_that_cannot_be_read_on_is_an_error_with_its_place(
         ("", " is empty; it needs a header and rows"),
         ("\n\n", " is empty; it needs a header and rows"),
         ("text,text\n1,2\n", ": the header names 'text' twice"),
-        (b"t\xe9xt\n1\n", " line 1: the header can't be read: byte 0xe9 at position 2 of its line is not UTF-8"),
+        (
+            b"t\xe9xt\n1\n",
+            " line 1: the header can't be read: byte 0xe9 at position 2 of its line is not UTF-8; save it as that",
+        ),
         ("text\n1\n".encode("utf-16"), " is UTF-16; rows are read as UTF-8, so save it as that"),
     ],
 )
@@ -145,7 +164,7 @@ def test_a_table_without_a_usable_header_is_an_error(tmp_path: Path, content: st
 def test_text_has_a_row_a_line_without_blank_ones(tmp_path: Path) -> None:
     rows = list(read_text(written(tmp_path, " one\r\n\n  \ntwo\n\xff".encode("latin-1"))).rows)
     assert rows[:2] == [Row(0, 1, {"text": " one"}), Row(1, 4, {"text": "two"})]
-    assert rows[2].fault == "byte 0xff at position 1 of its line is not UTF-8"
+    assert rows[2].fault == "byte 0xff at position 1 of its line is not UTF-8; save it as that"
 
 
 def _zstd(content: bytes) -> bytes:
@@ -194,6 +213,30 @@ def test_parquet_gives_a_run_of_row_groups_and_the_wanted_columns(tmp_path: Path
     assert found.columns == ("text", "nested")
     assert list(found.rows) == [Row(i, 0, {"nested": {"a": [i]}}) for i in range(30, 90)]
     assert list(read_parquet(path, (3, 4), 90, set(), 7).rows) == [Row(i, 0, {}) for i in range(90, 100)]
+
+
+def test_parquet_of_a_data_set_gives_class_labels_as_their_names(tmp_path: Path) -> None:
+    label, path = {"names": ["ham", "spam"], "_type": "ClassLabel"}, str(tmp_path / "a.parquet")
+    kinds = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": label,
+        "tags": {"feature": label, "_type": "List"},
+        "words": {"feature": label, "length": -1, "_type": "Sequence"},
+        "old": [label],
+    }
+    rows = [
+        {"text": "a", "label": 1, "tags": [0, 1], "words": [1], "old": [0], "own": 1},
+        {"text": "b", "label": -1, "tags": [], "words": None, "old": [-1, 1], "own": 0},
+        {"text": "c", "label": 2, "tags": [0], "words": [0], "old": [0], "own": 1},
+    ]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kinds}})}), path)
+    assert list(read_parquet(path, (0, 1), 0, set(table.column_names), 7).rows) == [
+        Row(0, 0, {"text": "a", "label": "spam", "tags": ["ham", "spam"], "words": ["spam"], "old": ["ham"], "own": 1}),
+        Row(1, 0, {"text": "b", "label": None, "tags": [], "words": None, "old": [None, "spam"], "own": 0}),
+        Row(2, 0, {}, "class label 2 has no name; the data set's features name 2"),
+    ]
+    assert list(read_parquet(path, (0, 1), 0, {"text"}, 7).rows)[1] == Row(1, 0, {"text": "b"})
 
 
 def test_parquet_that_is_broken_is_an_error(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_bad_rows_are_told_with_file_and_row_or_skipped_and_counted(place: Path)
         f"  {path} row 16 (line 16): broken JSON: Expecting property name enclosed in double quotes at position 2",
         f"  {path} row 17 (line 17): column 'label' is missing; there is text",
         f"  {path} row 18 (line 18): label 'unknown' is not one of a",
-        f"  {path} row 34 (line 34): byte 0xff at position 11 of its line is not UTF-8",
+        f"  {path} row 34 (line 34): byte 0xff at position 11 of its line is not UTF-8; save it as that",
     ]
     assert not list((place / "runs").rglob("*.parquet"))
     skipped = made(place, train=str(path), validation=str(place / "test.csv"), on_bad_row="skip")["train"].manifest

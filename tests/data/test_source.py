@@ -61,7 +61,7 @@ def test_faults_of_rows_name_row_and_line_and_end_nothing(tmp_path: Path) -> Non
         "row 2 (line 3): broken JSON: Expecting ',' delimiter at position 13",
         "row 3 (line 4): a JSON array where a row is an object of columns",
         "row 4 (line 5): column 'text' is missing; there is txet; did you mean 'txet'?",
-        "row 5 (line 6): byte 0xff at position 11 of its line is not UTF-8",
+        "row 5 (line 6): byte 0xff at position 11 of its line is not UTF-8; save it as that",
     ]
 
 
@@ -251,6 +251,11 @@ def test_a_csv_that_is_divided_by_another_sign_says_which(tmp_path: Path, sign: 
     one = Source(path=str(written(tmp_path / "a.csv", f"text{sign}label\nhello{sign}ham\n")))
     with pytest.raises(DataError, match=told):
         list(read(fragments([one])[0], one, {}, ("text",)))
+    comma = Source(path=str(written(tmp_path / "comma.csv", f"id,text{sign}label,more\n1,hello{sign}ham,2\n")))
+    with pytest.raises(DataError, match=told):
+        list(read(fragments([comma])[0], comma, {}, ("label",)))
+    with pytest.raises(DataError, match="column 'body' is missing; there are id, "):
+        list(read(fragments([comma])[0], comma, {}, ("body",)))
     name = f"text{sign}label"  # it may be meant
     assert [rows.columns for rows in read(fragments([one])[0], one, {name: "text"}, ("text",))] == [
         {"text": [f"hello{sign}ham"]}

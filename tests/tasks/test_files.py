@@ -26,6 +26,10 @@ def test_content_of_a_path_bytes_and_of_what_data_sets_hold(tmp_path: Path) -> N
         ({"bytes": None, "path": None}, "`image` is None"),
         (b"", "`image`: it is empty"),
         ("pictures/a.jpg", "relative path 'pictures/a.jpg'"),
+        ("no " * 100_000, f"relative path '{'no ' * 25} ..., of which"),
+        ("/texts/" + "no " * 100, f"`image` is '/texts/{'no ' * 22}no ..., too long for a file's path"),
+        ("/no" * 100_000, f"`image` is '{'/no' * 25} ..., too long for a file's path"),
+        (["no"] * 100_000, f"`image` is [{chr(39)}no', 'no', "),
         ("/nowhere/a.jpg", "there is no file /nowhere/a.jpg"),
     ],
 )
@@ -33,6 +37,7 @@ def test_what_is_wrong_is_told(cell: Any, told: str) -> None:
     with pytest.raises(ValueError, match="`image`") as caught:
         file_bytes("image", cell)
     assert told in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:

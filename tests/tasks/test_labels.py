@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rayft.tasks import find
+from rayft.tasks.labels import index_of
 from rayft.tasks.task import Pretrained
 from speech_models import wav2vec2
 
@@ -52,6 +53,17 @@ def test_ids_that_are_stored_in_the_order_of_text_keep_their_names(kind: str, na
     rows = [NAMES.index(name) for name in names]
     assert torch.equal(network.classifier.weight, before.classifier.weight[rows])
     assert network.rayft_drawn == ()
+
+
+def test_the_nearest_label_is_told_of_some_hundreds_and_of_no_text() -> None:
+    names = [f"label {number}" for number in range(200)]
+    with pytest.raises(ValueError, match=r"label 'label 1x' is not one of .* \(200 in all\); did you mean 'label 1'\?"):
+        index_of("label 1x", dict.fromkeys(names, 0), "label")
+    for name, known in (("label 1x", [*names, "more"]), ("label 1" * 20, names), ("a" * 10**5, ["a" * 10**5 + "b"])):
+        with pytest.raises(ValueError, match="is not one of") as caught:
+            index_of(name, dict.fromkeys(known, 0), "label")
+        assert "did you mean" not in str(caught.value)
+        assert len(str(caught.value)) < 250
 
 
 DISTILLED = {

@@ -65,6 +65,37 @@ def test_several_labels_come_as_lists_or_joined_by_a_bar() -> None:
     assert TextClassification(multi_label=True).facts([rows]) == {"labels": ["money", "science", "sport"]}
 
 
+def test_lists_in_text_are_lists(tokenizer: Any) -> None:
+    labels = ["['sport', 'money']", '["science"]', "[]", "['money' 'sport']", "[money]", "sport | money"]
+    assert TextClassification(multi_label=True).facts([{"label": labels}]) == {"labels": ["money", "science", "sport"]}
+    facts = {"labels": ["money", "science", "sport"]}
+    made = encode(tokenizer, {"text": ["a"] * 6, "label": labels}, facts, multi_label=True)
+    assert made.features["label"] == [[0, 2], [1], [], [0, 2]]
+    assert made.bad == {
+        3: "`label` is \"['money' 'sport']\", which is no list; ['one', 'two'] or one|two fits",
+        4: "`label` is '[money]', which is no list; ['one', 'two'] or one|two fits",
+    }
+    with pytest.raises(DataError, match=r"'\[money\]', which is no list"):
+        TextClassification(multi_label=True).facts([{"label": ["[money]"] * 3}])
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 1], [0, 0, 0]], [[True, False, True], [0.0] * 3], ["[1, 0, 1]", "[0,0,0]"]])
+def test_zeros_and_ones_say_which_of_the_labels_apply(tokenizer: Any, rows: list[Any]) -> None:
+    told = r"`label` holds lists of 3 zeros and ones; name what these stand for, in their order, in task\.labels, or"
+    with pytest.raises(DataError, match=told):
+        TextClassification(multi_label=True).facts([{"label": rows}])
+    names = ["toxic", "rude", "kind"]
+    made = encode(tokenizer, {"text": ["a", "b"], "label": rows}, {"labels": names}, multi_label=True, labels=names)
+    assert made.features["label"] == [[0, 2], []]
+
+
+def test_lists_of_numbered_labels_are_not_taken_for_zeros_and_ones(tokenizer: Any) -> None:
+    task, rows = TextClassification(multi_label=True), {"text": ["a", "b", "c"], "label": [[0, 1], [1], []]}
+    facts = task.facts([rows])
+    assert facts == {"labels": ["0", "1"]}
+    assert encode(tokenizer, rows, facts, multi_label=True, labels=[0, 1]).features["label"] == [[0, 1], [1], []]
+
+
 def test_given_labels_need_no_look_at_the_rows() -> None:
     task = TextClassification(labels=["spam", "ham"])
     assert task.fact_columns() == ()
@@ -78,6 +109,7 @@ def test_given_labels_need_no_look_at_the_rows() -> None:
         (["ham", "ham"], "only the label 'ham'"),
         ([None, ""], "no label"),
         ([["ham"], ["spam"]], "task.multi_label=true"),
+        (["['ham']", "['spam']"], "task.multi_label=true"),
     ],
 )
 def test_rows_that_can_teach_no_difference_are_refused(values: list[Any], message: str) -> None:

@@ -66,6 +66,10 @@ def test_a_word_that_is_too_long_alone_is_cut_and_counted(tokenizer: Any) -> Non
 def test_text_is_cut_at_blanks_and_words_that_are_not_read_keep_their_place(tokenizer: Any) -> None:
     made = encoded(tokenizer, {"tokens": ["from Gardena  now"], "tags": ["O B-place O"]})
     assert made.references == [["O", "B-place", "O"]]
+    rows = {"tokens": ["['from', 'Gardena']", "[Music] from]"], "tags": ['["O", "B-place"]', "O O"]}
+    made = encoded(tokenizer, rows)
+    assert made.references == [["O", "B-place"], ["O", "O"]]
+    assert len(made.features["places"][1]) == 2
     made = encoded(tokenizer, {"tokens": [["from", "\u200b\u200d", "Gardena"]], "tags": [["O", "O", "B-place"]]})
     (places,) = made.features["places"]
     assert [place >= 0 for place in places] == [True, False, True]
@@ -92,11 +96,26 @@ def test_tags_are_ordered_by_what_they_mark() -> None:
     task = TokenClassification(tags="ner_tags")
     rows = [{"ner_tags": [["I-b", "O", "B-b"], ["B-a", "O"]]}]
     assert task.facts(rows) == {"labels": ["O", "B-a", "B-b", "I-b"]}
-    assert task.facts([{"ner_tags": [[10, 9, 2]]}]) == {"labels": ["2", "9", "10"]}
+    assert task.facts([{"ner_tags": ["I-b O B-b", "['B-a', 'O']"]}]) == {"labels": ["O", "B-a", "B-b", "I-b"]}
     with pytest.raises(DataError, match="only the tag 'O'; there is nothing to tell apart"):
         task.facts([{"ner_tags": [["O", "O"]]}])
     with pytest.raises(ValidationError, match="none twice"):
         TokenClassification(labels=("O", "O"))
+
+
+@pytest.mark.parametrize("tags", [[0, 1, 10], [0.0, 1.0, 10.0], "0 1 10", "[0, 1, 10]"])
+def test_numbers_are_no_tags_until_labels_names_them(tokenizer: Any, tags: Any) -> None:
+    told = r"`tags` of the training rows holds numbers, 0, 1, 10, which don't say .* from 0 on: task\.labels=\[O,B-PER"
+    with pytest.raises(DataError, match=told):
+        TokenClassification().facts([{"tags": [tags]}])
+    names = ["O", "B-place", *(f"B-{number}" for number in range(8)), "I-place"]
+    task = TokenClassification(labels=tuple(names))
+    rows = {"tokens": [["a", "b", "c"], ["a"], ["a"]], "tags": [tags, [11], ["I-place"]]}
+    made = task.encode(rows, tokenizer, task.facts([]), evaluation=True)
+    assert made.references == [["O", "B-place", "I-place"], ["I-place"]]
+    assert made.bad[1].startswith("tag '11' is not one of O, B-place, ")
+    numbers = TokenClassification(labels=("0", "10", "1"))
+    assert numbers.encode(rows, tokenizer, numbers.facts([]), evaluation=True).references == [["0", "1", "10"]]
 
 
 @pytest.mark.parametrize(

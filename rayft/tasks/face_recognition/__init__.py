@@ -20,6 +20,7 @@ from pydantic import Field
 
 from rayft.errors import DataError
 from rayft.models import without_weights
+from rayft.tasks.cells import quoted
 from rayft.tasks.charts import roc
 from rayft.tasks.face_recognition import arcface, verification
 from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, picture_shape, pixels
@@ -58,6 +59,9 @@ class FaceRecognition(Task):
     # It needs no threshold: each pair's place counts, where the others hang on a few pairs beside one.
     first_metric: ClassVar[str] = "auc"
     lower_is_better: ClassVar[frozenset[str]] = Task.lower_is_better | {"eer"}
+    cut_flatters: ClassVar[str] = (
+        "rows cut from train show people who are trained on: of others, whom the model is for, scores are lower"
+    )
 
     type: Literal["face-recognition"] = "face-recognition"
     """Whose face it is, also of people never seen."""
@@ -93,7 +97,7 @@ class FaceRecognition(Task):
         """{"identities": names of the people in the training rows, in the order of their indices}"""
         found = in_order(name for batch in rows for name in map(label_name, batch.get(self.identity, ())) if name)
         if len(found) < 2:
-            only = f"only {found[0]!r}" if found else "nobody"
+            only = f"only {quoted(found[0])}" if found else "nobody"
             raise DataError(
                 f"column `{self.identity}` of the training rows names {only}; telling people apart takes two at least"
             )
@@ -113,7 +117,7 @@ class FaceRecognition(Task):
             name = label_name(rows[self.identity][row]) if labelled else None
             if labelled and name is None:
                 encoded.bad[row] = (
-                    f"`{self.identity}` is {rows[self.identity][row]!r}; it needs a person's name or number"
+                    f"`{self.identity}` is {quoted(rows[self.identity][row])}; it needs a person's name or number"
                 )
                 continue
             try:

@@ -6,8 +6,9 @@ One row of WNUT 2017:
      "ner_tags": ["B-location", "I-location", "I-location", "O", "B-location", "O"]}
 
 Tags that begin with B- and I- (or as IOB1, IOE and IOBES have it) mark entities, which are scored whole; any other tag,
-say a part of speech, marks a run of words. A word's tag is learned and read at its first piece. Where `tokens` is text,
-its words are what blanks separate. A row that is longer than `max_length` is cut at a word into several features.
+say a part of speech, marks a run of words. A word's tag is learned and read at its first piece. Text in `tokens` or
+`tags` is a list as JSON or Python writes one, or else what blanks separate. A row that is longer than `max_length` is
+cut at a word into several features.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from rayft.errors import DataError
-from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name
+from rayft.tasks.cells import in_brackets, list_in, quoted
+from rayft.tasks.labels import NUMBER, LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad, padded
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
@@ -42,7 +44,8 @@ class TokenClassification(Task):
     tags: str = "tags"
     """The column of the tags, one for each word."""
     labels: LabelNames | None = None
-    """The tags in the order of their indices; null: those of the training rows, O first."""
+    """The tags in the order of their indices; null: those of the training rows, O first. They also name the tags of
+    rows that hold numbers, from 0."""
     max_length: int = Field(default=128, ge=8)
     """Tokens that are read at a time; a longer row is cut at a word into several features."""
 
@@ -65,10 +68,14 @@ class TokenClassification(Task):
         found: set[str] = set()
         for batch in rows:
             for value in batch[self.tags]:
-                found.update(name for name in map(label_name, _listed(value)) if name)
+                found.update(name for name in map(label_name, listed(value)) if name)
         if len(found) < 2:
-            only = f"only the tag {found.pop()!r}" if found else "no tags"
+            only = f"only the tag {quoted(found.pop())}" if found else "no tags"
             raise DataError(f"column `{self.tags}` of the training rows holds {only}; there is nothing to tell apart")
+        if all(NUMBER.fullmatch(name) for name in found):  # with "0" for a name even O would mark entities
+            numbers = f"numbers, {shown(in_order(found))}, which don't say what they mark"
+            fits = "name the tags in the order of their numbers, from 0 on: task.labels=[O,B-PER,I-PER,...]"
+            raise DataError(f"column `{self.tags}` of the training rows holds {numbers}; {fits}")
         if all("-" in name or name == "O" for name in found):
             return {"labels": sorted(found, key=lambda name: (name != "O", name.partition("-")[::-1]))}
         return {"labels": in_order(found)}
@@ -198,25 +205,34 @@ class TokenClassification(Task):
 
     def _words(self, value: Any) -> list[str]:
         """ValueError says what is wrong."""
-        words = value.split() if isinstance(value, str) else list(_listed(value))
+        words = listed(value)
         if not words:
-            raise ValueError(f"`{self.tokens}` is {value!r}; it needs a list of words, or text")
+            raise ValueError(f"`{self.tokens}` is {quoted(value)}; it needs a list of words, or text")
         for place, word in enumerate(words):
             if not isinstance(word, str):
-                raise ValueError(f"`{self.tokens}`: word {place} is {word!r}; it needs text")
+                raise ValueError(f"`{self.tokens}`: word {place} is {quoted(word)}; it needs text")
         return words
 
     def _truth(self, value: Any, words: list[str], index: dict[str, int]) -> list[int]:
         """The index of each word's tag; ValueError says what is wrong."""
-        tags = value.split() if isinstance(value, str) else list(_listed(value))
+        tags = listed(value)
         if len(tags) != len(words):
             raise ValueError(f"`{self.tags}` has {len(tags)} tags for {len(words)} words; it needs one for each")
-        return [index_of(label_name(tag) or "", index, "tag") for tag in tags]
+        return [self._index(label_name(tag) or "", index) for tag in tags]
+
+    def _index(self, name: str, index: dict[str, int]) -> int:
+        """The index of a tag by its name, or by its number where `labels` names the numbers."""
+        if self.labels is not None and name not in index and name.isdecimal() and int(name) < len(self.labels):
+            return int(name)
+        return index_of(name, index, "tag")
 
 
-def _listed(value: Any) -> Iterable[Any]:
-    """What a cell holds where that is a list; else nothing."""
-    return value if isinstance(value, list | tuple | np.ndarray) else ()
+def listed(value: Any) -> list[Any]:
+    """What a cell holds: the entries of a list, also of one that text is, or what blanks separate in other text."""
+    if isinstance(value, str):
+        held = list_in(value) if in_brackets(value) else None
+        return value.split() if held is None else held
+    return list(value) if isinstance(value, list | tuple | np.ndarray) else []
 
 
 def _labels(window: Window, truth: list[int] | None) -> list[int] | None:
