@@ -90,6 +90,11 @@ def generated(network: Network, asked: Columns) -> list[Prediction]:
         return network.task.generate(network.model, batch, asked, network.processor, network.facts)
 
 
+def mixed(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The precision in which a recipe's engine passes rows through, for a network without an engine."""
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+
+
 def _precision(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The precision in which an engine passes rows through: generation goes past the engine to its module."""
     if getattr(model, "torch_autocast_enabled", lambda: False)():
