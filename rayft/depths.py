@@ -6,14 +6,12 @@ is little, the driver does it. The trials find what they need in storage.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import storage
 from rayft.data.prepared import Prepared
 from rayft.recipe import Recipe
 from rayft.search import Space, Tune
@@ -133,42 +131,20 @@ def _worth(
 
     Tells of the others why they are left out.
     """
-    import torch
-
-    from rayft.tasks.task import Pretrained
-    from rayft.training import freeze, prefix
-    from rayft.training.evaluate import Network
-    from rayft.training.first_token import read_first
     from rayft.training.schedule import order, total_steps
-    from rayft.training.standin import Prefix
 
     per_epoch = order(recipe, prepared["train"]).steps_per_epoch
     epochs = total_steps(recipe.train, per_epoch) / per_epoch
     every = recipe.train.evaluate_every
     between = every.count if every.unit == "epoch" else every.count / per_epoch
     often = {"train": epochs, "validation": epochs / between}
-    base: Pretrained = warm.base
-    model = network(warm)
-    task, facts = recipe.task, prepared["train"].manifest.facts
-    given = Network(model, task, task.processor(base), facts, torch.device("cpu"))
-    found = task.blocks(model)
     kept: dict[str, dict[int, str]] = {split: {} for split in missing}
     seconds = 0.0
-    for depth, share in shares.items():
+    asked = [depth for depth in shares if any(depth in found for found in missing.values())]
+    for depth, tried in _tried(recipe, prepared["train"], warm, asked).items():
         rows = {split: prepared[split].manifest.rows for split in missing if depth in missing[split]}
-        if not rows:
-            continue
-        model.eval()
-        read_first(task, model, found)
-        freeze.freeze(model, _frozen(recipe, depth), found)
-        tried = prefix.trial(prefix.Source(given, model, found), Prefix(model, found, depth), prepared["train"], 16)
-        passes = sum(rows[split] * often[split] * share * trials for split in rows)
-        cost = tried.cost(
-            sum(rows.values()),
-            passes,
-            torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu"),
-            storage.free(recipe.storage),
-        )
+        passes = sum(rows[split] * often[split] * shares[depth] * trials for split in rows)
+        cost = tried.cost(sum(rows.values()), passes, recipe)
         dear = cost.too_dear() if recipe.model.cache_frozen == "auto" else None
         if why := tried.why_not or dear:
             text = f"the output of {depth} frozen blocks is not stored: {why}"
@@ -177,9 +153,60 @@ def _worth(
             for split in rows:
                 kept[split][depth] = missing[split][depth]
             seconds = max(seconds, cost.rows * cost.seconds)  # one pass gives all depths on its way to the deepest
-        model = network(warm)
-        given = Network(model, task, given.processor, facts, given.device)
     return kept, seconds
+
+
+def _tried(recipe: Recipe, prepared: Prepared, warm: Any, asked: list[int]) -> dict[int, Any]:
+    """What a batch of the split shows at each depth (prefix.Trial); where the trials have GPUs, on one of them: a head
+    without any would take minutes for a large model."""
+    import ray
+
+    cluster = recipe.cluster
+    if not asked:
+        return {}
+    if not cluster.gpus_per_worker:
+        return tried(recipe.dump(), prepared.folder, warm, asked)
+    apart = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_retries=0)(tried)
+    found: dict[int, Any] = ray.get(apart.remote(recipe.dump(), prepared.folder, warm, asked))
+    return found
+
+
+def tried(plain: dict[str, Any], folder: str, warm: Any, asked: list[int]) -> dict[int, Any]:
+    """`_tried` by this process, the split lying in `folder`."""
+    from rayft.session import quiet
+    from rayft.training import prefix
+    from rayft.training.evaluate import mixed
+    from rayft.training.standin import Prefix
+
+    quiet()
+    recipe, prepared = Recipe.parse(plain), Prepared.open(folder)
+    found = {}
+    for depth in asked:
+        source = _source(recipe, warm, prepared.manifest.facts, depth)
+        with mixed(recipe.model.dtype, source.network.device):
+            standing = Prefix(source.module, source.blocks, depth)
+            found[depth] = prefix.trial(source, standing, prepared, 16)
+    return found
+
+
+def _source(recipe: Recipe, warm: Any, facts: dict[str, Any], depth: int) -> Any:
+    """The sweep's network, its first `depth` blocks frozen, as trials have it and where they train: prefix.Source."""
+    import torch
+
+    from rayft.training import freeze, prefix
+    from rayft.training.evaluate import Network
+    from rayft.training.first_token import read_first
+
+    device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
+    model = network(warm)
+    blocks = recipe.task.blocks(model)
+    read_first(recipe.task, model, blocks)
+    freeze.freeze(model, _frozen(recipe, depth), blocks)
+    if recipe.model.dtype != "float32":
+        freeze.store_frozen_in(model, getattr(torch, recipe.model.dtype))
+    model.to(device).eval()
+    given = Network(model, recipe.task, recipe.task.processor(warm.base), facts, device)
+    return prefix.Source(given, model, blocks)
 
 
 def _frozen(recipe: Recipe, depth: int) -> Model:
@@ -226,39 +253,23 @@ def _compute(
 
 def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     """(split, depth) -> the part that this process has written."""
-    import torch
-
     from rayft.session import quiet
-    from rayft.training import freeze, prefix
-    from rayft.training.evaluate import Network
-    from rayft.training.first_token import read_first
+    from rayft.training import prefix
+    from rayft.training.evaluate import mixed
     from rayft.training.states import Writer
     from rayft.trial import alone
 
     quiet()
     recipe = Recipe.parse(task.recipe)
     alone(threads, recipe.cluster.gpus_per_worker > 0, trains=False)
-    device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
-    model = network(task.warm)
-    blocks = recipe.task.blocks(model)
-    read_first(recipe.task, model, blocks)
     deepest = max(depth for found in task.targets.values() for depth in found)
-    freeze.freeze(model, _frozen(recipe, deepest), blocks)
-    narrow = recipe.model.dtype != "float32"
-    if narrow:
-        freeze.store_frozen_in(model, getattr(torch, recipe.model.dtype))
-    model.to(device).eval()
-    facts = Prepared.open(task.prepared["train"]).manifest.facts
-    source = prefix.Source(
-        Network(model, recipe.task, recipe.task.processor(task.warm.base), facts, device), model, blocks
-    )
+    source = _source(recipe, task.warm, Prepared.open(task.prepared["train"]).manifest.facts, deepest)
     found: dict[tuple[str, int], Any] = {}
-    mixed = torch.autocast(device.type, getattr(torch, recipe.model.dtype)) if narrow else contextlib.nullcontext()
     for split, targets in task.targets.items():
         if not targets:
             continue
         writers = {depth: Writer(folder, task.attempt, task.rank) for depth, folder in targets.items()}
-        with mixed:
+        with mixed(recipe.model.dtype, source.network.device):
             written = prefix.compute(
                 source, Prepared.open(task.prepared[split]), writers,
                 rank=task.rank, world=task.world, batch_size=2 * recipe.train.micro_batch_size,

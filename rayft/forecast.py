@@ -38,17 +38,16 @@ class Pace:
 
 
 def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
-    """In a task of Ray with a worker's resources: times one batch of the prepared split in `folder`."""
+    """In a task of Ray with a worker's resources: times one batch of the prepared split in `folder`, in the precision
+    in which training passes it through."""
     import time
 
     import torch
 
-    from rayft.data.read import BUFFERED, strided
     from rayft.models import fetch_model
     from rayft.session import quiet
-    from rayft.training import freeze
     from rayft.training.assembly import pretrained
-    from rayft.training.evaluate import Network
+    from rayft.training.evaluate import Network, mixed
     from rayft.training.first_token import read_first
     from rayft.training.standin import captured
 
@@ -61,15 +60,11 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     processor = task.processor(base)
     model = task.load(base, facts, processor).to(device).train()
     network = Network(model, task, processor, facts, device)
-    size = recipe.train.micro_batch_size
-    stream = strided(prepared.folder, prepared.manifest.shards, rank=0, world=1, batch_size=size)
-    tables = list(itertools.islice(stream, BUFFERED))  # sorted by length
-    table = tables[len(tables) // 2]
+    table = _middling(prepared, recipe.train.micro_batch_size)
     batch, blocks = network.batch(table), task.blocks(model)
     read_first(task, model, blocks)
     least = min(wanted, default=0)
-    frozen = recipe.model.model_copy(update={"freeze": Freeze(layers=least), "lora": None})
-    learning = freeze.freeze(model, frozen, blocks).trainable
+    learning = _frozen(recipe, model, blocks, least)
     optimizer = torch.optim.AdamW([model.get_parameter(name) for name in learning], lr=0.0, fused=True)
 
     def now() -> float:
@@ -81,7 +76,9 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
         at: dict[int, float] = {}
         with captured(model, blocks, [depth for depth in wanted if depth], at=at):
             begun = now()
-            loss = task.loss(task.forward(model, batch), batch)
+            with mixed(recipe.model.dtype, device):
+                outputs = task.forward(model, batch)
+            loss = task.loss(outputs, batch)
             passed = now()
         loss.backward()
         ended = now()
@@ -91,6 +88,28 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
     below = {depth: (moment - begun) / tokens for depth, moment in at.items()}
     update = (updated - ended) / sum(model.get_parameter(name).numel() for name in learning)
     return Pace(below, (passed - begun) / tokens, (ended - passed) / tokens, least, update)
+
+
+def _middling(prepared: Prepared, size: int) -> Any:
+    """So many rows of middling length."""
+    from rayft.data.read import BUFFERED, strided
+
+    stream = strided(prepared.folder, prepared.manifest.shards, rank=0, world=1, batch_size=size)
+    tables = list(itertools.islice(stream, BUFFERED))  # sorted by length
+    return tables[len(tables) // 2]
+
+
+def _frozen(recipe: Recipe, model: Any, blocks: Any, depth: int) -> list[str]:
+    """Freezes the first `depth` blocks as training does, without adapters; the names of what learns."""
+    import torch
+
+    from rayft.training import freeze
+
+    how = recipe.model.model_copy(update={"freeze": Freeze(layers=depth), "lora": None})
+    learning = freeze.freeze(model, how, blocks).trainable
+    if recipe.model.dtype != "float32":
+        freeze.store_frozen_in(model, getattr(torch, recipe.model.dtype))
+    return list(learning)
 
 
 def forecast(

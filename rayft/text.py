@@ -101,6 +101,10 @@ def verified_lines(found: Json) -> list[str]:
         lines.append(f"the largest difference of a loss is {losses['largest']:.1e}, relative")
     if weights["different"]:
         lines.append(f"{weights['different']} of {weights['tensors']} exported tensors differ")
+    if found.get("gpus"):
+        lines.append(
+            "a few operations of GPUs never repeat their sums to the bit: a difference of rounding may be theirs"
+        )
     return lines
 
 

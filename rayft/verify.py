@@ -1,7 +1,7 @@
 """Does this recipe, on this cluster, resume exactly? Trains it twice, once killed half-way, and compares.
 
 Both runs are processes of their own, as a user starts them, and the kill is SIGKILL: nothing of the killed one is left
-but what lies in storage.
+but what lies in storage. With GPUs both take algorithms that give equal sums (`training/repeatable.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from rayft import storage
 from rayft.errors import RunRefused, TrainingError
 from rayft.recipe import Every, Recipe
-from rayft.training import checkpoints
+from rayft.training import checkpoints, repeatable
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -32,9 +32,10 @@ LOOK_S = 0.05
 def verify(recipe: Recipe, steps: int, *, show: Show, keep: bool = False) -> dict[str, Any]:
     """Trains 2 x `steps` optimizer steps straight, and again with a SIGKILL after the checkpoint at `steps`.
 
-    {"exact", "steps", "killed_at", "losses": {"equal", "first_difference", "largest"}, "weights": {"equal",
+    {"exact", "gpus", "steps", "killed_at", "losses": {"equal", "first_difference", "largest"}, "weights": {"equal",
     "different"}}: `killed_at` is the step that the run went on from, `largest` the largest relative difference of a
-    loss. Raises TrainingError where one of the runs fails. With `keep` both runs stay in `<storage>/<name>-verify`.
+    loss, `gpus` whether they were computed on GPUs, a few of whose operations know no algorithm that repeats its sums.
+    Raises TrainingError where one of the runs fails. With `keep` both runs stay in `<storage>/<name>-verify`.
     """
     recipe = recipe.resolved()
     home = f"{recipe.folder}-verify"
@@ -58,7 +59,8 @@ def verify(recipe: Recipe, steps: int, *, show: Show, keep: bool = False) -> dic
     result = {"steps": 2 * count, "killed_at": reached, **compared(straight.folder, killed.folder)}
     if not keep:
         storage.delete(home)
-    return {"exact": result["losses"]["equal"] and result["weights"]["equal"], **result}
+    exact = result["losses"]["equal"] and result["weights"]["equal"]
+    return {"exact": exact, "gpus": recipe.cluster.gpus_per_worker > 0, **result}
 
 
 def _short(recipe: Recipe, name: str, steps: int) -> Recipe:
@@ -84,6 +86,7 @@ def _start(recipe: Recipe, files: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env=os.environ | (repeatable.ENVIRONMENT if recipe.cluster.gpus_per_worker else {}),
         start_new_session=True,
     )
 

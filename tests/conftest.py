@@ -16,6 +16,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden; look at the difference")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are there only where one is."""
+    need = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not need:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=need)
+        items[:] = [item for item in items if item not in need]
+
+
 @pytest.fixture
 def debian_package() -> Callable[[str, str], str]:
     """`debian_package("iproute2", "ip")` gives the path of command `ip`, or fails the test naming what to install."""

@@ -88,6 +88,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.watch",
         "training.pictures",
         "training.schedule",
+        "training.repeatable",
         "training.footprint",
         "training.freeze",
         "training.laps",

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import small
-from rayft.forecast import Pace, forecast
+from rayft.data.prepare import prepare
+from rayft.forecast import Pace, forecast, measure
 from rayft.preflight import check, text
 from rayft.recipe import Recipe
 
@@ -74,3 +76,26 @@ def test_check_tells_what_each_depth_of_a_sweep_costs(tmp_path: Path, ray_local:
     told = text(report)
     assert "less what asha stops early" in told
     assert told.count("output of the frozen blocks is stored") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "passed"), [("float32", None), ("bfloat16", torch.bfloat16)])
+def test_a_batch_is_timed_in_the_precision_of_training(
+    dtype: str, passed: torch.dtype | None, tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = small.recipe(tmp_path, small.small_bert(tmp_path / "model"), cluster__workers=1, model__dtype=dtype)
+    recipe = Recipe.parse(plain)
+    prepared = prepare(recipe, recipe.model.path, progress=lambda *_: None)["train"]
+    seen, frozen = set(), set()
+    forward = type(recipe.task).forward
+
+    def seeing(task: Any, model: Any, batch: Any) -> Any:
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        frozen.update(p.dtype for p in model.parameters() if not p.requires_grad and p.dim() > 1)
+        return forward(task, model, batch)
+
+    monkeypatch.setattr(type(recipe.task), "forward", seeing)
+    pace = measure(recipe.dump(), prepared.folder, [1, 2])
+    assert seen == {passed}
+    assert frozen == {passed or torch.float32}
+    assert 0 < pace.below[1] < pace.below[2] < pace.forward

@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rayft import verify
+from rayft.recipe import Recipe
 from rayft.text import verified_lines
+from rayft.training import repeatable
 from rayft.verify import compared
 
 
@@ -73,3 +76,24 @@ def test_tensors_that_differ_in_a_bit_a_type_or_are_missing_are_counted(
     assert found["weights"] == {"equal": False, "tensors": 2, "different": 1}
     lines = verified_lines({**found, "exact": False, "killed_at": 2, "steps": 4})
     assert lines[1:] == ["1 of 2 exported tensors differ"]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_with_gpus_both_runs_are_asked_to_repeat_their_sums(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {
+        "name": "x", "task": {"type": "text-classification"}, "model": {"path": "m"}, "data": {"train": "d.csv"},
+        "train": {"epochs": 1}, "cluster": {"gpus_per_worker": gpus},
+    }  # fmt: skip
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(verify.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
+    verify._start(Recipe.parse(plain), tmp_path)
+    assert (repeatable.ENVIRONMENT.items() <= seen[0].items()) is bool(gpus)
+
+
+def test_where_gpus_may_be_the_cause_of_a_difference_that_is_said(tmp_path: Path) -> None:
+    runs = left(tmp_path / "one", LOSSES, TENSORS), left(tmp_path / "other", {**LOSSES, 4: 0.4000001}, TENSORS)
+    found = {**compared(*runs), "exact": False, "killed_at": 2, "steps": 4}
+    assert not any("GPUs" in line for line in verified_lines({**found, "gpus": False}))
+    assert "GPUs" in verified_lines({**found, "gpus": True})[-1]

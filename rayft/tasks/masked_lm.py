@@ -165,16 +165,21 @@ class MaskedLM(Task):
     ) -> list[Prediction]:
         """{"tokens"}: the best at each place that is asked for; where the text tells the true ones, also {"nll",
         "right"}: over all their negative log-likelihood, and how many of the best are true."""
-        predictions = []
         asked = batch["labels"] != IGNORED
-        for row, logits in enumerate(outputs.detach().float().split(asked.sum(dim=1).tolist())):
-            labels = batch["labels"][row][asked[row]]
-            best = logits.argmax(dim=-1)
-            found: Prediction = {"tokens": processor.convert_ids_to_tokens(best.tolist())}
+        counts = asked.sum(dim=1).tolist()
+        logits, labels = outputs.detach().float().split(counts), batch["labels"][asked].split(counts)
+        lost = [torch.nn.functional.cross_entropy(*row, reduction="sum") for row in zip(logits, labels, strict=True)]
+        best = [row.argmax(dim=-1) for row in logits]
+        # All rows' at once: each number that is read from a GPU is waited for.
+        nll, tokens, truth = torch.stack(lost).tolist(), torch.cat(best).tolist(), torch.cat(labels).tolist()
+        predictions, begin = [], 0
+        for row, count in enumerate(counts):
+            own, true = (values[begin : begin + count] for values in (tokens, truth))
+            found: Prediction = {"tokens": processor.convert_ids_to_tokens(own)}
             if any(draw != SEEN for draw in features["draws"][row]):  # else the masks are the user's own
-                nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-                found |= {"nll": float(nll), "right": int((best == labels).sum())}
+                found |= {"nll": nll[row], "right": sum(a == b for a, b in zip(own, true, strict=True))}
             predictions.append(found)
+            begin += count
         return predictions
 
     def combine(self, parts: list[Prediction]) -> Prediction:

@@ -11,7 +11,7 @@ import torch
 from rayft.recipe import Recipe
 from rayft.tasks.stacked import Blocks
 from rayft.tasks.task import Pretrained
-from rayft.training import checkpoint, engine, export, freeze, prefix
+from rayft.training import checkpoint, engine, export, freeze, prefix, repeatable
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.first_token import read_first
 from rayft.training.standin import Prefix
@@ -58,6 +58,7 @@ def assemble(
     `own` makes tensors that learn writable, where `load` maps them. `cohorts` gets, for each parameter that learns, the
     epoch in which it began to, unless it has it.
     """
+    repeatable.heed()
     task, stage = recipe.task, int(recipe.deepspeed.zero_stage)
     config = engine.deepspeed_config(recipe, stage)
     sharding = _shard_while_loading(config) if stage == 3 else None

@@ -29,7 +29,13 @@ def features_of(table: pa.Table) -> dict[str, list[Any]]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    """A batch in the host's memory, with its tensors on `device`; on the CPU they are the same tensors."""
+    return {name: _moved(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a GPU it goes by way of pinned memory: its copy then waits for nothing, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,11 @@ def measure(
     network: Any, task: Task, features: Columns, processor: Any, facts: dict[str, Any], device: torch.device
 ) -> Measured:
     """Passes features through the network, which is in evaluation mode, under the caller's `no_grad`."""
-    batch = to_device(task.collate(features, processor, facts), device)
+    collated = task.collate(features, processor, facts)
+    items, batch = task.items(collated), to_device(collated, device)
     outputs = task.forward(network, batch)
     loss = float(task.loss(outputs, batch))
-    return Measured(loss, task.items(batch), task.predict(outputs, batch, features, processor, facts))
+    return Measured(loss, items, task.predict(outputs, batch, features, processor, facts))
 
 
 def by_row(task: Task, entries: Iterable[tuple[int, Prediction, Any]]) -> dict[int, tuple[Prediction, Any]]:
@@ -81,6 +88,11 @@ def generated(network: Network, asked: Columns) -> list[Prediction]:
     batch = to_device(network.task.collate(asked, network.processor, network.facts), network.device)
     with _precision(network.model, network.device):
         return network.task.generate(network.model, batch, asked, network.processor, network.facts)
+
+
+def mixed(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The precision in which a recipe's engine passes rows through, for a network without an engine."""
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def _precision(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:

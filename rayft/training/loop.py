@@ -142,7 +142,10 @@ def steps(job: Job, shares: Iterator[Share], save_after: float | None = None) ->
 
 @dataclass(frozen=True)
 class Micro:
-    """One forward pass: its batch, the rows' numbers in the split, and whether it counts (else it is a spare row)."""
+    """One forward pass: its batch, the rows' numbers in the split, and whether it counts (else it is a spare row).
+
+    The batch waits in the host's memory until it is its turn: a GPU holds one of them, however large the share is.
+    """
 
     batch: dict[str, Any]
     rows: list[int]
@@ -150,7 +153,7 @@ class Micro:
 
 
 def _micro(job: Job, table: pa.Table, real: bool) -> Micro:
-    batch = to_device(job.task.collate(features_of(table), job.processor, job.facts), job.device)
+    batch = job.task.collate(features_of(table), job.processor, job.facts)
     return Micro(batch, table.column("position").to_pylist(), real)
 
 
@@ -185,23 +188,24 @@ def _accumulate(job: Job, batches: list[Micro], scale: float) -> float:
     """Backward over all micro-batches; the loss summed over all ranks.
 
     A rank whose share is used up runs the spare row with weight 0: the collectives of sharded weights and gradients
-    need every rank, in the same order.
+    need every rank, in the same order. The sum stays on the device and is read once, in the end: whoever reads from a
+    GPU waits until all that it was given is done.
     """
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    total = torch.zeros((), dtype=torch.float64, device=job.device)
     for number, micro in enumerate(batches):
         job.watch.at("in the forward and backward pass")
         job.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
         job.serve("train", micro.rows)
         job.norms.at(len(micro.rows))
         job.laps.to("forward")
-        outputs = job.task.forward(job.engine, micro.batch)
-        loss = job.task.loss(outputs, micro.batch, job.recipe.train.label_smoothing)
+        batch = to_device(micro.batch, job.device)
+        outputs = job.task.forward(job.engine, batch)
+        loss = job.task.loss(outputs, batch, job.recipe.train.label_smoothing)
         job.laps.to("backward")
         job.engine.backward(loss * (scale if micro.real else 0.0), scale_wrt_gas=False)
         if micro.real:
-            total += loss.detach().double().cpu()
+            total += loss.detach().double()
     job.laps.to("collective")
-    total = total.to(job.device)
     sum_over_ranks(total)
     return float(total)
 

@@ -32,6 +32,11 @@ class Timing:
     padded: int = 0  # tokens computed
     laps: Laps = field(default_factory=lambda: Laps(collective_seconds))
 
+    def __post_init__(self) -> None:
+        """The peak of a GPU's memory counts from here: the process may have run another trial before."""
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
     def stepped(self, seconds: float, waited: float, rows: int, tokens: int, padded: int) -> None:
         """A step has ended; for `waited` of its seconds there were no rows."""
         now = time.time()

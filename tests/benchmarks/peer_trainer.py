@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -81,10 +80,7 @@ def classification(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], An
 
 def language(config: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], Any]:
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
-    if any(Path(config["model"]).glob("*.safetensors")):
-        model: Any = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config["model"]), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
     if config.get("lora"):
         from peft import LoraConfig, get_peft_model
 
@@ -116,7 +112,7 @@ def deepspeed(stage: int) -> dict[str, Any]:
 def main(path: str) -> None:
     config = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    torch.manual_seed(config.get("seed", 0))  # what is drawn anew: a head, or all of a model without weights
+    torch.manual_seed(config.get("seed", 0))  # a head is drawn anew
     text = config["task"] == "text-classification"
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_DATASETS_CACHE"] = scratch
@@ -154,7 +150,11 @@ def main(path: str) -> None:
         )
         trainer.train()
         tokens = counted.tokens
-        score = trainer.evaluate()["eval_accuracy"] if text else _loss(trainer.model, data["validation"], collator)
+        score = (
+            trainer.evaluate()["eval_accuracy"]
+            if text
+            else _loss(trainer.model, data["validation"], collator, bool(config.get("bf16")))
+        )
     if not trainer.is_world_process_zero():
         return
     world, ends = int(os.environ.get("WORLD_SIZE", "1")), clock.ends
@@ -170,16 +170,21 @@ def main(path: str) -> None:
     print(json.dumps(answer))
 
 
-def _loss(model: Any, rows: Any, collator: Any) -> float:
-    """The mean over all tokens of all rows; the Trainer's own is a mean of its batches' means."""
+def _loss(model: Any, rows: Any, collator: Any, bf16: bool) -> float:
+    """The mean over all tokens of all rows; the Trainer's own is a mean of its batches' means.
+
+    On the model's device, and with `bf16` in the mixed precision in which it was trained.
+    """
     model.eval()
+    device = next(model.parameters()).device
     total, count = 0.0, 0
     batches = iter(rows)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         while some := list(itertools.islice(batches, 16)):
             batch = collator(some)
             found = int((batch["labels"][:, 1:] != -100).sum())
-            total, count = total + float(model(**batch).loss) * found, count + found
+            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            total, count = total + float(loss) * found, count + found
     return total / count
 
 

@@ -36,6 +36,7 @@ from transformers.masking_utils import sdpa_mask
 from rayft import warm
 from rayft.data.pack import pack, packed_table
 from rayft.errors import DataError, ModelError
+from rayft.tasks import causal_lm
 from rayft.tasks.causal_lm import CausalLM, each, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
@@ -677,6 +678,20 @@ def test_a_process_that_got_its_network_from_another_knows_the_attention(tmp_pat
         "assert torch.equal(CausalLM(**fields).forward(warm.unpacked(given).eval(), batch), logits)"
     )
     subprocess.run([sys.executable, "-c", there, str(tmp_path / "given")], check=True)
+
+
+@pytest.mark.parametrize(("device", "attention"), [("cpu", each.NAME), ("meta", "sdpa")])
+def test_only_processors_attend_to_each_packed_sequence_by_itself(
+    device: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, as on a GPU, it would break the graphs of a compiled model in two at each layer."""
+    network, task = tiny("llama", "sdpa"), CausalLM(max_length=40)
+    assert attend_each(network)
+    seen = []
+    monkeypatch.setattr(causal_lm, "logits_of", lambda model, *_, **__: seen.append(model.config._attn_implementation))
+    ids = torch.ones(1, 4, dtype=torch.int64, device=device)
+    task.forward(network, {"input_ids": ids, "position_ids": ids, "targets": ids})
+    assert seen == [attention]
 
 
 def rows_of_tokens(count: int) -> pa.Table:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -442,6 +443,28 @@ def assert_close(one: Any, other: Any) -> None:
             assert_close(*pair)
     else:
         assert one == (pytest.approx(other, rel=1e-4) if isinstance(one, float) else other)
+
+
+class Read(TorchDispatchMode):
+    """Counts the numbers that are read out of tensors one by one, each of which waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_predictions_read_no_number_by_itself(loaded: Loaded) -> None:
+    features = loaded.encode(evaluation=True).features
+    batch = loaded.collate(features)
+    with torch.no_grad():
+        outputs = loaded.task.forward(loaded.network, batch)
+        with Read() as read:
+            loaded.task.predict(outputs, batch, features, loaded.processor, loaded.facts)
+    assert read.count == 0
 
 
 def test_rows_without_truth_get_predictions(loaded: Loaded) -> None:

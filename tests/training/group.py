@@ -13,11 +13,14 @@ from typing import Any
 import torch.multiprocessing as mp
 
 
-def run_group(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """Runs `function(*arguments)` on `world` processes in one gloo group; what each returned, by rank."""
+def run_group(function: Callable[..., Any], world: int, *arguments: Any, gpu: bool = False) -> list[Any]:
+    """Runs `function(*arguments)` on `world` processes in one gloo group; what each returned, by rank.
+
+    They see no GPU, unless with `gpu`: then they are one nccl group.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = mp.get_context("spawn").Queue()
-        context = mp.spawn(_enter, (function, world, folder, results, arguments), nprocs=world, join=False)
+        context = mp.spawn(_enter, (function, world, folder, results, arguments, gpu), nprocs=world, join=False)
         found: dict[int, tuple[bool, Any]] = {}
         while len(found) < world and all(ok for ok, _ in found.values()):
             with contextlib.suppress(queue.Empty):
@@ -38,12 +41,21 @@ def run_group(function: Callable[..., Any], world: int, *arguments: Any) -> list
 
 
 def _enter(
-    rank: int, function: Callable[..., Any], world: int, folder: str, results: Any, arguments: tuple[Any, ...]
+    rank: int,
+    function: Callable[..., Any],
+    world: int,
+    folder: str,
+    results: Any,
+    arguments: tuple[Any, ...],
+    gpu: bool,
 ) -> None:
     import torch.distributed as dist
 
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=world)
     try:
         from rayft.training.engine import prepare_process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 
 from group import run_group
 from rayft.recipe import Every, Recipe, Train
+from rayft.training import loop
+from rayft.training.evaluate import to_device
 from rayft.training.loop import source_rows
 from rayft.training.schedule import due, learning_rate, total_steps
 
@@ -251,6 +254,41 @@ def test_losses_are_the_same_however_the_batch_is_cut(bert: str, world: int) -> 
             for case, (found, sums) in zip(tried, seen, strict=True):
                 assert found == pytest.approx(reference, rel=1e-5), case
                 assert sums == pytest.approx(seen[0][1], rel=1e-5), case
+
+
+def test_a_device_holds_one_micro_batch_at_a_time_and_reads_nothing_back_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However large a share is; and host and device work side by side until the step's loss is read."""
+    events: list[str] = []
+    plain = recipe()
+    device = torch.device("meta")  # what is read from it fails
+
+    def moved(batch: dict[str, Any], to: torch.device) -> dict[str, Any]:
+        events.append("moved")
+        return to_device(batch, to)
+
+    def forward(_: Any, batch: dict[str, Any]) -> torch.Tensor:
+        events.append(f"passed, on {batch['input_ids'].device.type}")
+        return batch["input_ids"].float()
+
+    monkeypatch.setattr(loop, "to_device", moved)
+    monkeypatch.setattr(loop, "sum_over_ranks", lambda total: events.append(f"summed, in {total.dtype}"))
+    monkeypatch.setattr(loop, "float", lambda total: events.append(f"read, from {total.device.type}"), raising=False)
+    silent = SimpleNamespace(at=lambda *_: None, to=lambda *_: None)
+    task: Any = SimpleNamespace(collate=plain.task.collate, forward=forward, loss=lambda outputs, *_: outputs.sum())
+    engine = SimpleNamespace(
+        set_gradient_accumulation_boundary=lambda last: None, backward=lambda loss, scale_wrt_gas: None
+    )
+    job: Any = SimpleNamespace(
+        recipe=plain, task=task, engine=engine, processor=Processor(), facts=CLASSES, device=device, watch=silent,
+        norms=silent, laps=silent, serve=lambda split, rows: None,
+    )  # fmt: skip
+    (share, *_) = shares_of(rows(), 0, 1, 8)
+    batches = [loop._micro(job, table, True) for table in share.micro]
+    assert {value.device.type for micro in batches for value in micro.batch.values()} == {"cpu"}
+    loop._accumulate(job, batches, 1.0)
+    assert events == ["moved", "passed, on meta"] * 3 + ["summed, in torch.float64", "read, from meta"]
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

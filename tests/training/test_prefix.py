@@ -16,7 +16,7 @@ from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.training import checkpoint, checkpoints, standin, states
-from rayft.training.prefix import Cost, impossible
+from rayft.training.prefix import Cost, Trial, impossible
 from small import recipe as small_recipe
 from small import small_bert
 from whole import trained_all
@@ -115,14 +115,13 @@ def test_adapters_lie_above_the_depth_and_a_damaged_state_is_noticed(recipes: di
     recipe = Recipe.parse(cases[1])
     data = prepare(recipe, recipe.model.path)["train"]
     at = states.states_folder(data.folder, recipe, model_identity(recipe.model.path), 2, 0, first=False)
-    opened = states.States(at)
-    assert opened.rows([0, 1]).shape[0] == 2
+    assert states.States(at).rows([0, 1]).shape[0] == 2
     (file,) = [entry.path for entry in storage.listing(at) if entry.path.endswith(".bin")]
     content = bytearray(Path(file).read_bytes())
     content[5] ^= 1
     Path(file).write_bytes(content)
     with pytest.raises(Damaged, match="not as they were written"):
-        opened.rows(range(data.manifest.rows))
+        states.States(at).rows(range(data.manifest.rows))
     Path(file).write_bytes(content[:-4])
     with pytest.raises(Damaged, match="another size"):
         states.States(at)
@@ -164,6 +163,22 @@ def test_where_states_can_not_be_stored(fields: dict[str, Any], depth: int, why:
 def test_states_are_stored_where_that_pays(cost: Cost, why: str | None) -> None:
     said = cost.too_dear()
     assert said is None if why is None else str(said).startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "pays"),
+    [("float32", 0, True), ("float32", 1, True), ("bfloat16", 1, False)],
+)
+def test_a_gpu_computes_sooner_in_sixteen_bits_than_states_are_read(
+    tmp_path: Path, dtype: str, gpus: int, pays: bool
+) -> None:
+    """Rows of 512 tokens, width 2048, through 12 blocks with 0.7 B parameters; a hundred passes."""
+    fields = {"model.dtype": dtype, "cluster.gpus_per_worker": gpus, "storage": str(tmp_path)}
+    plain = {"name": "x", "task": {"type": "causal-lm"}, "model": {"path": "m"}, "data": {"train": "d"}}
+    overrides = [f"{name}={value}" for name, value in {**fields, "train.epochs": 100}.items()]
+    width = 4 if dtype == "float32" else 2
+    tried = Trial(None, 512 * 2048 * width, 2 * 0.7e9 * 512)
+    assert (tried.cost(100, 10_000, Recipe.parse(plain, overrides=overrides)).too_dear() is None) is pays
 
 
 def test_states_with_more_or_fewer_positions_than_the_batch_are_fitted() -> None:

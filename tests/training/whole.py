@@ -43,7 +43,8 @@ def trained(plain: dict[str, Any], exports: bool = False) -> dict[str, Any]:
     }
     told: list[dict[str, Any]] = []
     setting = Setting(exports=exports)
-    run = Run(recipe, config, prepared, torch.device("cpu"), told.append, Watch(None, rank), setting)
+    device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
+    run = Run(recipe, config, prepared, device, told.append, Watch(None, rank), setting)
     evaluations = [dict(run.progress.scores) for _ in run.go(Run.own_shares)]
     served = run.prefix.rows_served if run.prefix is not None else 0
     run.close()

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
-from rayft.tasks.causal_lm.each import attend_each, make_known
+from rayft.tasks.causal_lm.each import attend_each, attend_on
 from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, learnable, per_token, summed_loss
 from rayft.tasks.causal_lm.samples import Form, Sample, samples
@@ -249,7 +249,7 @@ class CausalLM(Task):
         """(predicted tokens, vocabulary) logits: for prompts and padding none are computed."""
         from transformers.utils.generic import is_flash_attention_requested
 
-        make_known()
+        attend_on(inner(model), batch["input_ids"].device)
         inputs = {name: value for name, value in batch.items() if name != "targets"}
         asked = batch["targets"] != IGNORED
         # Flash attention tells packed sequences apart in a single row only.
@@ -271,9 +271,10 @@ class CausalLM(Task):
         asked = batch["targets"] != IGNORED
         nll, right = per_token(outputs, batch["targets"][asked])
         counts = asked.sum(dim=1).tolist()
+        # All rows' at once: each number that is read from a GPU is waited for.
+        sums, hits = (torch.stack([row.sum() for row in values.split(counts)]).tolist() for values in (nll, right))
         return [
-            {"nll": float(losses.sum()), "tokens": count, "correct": int(hits.sum())}
-            for losses, hits, count in zip(nll.split(counts), right.split(counts), counts, strict=True)
+            {"nll": loss, "tokens": count, "correct": hit} for loss, hit, count in zip(sums, hits, counts, strict=True)
         ]
 
     def generate(

@@ -49,6 +49,19 @@ def make_known() -> None:
     _register(*_uncompiled())
 
 
+def attend_on(network: Any, device: torch.device) -> None:
+    """Gets a network ready to read rows on `device`. On a GPU it attends as "sdpa" from now on, which compiles whole.
+
+    Where a network will read is not known yet when it is loaded.
+    """
+    if network.config._attn_implementation != NAME:
+        return
+    if device.type == "cpu":
+        make_known()
+    else:
+        network.set_attn_implementation("sdpa")
+
+
 @functools.cache
 def _uncompiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """In a compiled model attention and mask are computed as they are: other lengths would be another program."""

@@ -180,10 +180,10 @@ class TokenClassification(Task):
         """{"tags", "scores"}: of each word the most probable tag and its share; O, or the first, for a word unread."""
         names: list[str] = facts["labels"]
         unread = "O" if "O" in names else names[0]
-        shares, indices = outputs.logits.detach().float().softmax(dim=-1).max(dim=-1)
+        shares, indices = (found.tolist() for found in outputs.logits.detach().float().softmax(dim=-1).max(dim=-1))
         predictions = []
         for row, places in enumerate(features["places"]):
-            own = [(names[int(indices[row, p])], float(shares[row, p])) if p >= 0 else (unread, 0.0) for p in places]
+            own = [(names[indices[row][p]], shares[row][p]) if p >= 0 else (unread, 0.0) for p in places]
             predictions.append({"tags": [name for name, _ in own], "scores": [share for _, share in own]})
         return predictions
 
