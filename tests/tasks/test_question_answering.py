@@ -217,7 +217,7 @@ def window(text: str, base: int = 0) -> dict[str, list[Any]]:
 
 
 def predict(task: QuestionAnswering, features: dict[str, list[Any]], start: Any, end: Any) -> list[dict[str, Any]]:
-    batch = task.collate(features, SimpleNamespace(pad_token_id=0), {})
+    batch = task.collate(features, SimpleNamespace(pad_token_id=0, padding_side="right"), {})
     outputs = SimpleNamespace(start_logits=torch.as_tensor(start), end_logits=torch.as_tensor(end))
     return task.predict(outputs, batch, features, None, {})
 
