@@ -39,6 +39,7 @@ from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm import CausalLM, each, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
+from rayft.tasks.causal_lm.direction import reads_both_ways
 from rayft.tasks.causal_lm.each import attend_each
 from rayft.tasks.task import Pretrained
 from small import switching_often
@@ -669,11 +670,51 @@ def test_models_that_do_not_fit_are_refused(folder: Callable[..., str], tmp_path
     AutoConfig.for_model("bert").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"\(bert\) reads both ways"):
         CausalLM(max_length=64).processor(replace(source, path=str(tmp_path)))
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(t5\) has no head that tells the next token; .* such as GPT-2 or Llama"):
+        CausalLM(max_length=64).processor(replace(source, path=str(tmp_path)))
     task = CausalLM(max_length=64)
     tokenizer = task.processor(source)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ModelError, match=r"tokenizer of .* has 321 tokens, but the model only 320"):
         task.load(source, {}, tokenizer)
+
+
+HALVES = {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")}
+BART = {"d_model": 32, **HALVES}
+XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 2}
+XLNET = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "both"),
+    [
+        *((kind, fields, False) for kind, fields in KINDS.items()),
+        *((kind, {}, True) for kind in ("bert", "roberta", "electra", "bert-generation")),
+        *((kind, {"is_decoder": True}, False) for kind in ("bert", "roberta", "electra", "bert-generation")),
+        *((kind, BART, False) for kind in ("bart", "mbart", "mvp", "pegasus")),
+        ("xlnet", XLNET, True),
+        ("xlnet", {**XLNET, "attn_type": "uni"}, False),
+        ("xlm", XLM, True),
+        ("xlm", {**XLM, "causal": True}, False),
+        ("cpmant", {"dim_head": 8, "dim_ff": 48}, True),
+    ],
+)
+def test_models_that_see_what_they_are_to_predict_are_known_by_their_config(
+    kind: str, fields: dict[str, Any], both: bool
+) -> None:
+    sizes = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 320}
+    known = vars(AutoConfig.for_model(kind))
+    config = AutoConfig.for_model(kind, **{name: size for name, size in sizes.items() if name in known} | fields)
+    assert reads_both_ways(config) == both
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+        ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+        one, other = network(input_ids=ids).logits[:, :-1]
+    assert torch.allclose(one, other, rtol=0, atol=1e-5) != both
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,6 +25,7 @@ from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
 from rayft.tasks.causal_lm.chat import conversation, why_silent
+from rayft.tasks.causal_lm.direction import refuse_unfit
 from rayft.tasks.causal_lm.each import attend_each, make_known
 from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, learnable, per_token, summed_loss
@@ -122,15 +123,10 @@ class CausalLM(Task):
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer, for conversations with a chat template; what pads is masked, so that any token will do.
 
-        ModelError where the model reads both ways, has fewer positions than `max_length`, or can't tell turns apart.
+        ModelError where the model does not write from left to right, has fewer positions than `max_length`, or can't
+        tell turns apart.
         """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-        config = load_config(model)
-        if getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise ModelError(
-                f"{model.path} ({config.model_type}) reads both ways; causal-lm needs a left-to-right model"
-            )
+        refuse_unfit(load_config(model), model.path)
         turns = "task.messages" if self.messages is not None else "task.chat" if self.chat else None
         tokenizer = load_tokenizer(model, self.max_length, turns, pads=False)
         if self.chat_template is not None:
