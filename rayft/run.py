@@ -17,6 +17,7 @@ from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.stopping import Stop
+from rayft.text import counted
 from rayft.training import checkpoints, footprint
 from rayft.training.schedule import order, total_steps
 
@@ -150,9 +151,8 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
 
 def length(recipe: Recipe) -> str:
     """How long it trains, in words."""
-    parts = [f"{recipe.train.epochs} epochs" if recipe.train.epochs is not None else ""]
-    parts.append(f"{recipe.train.max_steps} steps" if recipe.train.max_steps is not None else "")
-    return ", at most ".join(part for part in parts if part)
+    asked = ((recipe.train.epochs, "epoch"), (recipe.train.max_steps, "step"))
+    return ", at most ".join(counted(count, unit) for count, unit in asked if count is not None)
 
 
 def _preparing(show: Show) -> Callable[[str, int, int | None], None]:

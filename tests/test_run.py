@@ -16,7 +16,7 @@ from group import run_group
 from rayft import storage
 from rayft.errors import NotFinite, RunRefused, StorageError
 from rayft.recipe import Recipe
-from rayft.run import export
+from rayft.run import export, length
 from whole import trained
 
 
@@ -40,6 +40,19 @@ def straight(plain: dict[str, Any], **fields: Any) -> dict[str, Any]:
     plain = {"deepspeed": {"zero_stage": 0}, **plain, "name": "straight", **fields}
     found: dict[str, Any] = run_group(trained, plain["cluster"]["workers"], plain, True)[0]
     return found
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"epochs": 1}, "1 epoch"),
+        ({"max_steps": 2000}, "2,000 steps"),
+        ({"epochs": 3, "max_steps": 1}, "3 epochs, at most 1 step"),
+    ],
+)
+def test_how_long_a_run_trains_is_said_in_words(train: dict[str, int], said: str) -> None:
+    plain = {"name": "n", "task": {"type": "text-classification"}, "model": {"path": "m"}, "data": {"train": "d.csv"}}
+    assert length(Recipe.parse({**plain, "train": train})) == said
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "x"), KeyboardInterrupt()], ids=["full", "ctrl-c"])

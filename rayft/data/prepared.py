@@ -45,13 +45,18 @@ class Manifest(BaseModel):
         """What a user should know about how the rows became what they are."""
         found = []
         if self.cut and split == "validation":
-            found.append(f"validation: not given, so {self.cut:,} rows were cut from train by a hash of their place")
+            found.append(f"validation: not given, so {_rows(self.cut)} cut from train by a hash of their place")
         if self.truncated:
-            found.append(f"{split}: {self.truncated:,} of {self.source_rows:,} rows were truncated to what fits")
-        found += [f"{split}: {count:,} rows were dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+            found.append(f"{split}: {self.truncated:,} of {_rows(self.source_rows)} truncated to what fits")
+        found += [f"{split}: {_rows(count)} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
         if self.bad["count"]:
-            found.append(f"{split}: {self.bad['count']:,} bad rows were skipped, such as {self.bad['examples'][0]}")
+            found.append(f"{split}: {_rows(self.bad['count'], kind='bad ')} skipped, such as {self.bad['examples'][0]}")
         return found
+
+
+def _rows(count: int, kind: str = "") -> str:
+    """`1 row was`, `2,300 rows were`."""
+    return f"{count:,} {kind}row was" if count == 1 else f"{count:,} {kind}rows were"
 
 
 @dataclass(frozen=True)

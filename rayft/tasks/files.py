@@ -14,14 +14,19 @@ LONGEST_PATH, LONGEST_NAME = 4096, 255  # of what Linux opens: a column of texts
 
 def file_bytes(column: str, value: Any) -> bytes:
     """The content of the file in a cell; ValueError, whose sentence is for `Encoded.bad`, where there is none."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes | bytearray | memoryview):
-        content = bytes(value)
-    elif isinstance(value, str) and value.strip():
-        content = _read(column, value)
+    held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if isinstance(held, bytes | bytearray | memoryview):
+        content = bytes(held)
+    elif isinstance(held, str) and held.strip():
+        content = _read(column, held)
+    elif isinstance(value, dict) and value.keys() - {"bytes", "path"}:
+        fields = ", ".join(f"`{name}`" for name in value)
+        raise ValueError(
+            f"`{column}` holds {fields}; it needs a file's path or URL, or its bytes: a data set whose files are not "
+            "decoded has them as `bytes` and `path`"
+        )
     else:
-        raise ValueError(f"`{column}` is {quoted(value)}; it needs a file's path or URL, or its bytes")
+        raise ValueError(f"`{column}` is {quoted(held)}; it needs a file's path or URL, or its bytes")
     if not content:
         raise ValueError(f"`{column}`: {file_name(value)} is empty")
     return content

@@ -70,8 +70,8 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer; `offsets_for` is what needs to know which characters a token covers.
 
-    Where it `pads` it has a token for that. With `words` it will be given words: one for which a blank belongs to the
-    word behind it puts it there.
+    Where it `pads` it has a token for that, and does so on the right. With `words` it will be given words: one for
+    which a blank belongs to the word behind it puts it there.
 
     ModelError where the model has fewer positions than `max_length`, or the tokenizer no such offsets or token.
     """
@@ -105,7 +105,14 @@ def load_tokenizer(
             f"the tokenizer of {model.path} has neither a token to pad with nor an end of sequence; `pad_token` in its "
             "tokenizer_config.json says which one pads"
         )
+    if pads:
+        pad_on(tokenizer, "right")
     return tokenizer
+
+
+def pad_on(tokenizer: Any, side: str) -> None:
+    """Makes the tokenizer pad on `side`, now and when it is saved and loaded again."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
 
 
 def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch.nn.Module:
@@ -275,21 +282,26 @@ def dropouts(config: Any) -> list[tuple[Any, str]]:
     return found
 
 
-def pad(rows: Sequence[Any], value: int) -> torch.Tensor:
-    """Rows of numbers of any length as (rows, longest) int64, filled up on the right."""
-    padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+def pad(rows: Sequence[Any], value: int, side: str = "right") -> torch.Tensor:
+    """Rows of numbers of any length as (rows, longest) int64, filled up on `side`."""
+    longest = max(len(row) for row in rows)
+    padded = np.full((len(rows), longest), value, dtype=np.int64)
     for place, row in enumerate(rows):
-        padded[place, : len(row)] = row
+        first = longest - len(row) if side == "left" else 0
+        padded[place, first : first + len(row)] = row
     return torch.from_numpy(padded)
 
 
 def padded(features: Columns, tokenizer: Any) -> Batch:
-    """`input_ids`, `attention_mask` and, where the features have them, `token_type_ids`: each (n, longest) int64."""
-    ids = features["input_ids"]
+    """`input_ids`, `attention_mask` and, where the features have them, `token_type_ids`: each (n, longest) int64.
+
+    They are filled up on the side where the tokenizer pads.
+    """
+    ids, side = features["input_ids"], tokenizer.padding_side
     batch = {
-        "input_ids": pad(ids, tokenizer.pad_token_id),
-        "attention_mask": pad([np.ones(len(row)) for row in ids], 0),
+        "input_ids": pad(ids, tokenizer.pad_token_id, side),
+        "attention_mask": pad([np.ones(len(row)) for row in ids], 0, side),
     }
     if features.get("token_type_ids", [None])[0] is not None:
-        batch["token_type_ids"] = pad(features["token_type_ids"], tokenizer.pad_token_type_id)
+        batch["token_type_ids"] = pad(features["token_type_ids"], tokenizer.pad_token_type_id, side)
     return batch

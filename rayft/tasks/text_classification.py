@@ -158,7 +158,7 @@ class TextClassification(Task):
         return network
 
     def collate(self, features: Columns, processor: Any, facts: dict[str, Any]) -> Batch:
-        """Padded on the right to the longest of n features, l tokens.
+        """Padded to the longest of n features, l tokens, on the side that suits the model.
 
         input_ids, attention_mask   (n, l) int64
         token_type_ids              (n, l) int64, for pairs where the tokenizer makes them

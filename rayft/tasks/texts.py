@@ -6,21 +6,35 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rayft.errors import ModelError
 from rayft.tasks.later import transformers
-from rayft.tasks.loading import load_config, load_tokenizer
+from rayft.tasks.loading import load_config, load_tokenizer, pad_on
 from rayft.tasks.task import Columns, Encoded, Pretrained, check_text
+
+# Their classifiers read places of a row by what `summary_type` says, and know nothing of padding.
+SUMMARISING = frozenset({"flaubert", "xlm", "xlnet"})
 
 
 def classifying_tokenizer(model: Pretrained, max_length: int) -> Any:
     """The tokenizer of a model that tells something of a text, for texts of up to `max_length` tokens.
 
     A model with a decoder (BART, T5) answers at the last end of sequence, and refuses a batch whose rows hold more and
-    fewer of them: to it what users write is never a special token.
+    fewer of them: to it what users write is never a special token. ModelError where the answer would depend on how
+    far a row is padded.
     """
-    tokenizer = load_tokenizer(model, max_length)
+    config, tokenizer = load_config(model), load_tokenizer(model, max_length)
     tokenizer.model_max_length = max_length
-    if getattr(load_config(model), "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True  # now, and when saved
+    if config.model_type in SUMMARISING and config.summary_type != "first":
+        # XLNet's positions are relative, so that padding before a text changes nothing else.
+        fits = ("first", "last") if config.model_type == "xlnet" else ("first",)
+        if config.summary_type not in fits:
+            raise ModelError(
+                f"{model.path} ({config.model_type}) sums a text up by {config.summary_type!r} of its places, padding "
+                f"among them; {' or '.join(fits)} as `summary_type` in its config.json fits"
+            )
+        pad_on(tokenizer, "left")
     return tokenizer
 
 

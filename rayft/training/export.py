@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from rayft import __version__, storage
+from rayft import __version__, document, storage
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained
 from rayft.training.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ def export(
         processor.save_pretrained(folder)
         task.export(folder, network, processor, facts)
         library = "diffusers" if (Path(folder) / "model_index.json").exists() else "transformers"
-        (Path(folder) / "README.md").write_text(model_card(recipe, scores, data, library), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(model_card(recipe, base, scores, data, library), encoding="utf-8")
         details = {
             "rayft": __version__,
             "task": task.model_dump(mode="json"),
@@ -70,15 +70,18 @@ def new_parameters(network: Any) -> tuple[str, ...]:
     return tuple(getattr(network, "rayft_drawn", ()))
 
 
-def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str], library: str) -> str:
-    """README.md of the model folder, which `library` loads."""
-    pipeline, usage = recipe.task.pipeline(), recipe.task.usage()
-    lines = ["---", f"library_name: {library}"]
-    if pipeline:
-        lines.append(f"pipeline_tag: {pipeline}")
-    lines += [f"base_model: {recipe.model.path}", "tags: [rayft]", "---", "", f"# {recipe.name}", ""]
+def model_card(recipe: Recipe, base: Pretrained, scores: dict[str, float], data: dict[str, str], library: str) -> str:
+    """README.md of the model folder, which `library` loads; what it says of places is true on any machine.
+
+    The Hub knows `base_model` by its id alone, and refuses a card with anything else there.
+    """
+    pipeline, usage, plain = recipe.task.pipeline(), recipe.task.usage(), _portable(recipe)
+    front: dict[str, Any] = {"library_name": library}
+    front |= {"pipeline_tag": pipeline} if pipeline else {}
+    front |= {} if os.path.isdir(base.path) else {"base_model": base.path}
+    lines = ["---", document.write({**front, "tags": ["rayft"]}).strip(), "---", "", f"# {recipe.name}", ""]
     lines += [
-        f"Fine-tuned for {recipe.task.type} with rayft {__version__} from `{recipe.model.path}`.",
+        f"Fine-tuned for {recipe.task.type} with rayft {__version__} from `{plain['model']['path']}`.",
         "",
         "## Scores",
         "",
@@ -92,5 +95,18 @@ def model_card(recipe: Recipe, scores: dict[str, float], data: dict[str, str], l
     if usage:
         lines += ["## Use", "", usage]
     lines += ["## Data", "", *(f"- {split}: content `{identity}`" for split, identity in data.items()), ""]
+    return "\n".join([*lines, "## Recipe", "", "```yaml", document.write(plain).strip(), "```", ""])
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's plain form without the folders in which local files lay on the machine that trained."""
+
+    def named(path: str) -> str:
+        return os.path.basename(path.rstrip("/")) if path.startswith(("/", "~", "file://")) else path
+
     plain = recipe.dump()
-    return "\n".join([*lines, "## Recipe", "", "```yaml", yaml.safe_dump(plain, sort_keys=False).strip(), "```", ""])
+    plain["storage"], plain["model"]["path"] = named(recipe.storage), named(recipe.model.path)
+    for sources in plain["data"].values():
+        for source in sources if isinstance(sources, list) else ():
+            source["path"] = named(source["path"])
+    return plain

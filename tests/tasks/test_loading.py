@@ -114,12 +114,14 @@ def test_positions_are_counted_as_the_model_counts_them(
             load_tokenizer(Pretrained(path), usable + 1)
 
 
-def test_padding_is_on_the_right_and_masked() -> None:
+def test_padding_is_on_the_tokenizers_side_and_masked() -> None:
     assert pad([[1, 2, 3], [], [4]], 9).tolist() == [[1, 2, 3], [9, 9, 9], [4, 9, 9]]
+    assert pad([[1, 2, 3], [], [4]], 9, "left").tolist() == [[1, 2, 3], [9, 9, 9], [9, 9, 4]]
 
     class Tokenizer:
         pad_token_id = 7
         pad_token_type_id = 5
+        padding_side = "right"
 
     batch = padded({"input_ids": [[1, 2], np.array([3])], "token_type_ids": [[0, 1], [0]]}, Tokenizer())
     assert {name: value.tolist() for name, value in batch.items()} == {
@@ -129,6 +131,13 @@ def test_padding_is_on_the_right_and_masked() -> None:
     }
     assert {value.dtype for value in batch.values()} == {torch.int64}
     assert "token_type_ids" not in padded({"input_ids": [[1]], "token_type_ids": [None]}, Tokenizer())
+    Tokenizer.padding_side = "left"
+    batch = padded({"input_ids": [[1, 2], [3]], "token_type_ids": [[0, 1], [0]]}, Tokenizer())
+    assert {name: value.tolist()[1] for name, value in batch.items()} == {
+        "input_ids": [7, 3],
+        "attention_mask": [0, 1],
+        "token_type_ids": [5, 0],
+    }
 
 
 def test_parts_of_tasks_are_no_tasks() -> None:

@@ -113,6 +113,7 @@ def test_answer_may_begin_inside_a_token_or_with_a_blank(tokenizer: Any) -> None
         [{"text": "bravo", "answer_start": 6}],
         json.dumps({"text": ["bravo"], "answer_start": [6]}),
         json.dumps([{"text": "bravo", "answer_start": 6}]),
+        str({"text": ["bravo"], "answer_start": [6]}),  # as pandas writes a CSV file
     ],
 )
 def test_answers_are_read_in_every_form(tokenizer: Any, answers: Any) -> None:
@@ -140,6 +141,8 @@ def test_a_column_of_ids_of_any_kind_is_not_looked_at(tokenizer: Any) -> None:
         ({"text": ["bravo"], "answer_start": [None]}, ["answer_start"]),
         ({"text": [""], "answer_start": [0]}, ["an answer is ''"]),
         ("bravo", ["not JSON"]),
+        ("{'text': ['bravo'", ["not JSON"]),
+        ("7", ["answer_start"]),
         (7, ["answer_start"]),
         ({"text": [], "answer_start": []}, ["no answer", "task.unanswerable=true"]),
         (None, ["no answer", "task.unanswerable=true"]),
@@ -217,7 +220,7 @@ def window(text: str, base: int = 0) -> dict[str, list[Any]]:
 
 
 def predict(task: QuestionAnswering, features: dict[str, list[Any]], start: Any, end: Any) -> list[dict[str, Any]]:
-    batch = task.collate(features, SimpleNamespace(pad_token_id=0), {})
+    batch = task.collate(features, SimpleNamespace(pad_token_id=0, padding_side="right"), {})
     outputs = SimpleNamespace(start_logits=torch.as_tensor(start), end_logits=torch.as_tensor(end))
     return task.predict(outputs, batch, features, None, {})
 

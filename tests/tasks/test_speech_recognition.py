@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Wav2Vec2CTCTokenizer
 
 from rayft.errors import DataError, ModelError
 from rayft.tasks.speech_recognition import IGNORED, SpeechRecognition
@@ -61,6 +62,40 @@ def test_a_letter_that_the_model_lacks_is_named_with_what_fits() -> None:
         spelled(tokenizer, "AéA")
 
 
+@pytest.mark.parametrize("model", ["listener", "letters"])
+def test_a_letter_that_only_evaluated_texts_have_is_scored_and_never_written(
+    folders: dict[str, str], model: str
+) -> None:
+    task, source = SpeechRecognition(case="upper" if model == "letters" else "keep"), Pretrained(folders[model])
+    processor = task.processor(source)
+    rows = {**DIGITS, "text": ["zerö", "three", "6"]}
+    training, made = (task.encode(rows, processor, FACTS, evaluation=evaluation) for evaluation in (False, True))
+    assert (training.rows, sorted(training.bad)) == ([1], [0, 2])
+    assert (made.rows, made.bad) == ([0, 1, 2], {})
+    assert made.references == [text.upper() if model == "letters" else text for text in rows["text"]]
+    unknown = processor.tokenizer(FACTS).unk_token_id
+    assert [labels.count(unknown) for labels in made.features["labels"]] == [1, 0, 1]
+    network = task.load(source, FACTS, processor).eval()
+    batch = task.collate(made.features, processor, FACTS)
+    with torch.no_grad():
+        outputs = task.forward(network, batch)
+    assert torch.isfinite(task.loss(outputs, batch))
+    scores = task.score(task.predict(outputs, batch, made.features, processor, FACTS), made.references)
+    assert scores["wer"] >= 2 / 3
+
+
+def test_a_letter_without_a_sign_for_the_unknown_is_none_where_texts_are_evaluated(tmp_path: Path) -> None:
+    tokenizer, vocabulary = made_tokenizer(("A", "B")), tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps(tokenizer.get_vocab()))
+    for sign in ("<none>", "<pad>"):  # the blank is no letter
+        bare = Wav2Vec2CTCTokenizer(str(vocabulary), unk_token=sign, pad_token="<pad>")
+        assert spelled(bare, "AéB", evaluation=True) == spelled(bare, "AB")
+        with pytest.raises(ValueError, match="'é' is not among the letters"):
+            spelled(bare, "AéB")
+    with pytest.raises(ValueError, match=r"task\.case=upper fits"):  # all of it is in another case
+        spelled(tokenizer, "ab", evaluation=True)
+
+
 def test_rows_that_can_not_be_learnt_are_left_out_or_refused(folders: dict[str, str]) -> None:
     task = SpeechRecognition(max_seconds=0.6)
     processor = task.processor(Pretrained(folders["listener"]))
@@ -77,7 +112,7 @@ def test_rows_that_can_not_be_learnt_are_left_out_or_refused(folders: dict[str, 
     }
     assert sorted(made.bad) == [3, 5]
     assert made.bad[3] == "`text` is ' '; it needs text"
-    unknown = task.encode({**DIGITS, "text": ["zero", "Three", "tree!"]}, processor, FACTS, evaluation=True)
+    unknown = task.encode({**DIGITS, "text": ["zero", "Three", "tree!"]}, processor, FACTS, evaluation=False)
     assert unknown.bad[1] == "`text`: 'T' is not among the letters that the model writes; task.case=lower fits"
     assert "'!' is not among the letters" in unknown.bad[2]
 

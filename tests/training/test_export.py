@@ -13,11 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffusion_models import make_pipeline_folder
-from rayft import storage
+from rayft import document, storage
 from rayft.recipe import Recipe
+from rayft.tasks.task import Pretrained
 from rayft.training import checkpoint, freeze
 from rayft.training.assembly import pretrained
-from rayft.training.export import DETAILS, export, new_parameters
+from rayft.training.export import DETAILS, export, model_card, new_parameters
 from small import small_bert
 
 FACTS = {"labels": ["ham", "spam"]}
@@ -129,6 +130,32 @@ def test_the_pipeline_needs_nothing_but_the_folder(base: str, tmp_path: Path) ->
     answer = pipeline("text-classification", model=str(folder), top_k=None)(["win a prize now"])[0]
     scores = {entry["label"]: entry["score"] for entry in answer}
     assert scores == pytest.approx({"ham": expected[0].item(), "spam": expected[1].item()}, abs=1e-5)
+
+
+def test_the_card_names_no_place_of_this_machine_and_a_base_model_of_the_hub_alone(base: str, tmp_path: Path) -> None:
+    """The Hub refuses a card whose `base_model` is no id of its own."""
+    rows = tmp_path / "rows.csv"
+    plain = {"name": "small", "task": {"type": "text-classification"}, "storage": str(tmp_path / "runs")}
+    plain |= {"data": {"train": [str(rows), "s3://bucket/rows.csv"]}, "train": {"epochs": 1}}
+    cards = {}
+    for path, fetched in ((base, base), ("pkg:some/model", base), ("s3://bucket/model", base), ("org/yes", "org/yes")):
+        recipe = Recipe.parse({**plain, "model": {"path": path}})
+        cards[path] = model_card(recipe, Pretrained(fetched), {"eval_accuracy": 0.5}, {"train": "0123"}, "transformers")
+        assert str(tmp_path) not in cards[path]
+        assert base not in cards[path]
+        front, shown = (document.read(part).value for part in (cards[path].split("---\n")[1], recipe_in(cards[path])))
+        named = {"base_model": path} if path == fetched != base else {}
+        head = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+        assert front == {**head, **named, "tags": ["rayft"]}
+        assert [source["path"] for source in shown["data"]["train"]] == ["rows.csv", "s3://bucket/rows.csv"]
+        assert shown["storage"] == "runs"
+        assert Recipe.parse(shown).train == recipe.train
+    assert f"from `{Path(base).name}`" in cards[base]
+    assert "from `pkg:some/model`" in cards["pkg:some/model"]
+
+
+def recipe_in(card: str) -> str:
+    return card.partition("```yaml\n")[2].partition("```")[0]
 
 
 def test_the_card_names_the_library_that_loads_the_folder(base: str, tmp_path: Path) -> None:

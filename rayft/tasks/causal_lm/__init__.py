@@ -24,6 +24,8 @@ from pydantic import Field, field_validator, model_validator
 from rayft.errors import DataError, ModelError
 from rayft.tasks.causal_lm.answers import Asking, exact_match
 from rayft.tasks.causal_lm.apart import keeps_apart
+from rayft.tasks.causal_lm.chat import conversation, why_silent
+from rayft.tasks.causal_lm.direction import refuse_unfit
 from rayft.tasks.causal_lm.each import attend_each, attend_on
 from rayft.tasks.causal_lm.greedy import continuations
 from rayft.tasks.causal_lm.likelihood import IGNORED, learnable, per_token, summed_loss
@@ -34,7 +36,7 @@ from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer
 from rayft.tasks.logits import logits_of
 from rayft.tasks.task import Batch, Columns, Encoded, Prediction, Pretrained, Task
 
-NOTHING = {"text": "empty, or a single token", "prompt": "empty completion", "messages": "no assistant turn"}
+NOTHING = {"text": "empty, or a single token", "prompt": "empty completion"}
 
 
 class CausalLM(Task):
@@ -124,15 +126,10 @@ class CausalLM(Task):
     def processor(self, model: Pretrained) -> Any:
         """The tokenizer, for conversations with a chat template; what pads is masked, so that any token will do.
 
-        ModelError where the model reads both ways, has fewer positions than `max_length`, or can't tell turns apart.
+        ModelError where the model does not write from left to right, has fewer positions than `max_length`, or can't
+        tell turns apart.
         """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-        config = load_config(model)
-        if getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise ModelError(
-                f"{model.path} ({config.model_type}) reads both ways; causal-lm needs a left-to-right model"
-            )
+        refuse_unfit(load_config(model), model.path)
         turns = "task.messages" if self.messages is not None else "task.chat" if self.chat else None
         tokenizer = load_tokenizer(model, self.max_length, turns, pads=False)
         if self.chat_template is not None:
@@ -173,7 +170,7 @@ class CausalLM(Task):
                 features["labels"].append(targets)
                 sources.append(row)
             if not kept:
-                dropped[row] = self._why_nothing(labels, labelled)
+                dropped[row] = self._why_nothing(rows, row, labels, labelled)
             elif len(ids) > self.max_length and (self.text is None or not labelled):
                 truncated[row] = None
         for row in sources:  # another turn of the same conversation was kept
@@ -340,11 +337,13 @@ class CausalLM(Task):
         starts = range(0, max(1, len(ids) - 1), size - 1) if self.text is not None else (0,)
         return [(ids[start : start + size], labels[start : start + size]) for start in starts]
 
-    def _why_nothing(self, labels: list[int], labelled: bool) -> str:
+    def _why_nothing(self, rows: Columns, row: int, labels: list[int], labelled: bool) -> str:
         if not labelled:
             return "a prompt without tokens"
         if learnable(labels):
             return f"nothing to learn from within the first {self.max_length} tokens"
+        if self.messages is not None:
+            return why_silent(conversation(rows[self.messages][row]))
         return next(reason for form, reason in NOTHING.items() if getattr(self, form) is not None)
 
 

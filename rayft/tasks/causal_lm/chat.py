@@ -15,8 +15,11 @@ from rayft.tasks.texts import broken
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# Who speaks in ShareGPT's form of a conversation, {"from", "value"}, by the roles of chat templates.
-SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system", "tool")}
+ROLES = ("user", "assistant", "system", "tool")  # of chat templates
+# Who speaks in ShareGPT's form of a conversation, {"from", "value"}, by these roles.
+SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+NAMED = 3  # roles, in the reason why a conversation is left out
+EMPTY = {"role": "assistant", "content": ""}
 
 Span = tuple[int, int]  # characters of a text, the end left out
 
@@ -24,9 +27,9 @@ _writing = threading.Lock()  # transformers compiles a template once, and what i
 
 
 def conversation(value: Any) -> list[dict[str, Any]]:
-    """The messages in a cell by `role` and `content`, without their nulls; ValueError says what is missing.
+    """The messages in a cell by `role` and `content` (text), without their nulls; ValueError says what is wrong.
 
-    ShareGPT's `from` and `value` are understood too.
+    ShareGPT's `from` and `value` are understood too, content that comes in parts, and a known role in capitals.
     """
     if isinstance(value, str):
         try:
@@ -42,18 +45,49 @@ def conversation(value: Any) -> list[dict[str, Any]]:
     for number, message in enumerate(value, start=1):
         kept = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
         if "role" not in kept and kept.keys() >= {"from", "value"}:
-            kept = {**kept, "role": _role(number, kept.pop("from")), "content": kept.pop("value")}
+            kept = {**kept, "role": _speaker(number, kept.pop("from")), "content": kept.pop("value")}
         if not isinstance(kept.get("role"), str) or not kept.keys() & {"content", "tool_calls"}:
             has = ", ".join(f"`{key}`" for key in kept) or "none"
             raise ValueError(f"message {number} needs `role` and `content`; its fields are {has}")
+        if kept["role"].lower() in ROLES:
+            kept["role"] = kept["role"].lower()
+        if "content" in kept:
+            kept["content"] = _content(number, kept["content"])
         messages.append(kept)
     return messages
 
 
-def _role(number: int, speaker: Any) -> str:
-    if speaker not in SPEAKERS:
-        raise ValueError(f"message {number} is from {speaker!r}; {', '.join(SPEAKERS)} fit, or `role` and `content`")
-    return SPEAKERS[speaker]
+def _speaker(number: int, given: Any) -> str:
+    known = SPEAKERS.get(given.lower()) if isinstance(given, str) else None
+    if known is None:
+        raise ValueError(f"message {number} is from {given!r}; {', '.join(SPEAKERS)} fit, or `role` and `content`")
+    return known
+
+
+def _content(number: int, given: Any) -> str:
+    """Content as one text, which may come in parts: [{"type": "text", "text": "hi"}]."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list | tuple | np.ndarray):
+        raise ValueError(f"message {number} has `content` of type {type(given).__name__}; causal-lm reads text")
+    texts = []
+    for part in given:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = (isinstance(part, dict) and part.get("type")) or type(part).__name__
+            raise ValueError(f"message {number} holds a part of type {kind}; causal-lm reads text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def why_silent(messages: list[dict[str, Any]]) -> str:
+    """Why there is nothing to learn from in a conversation, in few different sentences."""
+    roles = sorted({message["role"] for message in messages})
+    if EMPTY["role"] in roles:
+        return "no words in the assistant's turns, as the chat template writes them"
+    if set(roles) <= {*ROLES}:
+        return "no assistant turn"
+    return "no assistant turn; " + (f"roles are {', '.join(roles)}" if len(roles) <= NAMED else "many other roles")
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
@@ -70,24 +104,18 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
 
     They are those between the template's generation markers. A template without them shows them by what a turn adds to
     the conversation before it. Where the conversation goes on otherwise than it stood after a turn (templates that
-    leave out past reasoning), each turn comes by itself, as the model would have met it. ValueError where a turn does
-    not continue the prompt for it.
+    leave out past reasoning), each turn comes by itself, as the model would have met it. A turn that the template
+    writes like an empty one has no span: it would teach to end at once. ValueError where a turn does not continue the
+    prompt for it.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = tokenizer.get_chat_template()
-    if MARKERS.search(template):
-        options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
-        try:
-            with _writing:
-                shown: Any = render_jinja_template([messages], **options)
-        except (TypeError, jinja2.TemplateError) as fault:
-            raise ValueError(f"the chat template refuses it: {fault}") from None
-        return [(shown[0][0], shown[1][0])]
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    silent = [number for number in spoken if _is_silent(tokenizer, messages[: number + 1])]
+    if MARKERS.search(tokenizer.get_chat_template()):
+        return [_between_markers(tokenizer, messages, silent)]
     whole = rendered(tokenizer, messages)
     turns: list[tuple[str, Span]] = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for number in spoken:
+        if number in silent:
             continue
         if number == 0:
             raise ValueError("it begins with the assistant, whose words this chat template doesn't tell from the rest")
@@ -105,6 +133,44 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
     if all(whole.startswith(through) for through, _ in turns):
         return [(whole, [span for _, span in turns])]
     return [(through, [span]) for through, span in turns]
+
+
+def _is_silent(tokenizer: Any, messages: list[dict[str, Any]]) -> bool:
+    """Whether the template writes the last turn, the assistant's, as it writes an empty one.
+
+    That need not be empty: many templates write tool calls or reasoning, and as many don't.
+    """
+    last = messages[-1]
+    if last.get("content", "").strip():
+        return False
+    try:
+        empty = rendered(tokenizer, [*messages[:-1], EMPTY])
+    except ValueError:  # it refuses an empty turn: what it makes of this one is more, or a ValueError too
+        return False
+    return last == EMPTY or rendered(tokenizer, messages) == empty
+
+
+def _between_markers(tokenizer: Any, messages: list[dict[str, Any]], silent: list[int]) -> tuple[str, list[Span]]:
+    """The conversation as text, and the spans between its markers but for those of the `silent` turns."""
+    text, spans = _marked(tokenizer, messages)
+    left_out: set[int] = set()
+    for number in silent:
+        first = len(_marked(tokenizer, messages[:number])[1]) if number else 0
+        left_out.update(range(first, len(_marked(tokenizer, messages[: number + 1])[1])))
+    return text, [span for place, span in enumerate(spans) if place not in left_out]
+
+
+def _marked(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template()
+    options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
+    try:
+        with _writing:
+            shown: Any = render_jinja_template([messages], **options)
+    except (TypeError, jinja2.TemplateError) as fault:
+        raise ValueError(f"the chat template refuses it: {fault}") from None
+    return shown[0][0], shown[1][0]
 
 
 def within(tokens: list[Span], spans: list[Span]) -> npt.NDArray[np.bool_]:

@@ -6,6 +6,8 @@ from functools import lru_cache
 from string import Formatter
 from typing import Any
 
+import numpy as np
+
 from rayft.tasks.task import Columns
 from rayft.tasks.texts import input_ids
 
@@ -26,8 +28,13 @@ def filled(form: str, rows: Columns, row: int) -> str:
     names = [name for _, name in pieces(form) if name is not None]
     values = {name: rows[name][row] for name in names}
     if all(value is None for value in values.values()):
-        raise ValueError(f"{' and '.join(f'`{name}`' for name in values)} is null; text is needed")
+        are = "is" if len(values) == 1 else "are"
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in values)} {are} null; text is needed")
     for name, value in values.items():
+        if isinstance(value, list | tuple | np.ndarray) and len(value) and isinstance(value[0], dict):
+            raise ValueError(
+                f"`{name}` holds messages; text is needed, or one column with the whole conversation (task.messages)"
+            )
         if not isinstance(value, str | int | float | None):
             raise ValueError(f"`{name}` is a {type(value).__name__}; text is needed")
     return "".join(

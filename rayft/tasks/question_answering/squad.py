@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import string
@@ -17,15 +18,13 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def parse_answers(value: Any, context: str) -> list[tuple[str, int]]:
     """(text, first character in `context`) of each answer in a cell; ValueError where it does not hold that.
 
-    Takes SQuAD's {"text": […], "answer_start": […]}, a list of {"text", "answer_start"}, or either as a string of JSON.
+    Takes SQuAD's {"text": […], "answer_start": […]}, a list of {"text", "answer_start"}, or either as a string of JSON
+    or as Python writes it, which is what pandas leaves in a CSV file.
     """
     if value is None or value == "":  # as a CSV file leaves it
         return []
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as fault:
-            raise ValueError(f"answers are {value[:60]!r}, which is not JSON ({fault.msg})") from None
+        value = _read(value)
     try:
         if isinstance(value, dict):
             pairs = list(zip(listed(value["text"]), map(int, listed(value["answer_start"])), strict=True))
@@ -47,6 +46,17 @@ def parse_answers(value: Any, context: str) -> list[tuple[str, int]]:
                 f"the answer {text[:60]!r} does not begin at character {start}: {there[:60]!r} does; {hint}"
             )
     return pairs
+
+
+def _read(text: str) -> Any:
+    """The value that JSON or a Python literal stands for."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as fault:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise ValueError(f"answers are {text[:60]!r}, which is not JSON ({fault.msg})") from None
 
 
 def listed(value: Any) -> list[Any]:

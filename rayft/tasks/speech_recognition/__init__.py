@@ -5,8 +5,8 @@ One row of the spoken digits:
     {"file_name": "/data/sounds/7_theo_12.flac", "text": "seven", "speaker": "theo", "accent": "neutral"}
 
 Two kinds of model learn it. wav2vec2 and its kin give each frame a letter or a blank (CTC); where the model comes
-without a tokenizer, its letters are those of the training texts. Whisper writes the text, after the tokens that name
-the `language` and say that it is to transcribe.
+without a tokenizer, its letters are those of the training texts, and one that only other texts have is an error of it
+wherever it stands. Whisper writes the text, after the tokens that name the `language` and say that it is to transcribe.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class SpeechRecognition(Task):
                 if labelled:
                     check_text(self.text, rows[self.text][row])
                     text = self._folded(rows[self.text][row])
-                    labels = self._tokens(text, tokenizer, processor.writes)
+                    labels = self._tokens(text, tokenizer, processor.writes, evaluation)
                 sound = read_sound(value, wanted)
             except ValueError as fault:
                 made.bad[row] = str(fault)
@@ -275,12 +275,12 @@ class SpeechRecognition(Task):
         folded = " ".join(text.split())
         return {"keep": folded, "lower": folded.lower(), "upper": folded.upper()}[self.case]
 
-    def _tokens(self, text: str, tokenizer: Any, writes: bool) -> list[int]:
+    def _tokens(self, text: str, tokenizer: Any, writes: bool, evaluation: bool) -> list[int]:
         """Letters, or what is to be written after the prompt, its end included; ValueError says what is wrong."""
         if writes:
             return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         try:
-            return spelled(tokenizer, text)
+            return spelled(tokenizer, text, evaluation)
         except ValueError as fault:
             raise ValueError(f"`{self.text}`: {fault}") from None
 

@@ -8,14 +8,21 @@ from typing import Any
 from rayft.tasks.later import torch
 
 
-def spelled(tokenizer: Any, text: str) -> list[int]:
-    """The letters of a text; ValueError names one that the tokenizer lacks, and how to have it."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    if tokenizer.unk_token_id not in ids:
+def spelled(tokenizer: Any, text: str, evaluation: bool = False) -> list[int]:
+    """The letters of a text; ValueError names one that the tokenizer lacks, and how to have it.
+
+    For evaluation such a letter is the unknown one, or none where there is no sign for that: no model can write it, and
+    a score that leaves its text out would be too good. A text of which another case is known is refused even so.
+    """
+    ids: list[Any] = tokenizer(text)["input_ids"]  # None where a letter is unknown and there is no sign for that
+    if not {None, tokenizer.unk_token_id} & set(ids):
         return ids
     known = tokenizer.get_vocab()
-    missing = next(letter for letter in text if letter not in known and letter != " ")
+    lacking = [letter for letter in text if letter not in known and letter != " "]
+    missing = lacking[0]
     other = next((case for case in ("upper", "lower") if getattr(missing, case)() in known), None)
+    if evaluation and (other is None or len(lacking) < len(text.replace(" ", ""))):
+        return [number for number in ids if number not in (None, tokenizer.pad_token_id)]
     letters = "".join(sorted(token for token in known if len(token) == 1 and token != tokenizer.word_delimiter_token))
     fits = f"task.case={other} fits" if other else f"these fit: {letters}"
     raise ValueError(f"{missing!r} is not among the letters that the model writes; {fits}")

@@ -1,0 +1,24 @@
+"""What a prepared split tells of its rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayft.data.prepared import Manifest
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (
+            1,
+            ["1 row was cut", "1 of 1,003 rows were truncated", "1 row was dropped: no words", "1 bad row was skipped"],
+        ),
+        (2, ["2 rows were cut", "2 of 1,003 rows were", "2 rows were dropped: no words", "2 bad rows were skipped"]),
+    ],
+)
+def test_one_row_is_told_as_one(count: int, told: list[str]) -> None:
+    bad = {"count": count, "examples": ["a.csv:7: not UTF-8"]}
+    counts = {"cut": count, "truncated": count, "dropped": {"no words": count}, "bad": bad, "source_rows": 1003}
+    notes = Manifest.model_construct(**counts).notes("validation")
+    assert all(part in note for part, note in zip(told, notes, strict=True))
