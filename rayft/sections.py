@@ -348,6 +348,10 @@ class Kubernetes(Section):
     """The Secret whose keys become environment variables of every pod."""
     token_secret: Text | None = None
     """The Secret that holds Ray's token."""
+    service_account: Text | None = None
+    """The account of every pod, such as one that has a cloud's role; null: the namespace's own."""
+    image_pull_secrets: tuple[Text, ...] = ()
+    """Secrets that a private registry gives the image for."""
     node_selector: dict[str, Text] = {}
     tolerations: tuple[dict[str, Any], ...] = ()
     cpu: Quantity = "4"
@@ -356,9 +360,13 @@ class Kubernetes(Section):
     trials_at_once: Positive = 1
     """Trials of a sweep that have pods to run side by side: the pods of workers are multiplied by it."""
     mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"] = "K8sJobMode"
+    """SidecarMode: not in namespaces at the pod security level `restricted`, which the operator's container misses."""
     retries: Natural = 2
+    """Clusters that the operator makes anew after a failure, whatever it was."""
     deadline_s: Positive | None = None
-    ttl_s: Natural = 3600
+    """Counted anew for each of the clusters, from the moment it is asked for; one that is late gets no retry."""
+    ttl_s: Natural | None = None
+    """How long a cluster stays after its run. Null: not at all in K8sJobMode, where logs stay without it, else 300."""
 
 
 class Submit(Section):
