@@ -305,6 +305,8 @@ def _configuration() -> tuple[Any, str, str]:
     configuration.retries = False  # what is worth another try is decided here, and told in rayft's words
     named = os.environ.get("KUBECONFIG")
     path = named or _KUBECONFIG
+    if named and not any(os.path.exists(os.path.expanduser(one)) for one in named.split(os.pathsep)):
+        raise ClusterError(f"KUBECONFIG={named}: there is no such file")
     try:
         if named or os.path.exists(os.path.expanduser(path)):
             config.load_kube_config(path, client_configuration=configuration, persist_config=False)

@@ -260,6 +260,9 @@ def test_a_cluster_without_kuberay_a_namespace_or_our_token_is_one_sentence(
     (tmp_path / "kubeconfig").write_text(f"users: [{TOKEN}\n")
     assert "can't be read" in refusal(recipe(home))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert f"KUBECONFIG={tmp_path}/none: there is no such file" in refusal(recipe(home))
+    (tmp_path / "kubeconfig").write_text("kind: Config\n")
+    monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'none'}:{tmp_path / 'kubeconfig'}")
     assert "can't be used" in refusal(recipe(home))
     assert api.objects == {}
 
