@@ -16,6 +16,7 @@ from typing import Any
 from rayft.errors import Fault
 from rayft.faults import show
 from rayft.filesystems import is_local
+from rayft.reach import places
 from rayft.recipe import Recipe, Submit
 
 Faults = Iterator[Fault]
@@ -93,22 +94,17 @@ def paths_reach_pods(recipe: Recipe, asked: Submit) -> Faults:
     # Pods share no folder, whatever `cluster.shared_storage` says of other clusters, and lose theirs when they end.
     if is_local(recipe.storage):
         yield Fault("storage", "a local path, and pods share none", show(recipe.storage), "s3://bucket/prefix fits")
-    places = [("model.path", recipe.model.path)]
-    for split in ("train", "validation", "test"):
-        places += [(f"data.{split}", source.path) for source in getattr(recipe.data, split) or ()]
-    for name, space in recipe.tune.search.items() if recipe.tune else ():
-        if name in {"model.path", "data.train", "data.validation", "data.test"}:
-            places += [(f"tune.search.{name}", value) for value in space.values() if isinstance(value, str)]
-    for where, path in places:
-        model = where.endswith("model.path")
-        if not (_local_model(path) if model else is_local(path)):
+    for one in places(recipe):
+        if one.field == "storage" or not (_local_model(one.path) if one.model else is_local(one.path)):
             continue
-        fits = "an URL, a Hub id or pkg:<package>/<folder> fits" if model else "an URL such as s3://bucket/folder fits"
+        fits = "an URL such as s3://bucket/folder fits"
+        if one.model:
+            fits = "an URL, a Hub id or pkg:<package>/<folder> fits"
         if not recipe.cluster.shared_storage:
             more = "; cluster.shared_storage: true says that the image has it"
-            yield Fault(where, "a local path, which pods may not have", show(path), fits + more)
-        elif not os.path.isabs(path.removeprefix("file://")):
-            yield Fault(where, "a relative path, and pods start in a folder of their own", show(path), fits)
+            yield Fault(one.field, "a local path, which pods may not have", show(one.path), fits + more)
+        elif not os.path.isabs(one.path.removeprefix("file://")):
+            yield Fault(one.field, "a relative path, and pods start in a folder of their own", show(one.path), fits)
 
 
 def _local_model(path: str) -> bool:

@@ -25,6 +25,7 @@ SOUND: dict[str, Any] = {
 KUBERNETES = "submit.kubernetes"
 SELECTOR = f"{KUBERNETES}.node_selector"
 SWEEP = {"trials": 2, "search": {"model.path": {"choice": ["org/m", "./other"]}}}
+ROWS = ("a.csv", {"path": "a.csv"}, ["s3://bucket/a.csv", {"path": "a.csv", "weight": 2}])
 SEARCH = {"trials": 24, "search": {"train.learning_rate": {"choice": [1e-5, 1e-4]}}}
 TYPE, ACCELERATORS = "node.kubernetes.io/instance-type", "cloud.google.com/gke-accelerator-count"
 
@@ -57,6 +58,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.path": "/m"}, "model.path"),
     ({"model.path": "./m", "cluster.shared_storage": True}, "model.path"),
     ({"tune": SWEEP}, "tune.search.model.path"),
+    *(({"tune": {**SWEEP, "search": {"data.train": {"choice": [value]}}}}, "tune.search.data.train") for value in ROWS),
     ({"data.train": [f"s3://bucket/{number:0100}.csv" for number in range(8000)]}, "the recipe"),
     ({"submit.image": "rayft 0.1"}, "submit.image"),
     ({"submit.image": "registry.io/rayft@sha256:12"}, "submit.image"),
