@@ -139,7 +139,7 @@ def jobs_status(
         from rayft import jobs as cluster
         from rayft.text import job_lines
 
-        found = cluster.told(cluster.find(_server(address, kubernetes, namespace), job))
+        found = cluster.status(_server(address, kubernetes, namespace), job)
         answer.give(found, *job_lines(found))
 
 

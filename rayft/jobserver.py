@@ -137,6 +137,9 @@ class JobServer:
         """Ends a job's processes; Ray gives them three seconds."""
         self._asked(lambda: self._client.stop_job(submission_id))
 
+    def waits(self, submission_id: str) -> None:
+        """Ray says all that it knows in the job's message."""
+
     def logs(self, submission_id: str) -> str:
         found: str = self._asked(lambda: self._client.get_job_logs(submission_id))
         return found
