@@ -22,6 +22,7 @@ from rayft import __version__
 from rayft.errors import RecipeError
 from rayft.kubernetes_rules import amount, faults, names_machine
 from rayft.recipe import Recipe, Submit
+from rayft.record import JOB
 
 Manifest = dict[str, Any]
 
@@ -211,6 +212,7 @@ def _head(recipe: Recipe, asked: Submit, job: str, autoscaler: bool) -> Manifest
     pod = _pod(recipe, asked, job, _ray_container("ray-head", recipe, asked, resources), shm)
     spec = pod["spec"]
     spec["containers"][0]["volumeMounts"].append({"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True})
+    spec["containers"][0]["env"] = [{"name": JOB, "value": job}]
     spec["volumes"].append({"name": "recipe", "configMap": {"name": job}})
     if autoscaler:
         spec["volumes"].append(_account())

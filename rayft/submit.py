@@ -109,8 +109,10 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
         preflight.refuse_from_here(recipe, show)
     with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
         Record(run).standing(recipe)
-    show({"event": "stage", "name": "submitting"})
     config_map, ray_job = kuberay.manifests(recipe, attempt, source)
+    with contextlib.suppress(StorageError):
+        Record(run).forget_failure(ray_job["metadata"]["name"])
+    show({"event": "stage", "name": "submitting"})
     new = server.submit(config_map, ray_job)
     return Submitted(ray_job["metadata"]["name"], run, server.address, attempt, not new, "PENDING")
 

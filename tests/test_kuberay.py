@@ -437,7 +437,8 @@ def test_no_secret_is_in_a_manifest_only_names_of_secrets(case: str, monkeypatch
     assert not [value for value in secrets.values() if value in text]
     assert [document["kind"] for document in documents] == ["ConfigMap", "RayJob"]
     assert list(documents[0]["data"]) == ["recipe.yaml"]
-    assert not [path for path, _ in leaves(documents) if "env" in path]  # no variable is written out, only `envFrom`
+    written = {path[-1]: value for path, value in leaves(documents) if "env" in path}  # others come by `envFrom`
+    assert written == {"name": "RAYFT_JOB", "value": documents[1]["metadata"]["name"]}
 
 
 def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -167,6 +167,20 @@ def test_a_run_that_was_deleted_after_it_had_succeeded_is_submitted_again(
     assert (again.job, again.attempt, again.attached) == (job_name(made, 2), 2, False)
 
 
+def test_a_new_job_of_an_old_name_is_not_ended_by_what_the_old_one_met(api: KubeApi, home: str) -> None:
+    made = recipe(home, name="again")
+    job = send(made).job
+    api.plays(job, "Failed", "FAILED")
+    left = {"status": "failed", "error": "the loss is NaN", "given_up_by": job}
+    storage.write_json(storage.join(made.folder, "result.json"), left)
+    assert send(made).job == job_name(made, 2)
+    assert storage.exists(storage.join(made.folder, "result.json"))
+    for name in api.names():
+        del api.objects["rayjobs", "default", name]
+    assert send(made).job == job
+    assert not storage.exists(storage.join(made.folder, "result.json"))
+
+
 def test_another_recipe_for_a_run_that_goes_on_is_refused(api: KubeApi, home: str) -> None:
     first = send(recipe(home))
     other = recipe(home, **{"train.seed": 7})
