@@ -1,5 +1,13 @@
-"""`python -m rayft` is the command line."""
+"""`python -m rayft` is the command line. On a cluster rayft comes with its job, to whatever packages are there."""
 
-from rayft.cli import main
+import sys
+
+from rayft.answer import exit_code, sentence
+
+try:
+    from rayft.cli import main
+except ModuleNotFoundError as error:
+    print(f"error: {sentence(error)}", file=sys.stderr)
+    sys.exit(exit_code(error))
 
 main()

@@ -91,6 +91,11 @@ def sentence(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if package := _missing(error):
+        return (
+            f"this Python ({sys.executable}) lacks the package {package}; rayft needs those of its "
+            "cluster/requirements.lock on every machine: install them there"
+        )
     lines = str(error).strip().splitlines()
     cause = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return f"something unforeseen went wrong: {cause} (RAYFT_DEBUG=1 in the environment shows the traceback)"
@@ -99,4 +104,12 @@ def sentence(error: BaseException) -> str:
 def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if _missing(error):
+        return REFUSED
     return error.exit_code if isinstance(error, RayftError) else FAILED
+
+
+def _missing(error: BaseException) -> str | None:
+    """The package that is not installed where that is the failure; None where it is another."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return name if name not in ("", "rayft") else None

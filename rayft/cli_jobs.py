@@ -38,7 +38,7 @@ def _server(address: str | None, kubernetes: bool, namespace: str | None) -> Any
         raise RunRefused("--namespace is of Kubernetes: it needs --kubernetes")
     from rayft.jobserver import JobServer, address_of
 
-    return JobServer(address_of(address, None))
+    return JobServer(address_of(address))
 
 
 def submit(
@@ -93,7 +93,9 @@ def _sender(loaded: Any, source: str, address: str | None, kubernetes: bool) -> 
     if kubernetes:
         cluster = _server(address, True, asked.kubernetes.namespace)
         return cluster, partial(carrier.apply, loaded, cluster, source=source)
-    server = _server(address or asked.address, False, None)
+    from rayft.jobserver import JobServer, address_of
+
+    server = JobServer(address_of(address, asked))
     return server, partial(carrier.submit, loaded, server)
 
 
@@ -137,7 +139,7 @@ def jobs_status(
         from rayft import jobs as cluster
         from rayft.text import job_lines
 
-        found = cluster.told(cluster.find(_server(address, kubernetes, namespace), job))
+        found = cluster.status(_server(address, kubernetes, namespace), job)
         answer.give(found, *job_lines(found))
 
 

@@ -24,10 +24,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayft.board import Place
-from rayft.errors import Damaged, OutOfMemory, RayftError, StorageDown, TrainingError, WorkersLost
+from rayft.errors import Damaged, NotFinite, OutOfMemory, RayftError, StorageDown, TrainingError, WorkersLost
 from rayft.recipe import Recipe
 
 AGAIN = (WorkersLost, StorageDown, Damaged)
+SURE = (
+    NotFinite,
+    OutOfMemory,
+)  # of what is not tried again: what other machines of the same size would not mend either
 
 # How errors of Ray, torch and gloo read in processes that only saw another one end, or waited for it in vain.
 _GONE = (

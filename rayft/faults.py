@@ -15,6 +15,10 @@ from pydantic_core import ErrorDetails
 
 from rayft.errors import Fault
 
+# What a signed URL has in its query, whatever store has signed it (`sig`, `X-Amz-Signature`, `X-Goog-Signature`): who
+# holds it can read, or write.
+SIGNATURE = re.compile(r"([?&](?:[\w-]*(?:signature|security-token)|sig)=)[^&#\s'\"]+", re.IGNORECASE)
+
 Path = tuple[str | int, ...]
 Schema = dict[str, Any]
 
@@ -143,10 +147,11 @@ def dotted(path: Path) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a message quotes it: short, in YAML's words, never with a URL's password."""
+    """A value as a message quotes it: short, in YAML's words, never with a URL's password or signature."""
     plain = isinstance(value, str | float)
     text = repr(value) if plain else json.dumps(value, default=str, ensure_ascii=False)
     text = re.sub(r"(\w+://)[^/@\s'\"]+@", r"\1***@", text)
+    text = SIGNATURE.sub(r"\1***", text)
     return text if len(text) <= 80 else text[:76] + " ..."
 
 

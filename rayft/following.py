@@ -53,6 +53,6 @@ def _stopped(server: Server, job: str, answer: Answer) -> None:
     from rayft.errors import RunRefused
 
     try:
-        jobs.stop(server, job, lambda event: answer.say(event["name"]))
+        jobs.stop(server, job, lambda event: answer.say(event.get("name") or event["text"]))
     except RunRefused:  # it has ended meanwhile, and how it has is told next
         return

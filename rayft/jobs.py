@@ -14,6 +14,7 @@ from typing import Any
 from rayft import document, stopping, storage
 from rayft.errors import RunRefused, StorageError, TrainingError
 from rayft.servers import TERMINAL, Job, Server
+from rayft.text import last_line
 
 Show = Callable[[dict[str, Any]], None]
 Told = dict[str, Any]
@@ -44,6 +45,13 @@ def find(server: Server, name: str) -> Job:
     raise RunRefused(
         f"{server.address} knows no job `{name}`; `rayft jobs list{server.options}` shows those that it knows"
     )
+
+
+def status(server: Server, name: str) -> Told:
+    """One job and its run as `told` has them; where it has not started, `message` says what it waits for."""
+    job = find(server, name)
+    why = server.waits(job.id) if job.status == "PENDING" else None
+    return told(job) | ({"message": why} if why else {})
 
 
 def told(job: Job) -> Told:
@@ -118,6 +126,9 @@ def stop(server: Server, name: str, show: Show) -> Told:
     if job.status in TERMINAL:
         raise RunRefused(f"{job.id} has ended already: {_status(job)}")
     run = job.run
+    waits = (server.waits(job.id) or job.message) if job.status == "PENDING" else None
+    if waits:
+        show({"event": "note", "text": f"{job.id} has not started: {last_line(waits)}"})
     server.last_try(job.id)
     if run and _asked_to_stop(run):
         show({"event": "stage", "name": "waiting for the checkpoint"})
@@ -134,7 +145,11 @@ def stop(server: Server, name: str, show: Show) -> Told:
         until = time.monotonic() + END_S
         while not _ended(server, job):
             if time.monotonic() > until:
-                raise TrainingError(f"{job.id} was told to stop and has not ended within {END_S:g} s")
+                later = "; a job that has not started may end only when its turn comes" if waits else ""
+                raise TrainingError(
+                    f"{job.id} was told to stop and has not ended within {END_S:g} s{later}; "
+                    f"`rayft jobs status {job.id}{server.options}` shows when it has"
+                )
             time.sleep(LOOK_S)
     return told(server.job(job.id) or replace(job, status="STOPPED"))
 

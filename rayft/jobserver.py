@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rayft import tokens
 from rayft.errors import ClusterError, TrainingError
+from rayft.faults import show
+from rayft.recipe import Submit
 from rayft.servers import PATIENCE_S, TERMINAL, Job, Unreachable
 
 LOOK_S = 1.0
@@ -28,31 +32,55 @@ _TALKATIVE = (
 T = TypeVar("T")
 
 
-def address_of(given: str | None, recipe: str | None) -> str:
-    """The URL of the job server: `given` on the command line, the recipe's, or the environment's."""
-    environment = next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
-    address = given or recipe or environment
-    if address is None:
+def address_of(given: str | None, recipe: Submit | None = None) -> str:
+    """The URL of the job server: `given` on the command line, that of the recipe, or the environment's.
+
+    `recipe` is the section of a recipe that is to be sent; None where there is no recipe.
+    """
+    address = given or (recipe and recipe.address) or _of_environment()
+    if not address:
+        or_recipe = ", or set submit.address in the recipe" if recipe is not None else ""
         raise ClusterError(
-            "no cluster is named: give --address http://HEAD:8265, or set submit.address in the recipe, or "
-            "RAY_API_SERVER_ADDRESS"
+            f"no cluster is named: give --address http://HEAD:{_PORT}{or_recipe}, or set RAY_API_SERVER_ADDRESS"
         )
+    return _url(address)
+
+
+def _of_environment() -> str | None:
+    return next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
+
+
+def _url(address: str) -> str:
     url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClusterError(f"address {address}: a job server's is http://HEAD:{_PORT}, or https://…")
+    fits = f"a job server's address is http://HEAD:{_PORT}, or https://…"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # of a port that is no number, or brackets that don't close
+        raise ClusterError(f"address {show(address)}: {str(error)[:100]}; {fits}") from None
     if parts.username or parts.password:
         raise ClusterError("address: it holds credentials; a token comes from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
-    return url.rstrip("/") if parts.port or parts.scheme == "https" else f"{url.rstrip('/')}:{_PORT}"
+    if parts.query or parts.fragment:
+        kept = url.partition("?")[0].partition("#")[0]
+        raise ClusterError(f"address {kept}: what follows it, behind ? or #, is of no use to a job server; {fits}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url) or port == 0:
+        raise ClusterError(f"address {show(address)}: {fits}")
+    return url.rstrip("/") if port or parts.scheme == "https" else f"{url.rstrip('/:')}:{_PORT}"
+
+
+def _options(url: str) -> str:
+    """What leads `rayft jobs` to `url`: nothing where the environment does."""
+    with suppress(ClusterError):  # it may name something else of Ray's
+        if (named := _of_environment()) and _url(named) == url:
+            return ""
+    return f" --address {shlex.quote(url)}"
 
 
 class JobServer:
     """The job server at `address` (a URL); ClusterError where it does not answer or wants another token."""
 
-    options = ""  # the address is in the environment, or named each time
-
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address, self.options = address, _options(address)
         try:
             self._client = self._asked(self._connected)
         except (RuntimeError, KeyError) as error:  # by what Ray's client says of an answer that it does not expect
@@ -109,6 +137,9 @@ class JobServer:
         """Ends a job's processes; Ray gives them three seconds."""
         self._asked(lambda: self._client.stop_job(submission_id))
 
+    def waits(self, submission_id: str) -> None:
+        """Ray says all that it knows in the job's message."""
+
     def logs(self, submission_id: str) -> str:
         found: str = self._asked(lambda: self._client.get_job_logs(submission_id))
         return found
@@ -141,7 +172,7 @@ class JobServer:
                 if time.monotonic() - heard > PATIENCE_S:
                     raise TrainingError(
                         f"{self.address} has not answered for {PATIENCE_S:g} s; the job may go on: "
-                        f"`rayft jobs logs {submission_id}` follows it again"
+                        f"`rayft jobs logs {submission_id} --follow{self.options}` follows it again"
                     ) from error
             time.sleep(LOOK_S)
 

@@ -22,6 +22,7 @@ from rayft import __version__
 from rayft.errors import RecipeError
 from rayft.kubernetes_rules import amount, faults, names_machine
 from rayft.recipe import Recipe, Submit
+from rayft.record import JOB
 
 Manifest = dict[str, Any]
 
@@ -37,6 +38,8 @@ _HEAD_CPUS = 2  # for Ray's own processes and the driver, which mostly wait
 _HEAD_MEMORY, _HEAD_SHM = "16Gi", "8Gi"  # at most, however large the workers' pods are
 _SUBMITTER_CPU, _SUBMITTER_MEMORY = "500m", "1Gi"  # for `ray job submit`, and the logs that it follows
 _SLACK_S = 30  # for Ray to end after a checkpoint that took all of failure.grace_s
+_READ_S = 300  # for which a cluster stays by default, where nothing else has the output of its run
+_ACCOUNT = "kube-api-access"  # the volume with the account's token, for the autoscaler
 # What Ray's objects may take of each. Left to itself Ray takes 30 % of the memory, and goes to the disk in /tmp where
 # /dev/shm is smaller than that.
 _OF_MEMORY, _OF_SHM = Decimal("0.3"), Decimal("0.9")  # workers exchange gradients through /dev/shm, too
@@ -109,7 +112,7 @@ def _ray_job(recipe: Recipe, attempt: int) -> Manifest:
         # Each retry is a new cluster, whose run goes on from the last committed checkpoint as any other would.
         "backoffLimit": kubernetes.retries,
         "shutdownAfterJobFinishes": True,
-        "ttlSecondsAfterFinished": kubernetes.ttl_s,
+        "ttlSecondsAfterFinished": _ttl(asked),
     }
     if kubernetes.deadline_s is not None:
         spec["activeDeadlineSeconds"] = kubernetes.deadline_s
@@ -123,6 +126,14 @@ def _ray_job(recipe: Recipe, attempt: int) -> Manifest:
     if kubernetes.mode == "K8sJobMode":  # the other modes have no pod of their own, and refuse a template for one
         spec["submitterPodTemplate"] = _submitter(recipe, asked, metadata["name"])
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}
+
+
+def _ttl(asked: Submit) -> int:
+    """Seconds for which a cluster stays when its run has ended. The pod that submits keeps the output without it."""
+    kubernetes = asked.kubernetes
+    if kubernetes.ttl_s is not None:
+        return kubernetes.ttl_s
+    return 0 if kubernetes.mode == "K8sJobMode" else _READ_S
 
 
 def _metadata(recipe: Recipe, attempt: int) -> Manifest:
@@ -156,6 +167,14 @@ def _cluster(recipe: Recipe, asked: Submit, job: str) -> Manifest:
             # A pod waits for work as long as a run waits for pods, or preparing the data would cost the workers theirs.
             "idleTimeoutSeconds": recipe.failure.timeout_s,
             "securityContext": _container_security(),
+            # Whoever has this token can make pods: what runs on the head does not see it.
+            "volumeMounts": [
+                {
+                    "name": _ACCOUNT,
+                    "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount",
+                    "readOnly": True,
+                }
+            ],
         }
     # What a node has is said and not left to be counted: the operator would round 3500m up, and Ray finds the GPUs of a
     # machine even where the pod asked for none.
@@ -171,8 +190,9 @@ def _cluster(recipe: Recipe, asked: Submit, job: str) -> Manifest:
     spec["workerGroupSpecs"] = [
         {
             "groupName": "workers",
-            # A run asks for as many workers as there is room for, so the most are there from the beginning.
-            "replicas": cluster.max_workers * kubernetes.trials_at_once,
+            # The operator submits once all of these run, which must not hang on room for the most: a run that begins
+            # with fewer asks the autoscaler for the others (`placement.Growth`).
+            "replicas": cluster.min_workers * kubernetes.trials_at_once,
             "minReplicas": cluster.min_workers * kubernetes.trials_at_once,
             "maxReplicas": cluster.max_workers * kubernetes.trials_at_once,
             "rayStartParams": {
@@ -189,13 +209,26 @@ def _cluster(recipe: Recipe, asked: Submit, job: str) -> Manifest:
 def _head(recipe: Recipe, asked: Submit, job: str, autoscaler: bool) -> Manifest:
     memory, shm = _head_memory(recipe, asked)
     resources = _resources(str(_HEAD_CPUS + math.ceil(asked.entrypoint_cpus)), memory)
-    pod = _pod(recipe, asked, job, _ray_container("ray-head", asked, resources), shm)
+    pod = _pod(recipe, asked, job, _ray_container("ray-head", recipe, asked, resources), shm)
     spec = pod["spec"]
     spec["containers"][0]["volumeMounts"].append({"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True})
+    spec["containers"][0]["env"] = [{"name": JOB, "value": job}]
     spec["volumes"].append({"name": "recipe", "configMap": {"name": job}})
     if autoscaler:
-        del spec["automountServiceAccountToken"]  # it asks Kubernetes for pods, as an account the operator makes for it
+        spec["volumes"].append(_account())
     return pod
+
+
+def _account() -> Manifest:
+    """The volume that Kubernetes would mount into every container of a pod, for one of them."""
+    certificate = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    namespace = {"path": "namespace", "fieldRef": {"fieldPath": "metadata.namespace"}}
+    sources = [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": 3600}},
+        {"configMap": certificate},
+        {"downwardAPI": {"items": [namespace]}},
+    ]
+    return {"name": _ACCOUNT, "projected": {"sources": sources}}
 
 
 def _head_memory(recipe: Recipe, asked: Submit) -> tuple[str, str]:
@@ -213,7 +246,7 @@ def _object_store(memory: str, shm: str) -> str:
 
 def _worker(recipe: Recipe, asked: Submit, job: str) -> Manifest:
     kubernetes, gpus = asked.kubernetes, recipe.cluster.gpus_per_worker
-    container = _ray_container("ray-worker", asked, _resources(kubernetes.cpu, kubernetes.memory, gpus))
+    container = _ray_container("ray-worker", recipe, asked, _resources(kubernetes.cpu, kubernetes.memory, gpus))
     pod = _pod(recipe, asked, job, container, kubernetes.shm)
     if kubernetes.node_selector:
         pod["spec"]["nodeSelector"] = dict(kubernetes.node_selector)
@@ -223,7 +256,7 @@ def _worker(recipe: Recipe, asked: Submit, job: str) -> Manifest:
 def _submitter(recipe: Recipe, asked: Submit, job: str) -> Manifest:
     container = {
         "name": "ray-job-submitter",
-        "image": _image(asked),
+        "image": _image(recipe, asked),
         "resources": _resources(_SUBMITTER_CPU, _SUBMITTER_MEMORY),
         "securityContext": _container_security(),
     }
@@ -250,6 +283,10 @@ def _pod(recipe: Recipe, asked: Submit, job: str, container: Manifest, shm: str 
         "securityContext": _pod_security(),
         "terminationGracePeriodSeconds": recipe.failure.grace_s + _SLACK_S,
     }
+    if kubernetes.service_account:
+        spec["serviceAccountName"] = kubernetes.service_account
+    if kubernetes.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in kubernetes.image_pull_secrets]
     if selector:
         spec["nodeSelector"] = selector
     if kubernetes.tolerations:
@@ -259,11 +296,11 @@ def _pod(recipe: Recipe, asked: Submit, job: str, container: Manifest, shm: str 
     return {"metadata": {"labels": _labels(recipe, job)}, "spec": spec}
 
 
-def _ray_container(name: str, asked: Submit, resources: Manifest) -> Manifest:
+def _ray_container(name: str, recipe: Recipe, asked: Submit, resources: Manifest) -> Manifest:
     secret = asked.kubernetes.credentials_secret
     return {
         "name": name,
-        "image": _image(asked),
+        "image": _image(recipe, asked),
         **({"envFrom": [{"secretRef": {"name": secret}}]} if secret else {}),
         "resources": resources,
         "securityContext": _container_security(),
@@ -292,8 +329,9 @@ def _container_security() -> Manifest:
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "privileged": False}
 
 
-def _image(asked: Submit) -> str:
-    return asked.image or f"rayft:{__version__}"
+def _image(recipe: Recipe, asked: Submit) -> str:
+    """One image for every pod, so that driver and workers have the same torch: with GPUs its CUDA build."""
+    return asked.image or f"rayft:{__version__}" + ("-gpu" if recipe.cluster.gpus_per_worker else "")
 
 
 def _smaller(one: str, other: str) -> str:

@@ -20,7 +20,7 @@ import yaml
 from rayft.errors import ClusterError, RunRefused, TrainingError
 from rayft.kuberay import Manifest
 from rayft.podlogs import Lines
-from rayft.rayjobs import QUEUE, age, elsewhere, plain
+from rayft.rayjobs import QUEUE, age, elsewhere, held_back, plain, unready
 from rayft.servers import PATIENCE_S, TERMINAL, Job, Unreachable
 
 LOOK_S = 1.0
@@ -157,6 +157,20 @@ class Kubernetes:
             patch = self._objects.patch_namespaced_custom_object
             self._on("patch", job, patch, body={"spec": {"suspend": True}}, _content_type=_MERGE)
 
+    def waits(self, job: str) -> str | None:
+        """The queue, or the first pod of the job that can't start: the operator's own status says of neither."""
+        found = self._found(job)
+        return (held_back(found) or unready(self._pods(f"{OURS}={job}"))) if found else None
+
+    def _pods(self, selector: str) -> list[Any]:
+        """Pods that the label selector picks, the oldest first."""
+        found = self._asked(
+            "list",
+            "pods",
+            lambda: self._core.list_namespaced_pod(self.namespace, label_selector=selector, **_WAIT),
+        )
+        return sorted(found.items, key=lambda one: (one.metadata.creation_timestamp, one.metadata.name))
+
     # --- logs
 
     def logs(self, job: str) -> str:
@@ -165,13 +179,17 @@ class Kubernetes:
         return "".join(parts)
 
     def follow(self, job: str, write: Callable[[str], None]) -> Job:
-        lines, heard = Lines(write), time.monotonic()
+        lines, heard, told = Lines(write), time.monotonic(), None
         while True:
             try:
                 found = self.job(job)
                 if found is None:
                     raise TrainingError(f"the RayJob {job} in namespace {self.namespace} has been deleted")
                 heard = time.monotonic()
+                if found.status == "PENDING" and (why := self.waits(job)) != told:
+                    told = why
+                    if why:
+                        write(f"{job} waits: {why}\n")
                 self._pass_on(job, lines, found.status in TERMINAL)
                 if found.status in TERMINAL:
                     return found
@@ -193,12 +211,7 @@ class Kubernetes:
             lines.once(elsewhere(found, mode, self.namespace))
             return
         # The operator submits with a Kubernetes Job of the RayJob's name, whose controller labels its pods.
-        pods = self._asked(
-            "list",
-            "pods",
-            lambda: self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={job}", **_WAIT),
-        ).items
-        for pod in sorted(pods, key=lambda one: one.metadata.creation_timestamp):
+        for pod in self._pods(f"job-name={job}"):
             name, phase = pod.metadata.name, pod.status.phase
             if phase == "Pending" or name in lines.whole:
                 continue
@@ -305,6 +318,8 @@ def _configuration() -> tuple[Any, str, str]:
     configuration.retries = False  # what is worth another try is decided here, and told in rayft's words
     named = os.environ.get("KUBECONFIG")
     path = named or _KUBECONFIG
+    if named and not any(os.path.exists(os.path.expanduser(one)) for one in named.split(os.pathsep)):
+        raise ClusterError(f"KUBECONFIG={named}: there is no such file")
     try:
         if named or os.path.exists(os.path.expanduser(path)):
             config.load_kube_config(path, client_configuration=configuration, persist_config=False)

@@ -16,6 +16,7 @@ from typing import Any
 from rayft.errors import Fault
 from rayft.faults import show
 from rayft.filesystems import is_local
+from rayft.reach import places
 from rayft.recipe import Recipe, Submit
 
 Faults = Iterator[Fault]
@@ -28,7 +29,11 @@ _INT32 = 2**31 - 1
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123, as namespaces are named
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _WORD = re.compile(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?")  # the name in a label's key, and its value
-_IMAGE = re.compile(r"[A-Za-z0-9][\w.:-]*(/[\w.-]+)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?")
+_REGISTRY = r"(?:(?:localhost|[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)(?::\d+)?|[A-Za-z0-9-]+:\d+)"
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"  # of a repository; only the registry may have upper case
+_IMAGE = re.compile(
+    rf"(?:{_REGISTRY}/)?{_PART}(?:/{_PART})*(?::[\w][\w.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?", re.ASCII
+)
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|[kMGTPE]|[KMGTPE]i)?")
 _UNITS = {"m": Decimal("0.001")} | {
     suffix + i: Decimal(base) ** power
@@ -89,22 +94,17 @@ def paths_reach_pods(recipe: Recipe, asked: Submit) -> Faults:
     # Pods share no folder, whatever `cluster.shared_storage` says of other clusters, and lose theirs when they end.
     if is_local(recipe.storage):
         yield Fault("storage", "a local path, and pods share none", show(recipe.storage), "s3://bucket/prefix fits")
-    places = [("model.path", recipe.model.path)]
-    for split in ("train", "validation", "test"):
-        places += [(f"data.{split}", source.path) for source in getattr(recipe.data, split) or ()]
-    for name, space in recipe.tune.search.items() if recipe.tune else ():
-        if name in {"model.path", "data.train", "data.validation", "data.test"}:
-            places += [(f"tune.search.{name}", value) for value in space.values() if isinstance(value, str)]
-    for where, path in places:
-        model = where.endswith("model.path")
-        if not (_local_model(path) if model else is_local(path)):
+    for one in places(recipe):
+        if one.field == "storage" or not (_local_model(one.path) if one.model else is_local(one.path)):
             continue
-        fits = "an URL, a Hub id or pkg:<package>/<folder> fits" if model else "an URL such as s3://bucket/folder fits"
+        fits = "an URL such as s3://bucket/folder fits"
+        if one.model:
+            fits = "an URL, a Hub id or pkg:<package>/<folder> fits"
         if not recipe.cluster.shared_storage:
             more = "; cluster.shared_storage: true says that the image has it"
-            yield Fault(where, "a local path, which pods may not have", show(path), fits + more)
-        elif not os.path.isabs(path.removeprefix("file://")):
-            yield Fault(where, "a relative path, and pods start in a folder of their own", show(path), fits)
+            yield Fault(one.field, "a local path, which pods may not have", show(one.path), fits + more)
+        elif not os.path.isabs(one.path.removeprefix("file://")):
+            yield Fault(one.field, "a relative path, and pods start in a folder of their own", show(one.path), fits)
 
 
 def _local_model(path: str) -> bool:
@@ -126,15 +126,17 @@ def recipe_fits_config_map(recipe: Recipe, asked: Submit) -> Faults:
 def names_are_valid(recipe: Recipe, asked: Submit) -> Faults:
     kubernetes = asked.kubernetes
     if asked.image is not None and not _IMAGE.fullmatch(asked.image):
-        fits = "registry/name:tag or registry/name@sha256:… fits"
+        fits = "registry/name:tag or registry/name@sha256:… fits, the name in lower case"
         yield Fault("submit.image", "not the name of an image", show(asked.image), fits)
-    for field, pattern, longest in (
-        ("namespace", _LABEL, 63),
-        ("queue", _SUBDOMAIN, 63),  # it is a label's value, too
-        ("credentials_secret", _SUBDOMAIN, 253),
-        ("token_secret", _SUBDOMAIN, 253),
-    ):
-        value = getattr(kubernetes, field)
+    named = [
+        ("namespace", kubernetes.namespace, _LABEL, 63),
+        ("queue", kubernetes.queue, _SUBDOMAIN, 63),  # it is a label's value, too
+        ("credentials_secret", kubernetes.credentials_secret, _SUBDOMAIN, 253),
+        ("token_secret", kubernetes.token_secret, _SUBDOMAIN, 253),
+        ("service_account", kubernetes.service_account, _SUBDOMAIN, 253),
+        *(("image_pull_secrets", name, _SUBDOMAIN, 253) for name in kubernetes.image_pull_secrets),
+    ]
+    for field, value, pattern, longest in named:
         if value is not None and not (pattern.fullmatch(value) and len(value) <= longest):
             inner = "and -" if pattern is _LABEL else "- and ."
             fits = f"at most {longest} lower-case letters, digits {inner} fit, a letter or digit at both ends"
@@ -175,6 +177,18 @@ def readers_find_a_cpu(recipe: Recipe, asked: Submit) -> Faults:
     if cpu is not None and int(cpu) <= each:
         fits = f"at least {each + 1} fits: cluster.cpus_per_worker, and one to read the data"
         yield Fault("submit.kubernetes.cpu", "too few for a worker", show(asked.kubernetes.cpu), fits)
+
+
+def elastic_pods_hold_one_worker(recipe: Recipe, asked: Submit) -> Faults:
+    """Else a run that begins with the least pods has room for all workers in them, and never asks for another."""
+    cluster, cpu = recipe.cluster, int(_sound(asked.kubernetes.cpu))
+    if cluster.min_workers == cluster.max_workers or cluster.gpus_per_worker:
+        return
+    if cpu // cluster.cpus_per_worker > 1:
+        what = f"a pod of {asked.kubernetes.cpu} CPUs holds several workers, and an elastic run would not grow"
+        most = max(cpu, 3)
+        fits = f"more than half of submit.kubernetes.cpu, and not all of it, fits: {most - 1} of {most}"
+        yield Fault("cluster.cpus_per_worker", what, show(cluster.cpus_per_worker), fits)
 
 
 def shared_memory_fits_memory(recipe: Recipe, asked: Submit) -> Faults:
@@ -284,6 +298,7 @@ RULES: tuple[Callable[[Recipe, Submit], Faults], ...] = (
     numbers_are_in_range,
     quantities_are_sound,
     readers_find_a_cpu,
+    elastic_pods_hold_one_worker,
     shared_memory_fits_memory,
     machines_have_the_gpus,
     trials_are_of_a_sweep,

@@ -97,6 +97,10 @@ class Kubernetes(Section):
     """The Secret whose keys become environment variables of the head and the workers; null: none."""
     token_secret: Text | None = None
     """The Secret that holds Ray's token, in its key `auth_token`; null: KubeRay makes one."""
+    service_account: Text | None = None
+    """The account of every pod, such as one that has a cloud's role; null: the namespace's own."""
+    image_pull_secrets: tuple[Text, ...] = ()
+    """Secrets that a private registry gives the image for."""
     node_selector: dict[str, Text] = Field(default={})
     """Labels that a pod's node must have; with GPUs those that name a kind of machine are for the workers' alone."""
     tolerations: tuple[dict[str, Any], ...] = ()
@@ -112,14 +116,16 @@ class Kubernetes(Section):
     mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"] = "K8sJobMode"
     """What submits the run: a pod of its own (K8sJobMode), the operator (HTTPMode), or a container beside the head.
 
-    `rayft jobs logs` shows the output of the first alone, and says where that of the others is.
+    `rayft jobs logs` shows the output of the first alone, and says where that of the others is. SidecarMode can't run
+    in namespaces at the pod security level `restricted`, which the operator's container misses.
     """
     retries: Natural = 2
     """How often KubeRay makes a new cluster for a run that failed, which goes on from its last checkpoint."""
     deadline_s: Positive | None = None
-    """Seconds after which KubeRay ends the RayJob; null: never."""
-    ttl_s: Natural = 3600
-    """Seconds for which the pods stay after the run has ended."""
+    """Seconds after which KubeRay ends the RayJob, counted anew for each of its clusters; one that is late gets no
+    retry. Null: never."""
+    ttl_s: Natural | None = None
+    """Seconds for which a cluster stays after its run; null: 0 in K8sJobMode, whose logs stay without it, else 300."""
 
 
 class Submit(Section):

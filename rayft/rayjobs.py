@@ -1,14 +1,17 @@
-"""What a RayJob's object says: its state in the words of any job, its age, and where its output is to be seen."""
+"""What a RayJob's object and pods say: its state in the words of any job, what it waits for, where its output is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from rayft.kuberay import Manifest, attempt_of
 from rayft.servers import TERMINAL, Job
 
 QUEUE = "kueue.x-k8s.io/queue-name"
+_STARTING = ("ContainerCreating", "PodInitializing")  # what a sound pod waits for, too
 _EXIT_CODE = re.compile(r"failed with exit code (\d+)")  # Ray's words, in the RayJob's message
 
 
@@ -47,6 +50,32 @@ def status_of(job: Manifest) -> str:
     if deployment == "Suspended" and job["spec"].get("suspend") and QUEUE not in job["metadata"].get("labels", {}):
         return "STOPPED"
     return "RUNNING" if deployment == "Running" and ray in ("RUNNING", *TERMINAL) else "PENDING"
+
+
+def held_back(job: Manifest) -> str | None:
+    """That a queue has not admitted the RayJob yet; None where it has, or there is none."""
+    queue = (job["metadata"].get("labels") or {}).get(QUEUE)
+    return f"Kueue has not admitted it from the queue {queue} yet" if queue and job["spec"].get("suspend") else None
+
+
+def unready(pods: list[Any]) -> str | None:
+    """What keeps the first of these pods (as Kubernetes' client has them) that does not run from it; None: all run.
+
+    Kubernetes' own words, on one line: what a container waits for (an image, a Secret), or why no node takes the pod.
+    """
+    pending = [pod for pod in pods if pod.status.phase == "Pending"]
+    told = [(pod.metadata.name, why) for pod in pending for why in _reasons(pod.status)]
+    return next((f"pod {name}: {' '.join(why.split())[:300]}" for name, why in told), None)
+
+
+def _reasons(status: Any) -> Iterator[str]:
+    for container in [*(status.init_container_statuses or ()), *(status.container_statuses or ())]:
+        waiting = container.state and container.state.waiting
+        if waiting and waiting.reason not in _STARTING:
+            yield f"{waiting.reason}: {waiting.message or ''}".rstrip(": ")
+    for condition in status.conditions or ():
+        if condition.type == "PodScheduled" and condition.status == "False":
+            yield f"{condition.reason}: {condition.message or ''}".rstrip(": ")
 
 
 def age(job: Manifest) -> tuple[str, int]:

@@ -6,14 +6,14 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from rayft import storage
 from rayft.errors import DataError, RunRefused
-from rayft.recipe import Recipe, set_field
+from rayft.recipe import Recipe
 from rayft.text import size
 
 LIMIT_BYTES = 256 << 20  # of what --upload takes
@@ -22,12 +22,41 @@ _WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
-class Local:
-    """A path of a recipe that lies on this machine: `field` is its dotted name, `where` the keys that lead to it."""
+class Place:
+    """A path in a recipe: `field` is its dotted name, `where` the keys that lead to it in the recipe's plain form."""
 
     field: str
     where: tuple[str | int, ...]
     path: str
+
+    @property
+    def model(self) -> bool:
+        return self.field.endswith("model.path")
+
+
+def places(recipe: Recipe) -> Iterator[Place]:
+    """Every path that a run of the recipe reads or writes: storage, rows and model, and a sweep's choices of them."""
+    yield Place("storage", ("storage",), recipe.storage)
+    for split in ("train", "validation", "test"):
+        for number, source in enumerate(getattr(recipe.data, split) or ()):
+            yield Place(f"data.{split}", ("data", split, number, "path"), source.path)
+    yield Place("model.path", ("model", "path"), recipe.model.path)
+    for field, space in recipe.tune.search.items() if recipe.tune else ():
+        if field in ("model.path", "data.train", "data.validation", "data.test"):
+            key = "choice" if space.choice else "grid"
+            for number, value in enumerate(space.choices):
+                yield from _chosen(f"tune.search.{field}", ("tune", "search", field, key, number), value)
+
+
+def _chosen(field: str, where: tuple[str | int, ...], value: Any) -> Iterator[Place]:
+    """The paths of one choice, which is as free in its form as the field: a path, a source with its own, or several."""
+    if isinstance(value, str):
+        yield Place(field, where, value)
+    elif isinstance(value, dict):
+        yield from _chosen(field, (*where, "path"), value.get("path"))
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            yield from _chosen(field, (*where, number), one)
 
 
 def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str, Any]], None]) -> Recipe:
@@ -57,18 +86,16 @@ def uploaded(recipe: Recipe, show: Callable[[dict[str, Any]], None]) -> Recipe:
     return Recipe.parse(plain, recipe.name)
 
 
-def local_paths(recipe: Recipe) -> list[Local]:
-    """The recipe's paths on this machine: storage, rows, and the model where it is a folder."""
-    found = [Local("storage", ("storage",), recipe.storage)]
-    for split in ("train", "validation", "test"):
-        for number, source in enumerate(getattr(recipe.data, split) or ()):
-            found.append(Local(f"data.{split}", ("data", split, number, "path"), source.path))
-    if os.path.isdir(_bare(recipe.model.path)):
-        found.append(Local("model.path", ("model", "path"), recipe.model.path))
-    return [one for one in found if storage.is_local(one.path)]
+def local_paths(recipe: Recipe) -> list[Place]:
+    """The recipe's paths on this machine: storage, rows, and models where they are folders."""
+    return [
+        one
+        for one in places(recipe)
+        if storage.is_local(one.path) and (not one.model or os.path.isdir(_bare(one.path)))
+    ]
 
 
-def refuse_out_of_reach(recipe: Recipe, local: list[Local], upload: bool) -> None:
+def refuse_out_of_reach(recipe: Recipe, local: list[Place], upload: bool) -> None:
     lines = []
     for one in local:
         if one.field == "storage":
@@ -98,9 +125,6 @@ def _bare(path: str) -> str:
 
 
 def _set(plain: dict[str, Any], where: tuple[str | int, ...], value: str) -> None:
-    if len(where) < 3:
-        set_field(plain, ".".join(map(str, where)), value)
-        return
     inner: Any = plain
     for key in where[:-1]:
         inner = inner[key]
@@ -114,7 +138,7 @@ def _files(path: str) -> list[Any]:
     return found
 
 
-def _refuse_large(local: list[Local]) -> None:
+def _refuse_large(local: list[Place]) -> None:
     sizes = {one: sum(entry.size for entry in _files(one.path)) for one in local}
     if sum(sizes.values()) > LIMIT_BYTES:
         listed = "\n".join(f"  {one.field}: {one.path} ({size(count)})" for one, count in sizes.items())

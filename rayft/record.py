@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rayft import attempts, storage
-from rayft.errors import RunRefused, StorageError, Superseded
+from rayft.errors import RunRefused, StorageError, Superseded, TrainingError
 from rayft.layout import INSIDE, TRIALS
 from rayft.recipe import Recipe
 from rayft.training import checkpoints
 
 BEAT_S = 5.0
 LOOK_S = 1.0  # between two looks for the heartbeat of another writer
+JOB = "RAYFT_JOB"  # the variable in which a driver on Kubernetes finds the name of its RayJob
 SILENT_S = 30.0  # a writer elsewhere that was not heard of for so long is dead
 
 
@@ -103,6 +104,23 @@ class Record:
                 self.before, self.attempt = now, attempts.newest(self.folder)
                 return bool(now["status"] == "running")
         return False
+
+    def refuse_same_failure(self) -> None:
+        """TrainingError where the cluster before this one, of the same RayJob, has met what this one would meet.
+
+        KubeRay's operator makes the next cluster whatever the failure was. Another job, and who runs the recipe by
+        hand, may have mended what is not in the recipe.
+        """
+        job, result = os.environ.get(JOB), self.result() or {}
+        if job and result.get("given_up_by") == job:
+            raise TrainingError(
+                f"{result['error']} (this ended the cluster before, and would this one; a new submission tries again)"
+            )
+
+    def forget_failure(self, job: str) -> None:
+        """For a new RayJob named `job`: what one of that name has left, which was deleted since, is not its own."""
+        if (self.result() or {}).get("given_up_by") == job:
+            storage.delete(storage.join(self.folder, "result.json"))
 
     def refuse_other_model(self, identity: str) -> None:
         known = self.before.get("model")
@@ -218,12 +236,17 @@ class Record:
                 self.superseded = error
         return self.superseded is not None
 
-    def end(self, status: str, error: str) -> None:
-        """Writes result.json of a run that did not finish; `error` is one sentence. Nothing where another took over."""
+    def end(self, status: str, error: str, sure: bool = False) -> None:
+        """Writes result.json of a run that did not finish; `error` is one sentence. Nothing where another took over.
+
+        `sure`: another cluster would fail in the same way, which the next one of the same RayJob is told.
+        """
         self.status = status
         if self._replaced():
             return
         result = {"run": self.folder, "status": status, "error": error, "steps": None, "epochs": None}
+        if sure and (job := os.environ.get(JOB)):
+            result["given_up_by"] = job
         empty: dict[str, Any] = {"metrics": {}, "best": None, "export": None, "timing": {}, "warnings": []}
         storage.write_json(storage.join(self.folder, "result.json"), {**result, **empty})
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from rayft.errors import Fault
-from rayft.faults import show
+from rayft.faults import SIGNATURE, show
 from rayft.machines import Cluster, Workers
 from rayft.search import Space, Tune
 from rayft.sections import Freeze, Lora, Source
@@ -237,9 +237,10 @@ def no_secrets(storage: str, path: str, *splits: tuple[Source, ...] | None) -> F
     for name, sources in zip(("train", "validation", "test"), splits, strict=True):
         places += [(f"data.{name}", source.path) for source in sources or ()]
     for where, value in places:
-        if re.match(r"\w+://[^/@]+@", value):
+        kind = "URL with credentials" if re.match(r"\w+://[^/@]+@", value) else None
+        if kind or SIGNATURE.search(value):
             fits = "credentials come from the environment, the instance or a mounted secret; a URL without them fits"
-            yield Fault(where, "a URL with credentials", show(value), fits)
+            yield Fault(where, f"a {kind or 'signed URL, which is a credential itself'}", show(value), fits)
 
 
 def sampler_fits_spaces(sampler: str | None, scheduler: str | None, search: dict[str, Space] | None) -> Faults:

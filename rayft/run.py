@@ -11,7 +11,7 @@ from typing import Any
 from rayft import ahead, placement, prestart, storage
 from rayft.doubts import doubts
 from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
-from rayft.failure import AGAIN, Left, decide
+from rayft.failure import AGAIN, SURE, Left, decide
 from rayft.gauges import Gauges
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
@@ -47,6 +47,7 @@ def run(
     show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)
     record.refuse_second_writer(take_over, show)
+    record.refuse_same_failure()
     finished = _settle(recipe, record, show) if trains and not restart else None
     if finished is not None:
         return finished
@@ -92,7 +93,8 @@ def _ending(record: Record) -> Iterator[None]:
         record.end("stopped", str(error) or "interrupted; the same command goes on from the last checkpoint")
         raise
     except Exception as error:
-        record.end("failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}")
+        told = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+        record.end("failed", told, sure=isinstance(error, SURE))
         raise
     record.status = "finished"
 

@@ -44,6 +44,9 @@ class Server(Protocol):
     def job(self, job: str) -> Job | None:
         """What is known of a job, None where there is none."""
 
+    def waits(self, job: str) -> str | None:
+        """What keeps a job that has not started from it, where more is known than its message says."""
+
     def logs(self, job: str) -> str:
         """What a job has printed."""
 

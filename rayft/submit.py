@@ -33,7 +33,10 @@ _ATTEMPT = re.compile(r"-a(\d+)$")
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job on a cluster. `attached`: it was there before; `status` is Ray's word for its state then."""
+    """A job on a cluster. `attached`: it was there before; `status` is Ray's word for its state then.
+
+    `attempt` counts the jobs that were submitted; within one, a run counts its own.
+    """
 
     job: str
     run: str
@@ -59,7 +62,7 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     run = storage.join(storage.absolute(recipe.storage), recipe.name)
     prefix, wanted = job_prefix(recipe.name, run), digest(recipe)
     jobs = server.jobs(prefix)
-    found = standing(jobs, wanted, run)
+    found = standing(jobs, wanted, run, server.options)
     visible = here or not storage.is_local(run) or storage.exists(storage.absolute(recipe.storage))
     if found is not None and not (visible and deleted(found, run)):
         return Submitted(found.id, run, server.address, _attempt(found), True, found.status)
@@ -106,16 +109,18 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
         preflight.refuse_from_here(recipe, show)
     with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
         Record(run).standing(recipe)
-    show({"event": "stage", "name": "submitting"})
     config_map, ray_job = kuberay.manifests(recipe, attempt, source)
+    with contextlib.suppress(StorageError):
+        Record(run).forget_failure(ray_job["metadata"]["name"])
+    show({"event": "stage", "name": "submitting"})
     new = server.submit(config_map, ray_job)
     return Submitted(ray_job["metadata"]["name"], run, server.address, attempt, not new, "PENDING")
 
 
-def standing(jobs: list[Job], wanted: str, run: str, options: str = "") -> Job | None:
+def standing(jobs: list[Job], wanted: str, run: str, options: str) -> Job | None:
     """Which of the jobs of a run, the newest first, a submission of the recipe `wanted` attaches to; None: a new one.
 
-    RunRefused where one with another recipe has not ended.
+    `options` lead `rayft jobs` to the server. RunRefused where one with another recipe has not ended.
     """
     for job in jobs:
         if job.status in TERMINAL:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
+
+from rayft.filesystems import is_local
 
 Json = dict[str, Any]
 
@@ -125,7 +128,10 @@ def result_lines(result: Json) -> list[str]:
     if result.get("export"):
         lines.append(f"model: {result['export']}")
     if result.get("export") and result.get("pipeline"):
-        lines.append(f'use it: transformers.pipeline("{result["pipeline"]}", "{result["export"]}")')
+        here = is_local(result["export"])  # transformers loads from no other place
+        copied = "" if here else f"rayft export {shlex.quote(result['run'])} FOLDER, then "
+        folder = result["export"] if here else "FOLDER"
+        lines.append(f'use it: {copied}transformers.pipeline("{result["pipeline"]}", "{folder}")')
     return lines
 
 
@@ -227,12 +233,12 @@ def _is_plain_source(value: Any) -> bool:
     return isinstance(value, dict) and "path" in value and not value.get("where") and value.get("weight", 1.0) == 1.0
 
 
-def submitted_lines(sent: Json, options: str = "") -> list[str]:
+def submitted_lines(sent: Json, options: str) -> list[str]:
     """What `rayft submit` did, and how to look after it; `options` lead `rayft jobs` there."""
     did = f"attached to the job that is there ({sent['status'].lower()})" if sent["attached"] else "submitted"
     job = sent["job"]
     rows = [("job", job), ("run", sent["run"]), ("follow", f"rayft jobs logs {job} --follow{options}")]
-    return [f"{did}, attempt {sent['attempt']}", *aligned([*rows, ("stop", f"rayft jobs stop {job}{options}")])]
+    return [f"submission {sent['attempt']}: {did}", *aligned([*rows, ("stop", f"rayft jobs stop {job}{options}")])]
 
 
 def jobs_lines(jobs: list[Json]) -> list[str]:
@@ -249,6 +255,9 @@ def jobs_lines(jobs: list[Json]) -> list[str]:
 
 def job_lines(job: Json) -> list[str]:
     """One job and its run."""
+    took = f"{duration(job['seconds'])} so far, {duration(job['left_s'])} left"
+    if job["status"] in ("succeeded", "failed", "stopped"):
+        took = f"it took {duration(job['seconds'])}"
     score = f"{job['metric']} {number(job['value'])}" if job["metric"] else "-"
     facts = [
         ("status", job["status"] + (f": {why}" if (why := last_line(job["message"])) else "")),
@@ -256,7 +265,7 @@ def job_lines(job: Json) -> list[str]:
         ("attempt", number(job["attempt"])),
         ("step", f"{number(job['step'])} ({number(job['epoch'])} epochs), loss {number(job['loss'])}"),
         ("score", score),
-        ("started", f"{moment(job['started'])}, {duration(job['seconds'])} so far, {duration(job['left_s'])} left"),
+        ("started", f"{moment(job['started'])}, {took}"),
     ]
     return [job["job"], *aligned(facts)]
 

@@ -7,6 +7,7 @@ without RAY_AUTH_MODE=token. A token is sent, and never shown or stored.
 from __future__ import annotations
 
 import os
+import re
 
 from rayft.errors import ClusterError
 
@@ -14,11 +15,15 @@ _TOKEN, _PATH, _FILE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "~/.ray/auth_tok
 
 
 def headers() -> dict[str, str]:
-    """The token of the two variables, where Ray's client would not send it by itself; ClusterError for a file."""
-    if _in_mode():
-        return {}
+    """The token of the two variables, where Ray's client would not send it by itself.
+
+    ClusterError where there is no such file, or what is given can't be a token.
+    """
     token = (os.environ.get(_TOKEN) or (_content() if os.environ.get(_PATH) else "")).strip()
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    if not re.fullmatch(r"[!-~]*", token):  # what a header of HTTP can carry
+        source = _TOKEN if os.environ.get(_TOKEN) else f"{_PATH}={os.environ[_PATH]}"
+        raise ClusterError(f"{source}: not a token; it is one line of plain ASCII letters, digits and signs")
+    return {"Authorization": f"Bearer {token}"} if token and not _in_mode() else {}
 
 
 def refused(address: str, joining: bool = False) -> str:
@@ -42,7 +47,9 @@ def _in_mode() -> bool:
 def _content() -> str:
     path = os.environ[_PATH]
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return file.read()
     except OSError as error:
         raise ClusterError(f"{_PATH}={path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ClusterError(f"{_PATH}={path}: not a token but a file of bytes, which no header can carry") from None

@@ -72,6 +72,21 @@ class KubeApi:
             self.logs.setdefault(name, [])
             self.changed.notify_all()
 
+    def holds_pod(self, job: str, name: str, **status: Any) -> None:
+        """A pod of the Ray cluster that does not start: `waiting` of its container, `scheduled` of its place."""
+        container = {"name": "c", "image": "i", "imageID": "", "ready": False, "restartCount": 0}
+        made: Object = {"phase": "Pending"}
+        if waiting := status.get("waiting"):
+            made["containerStatuses"] = [{**container, "state": {"waiting": waiting}}]
+        if scheduled := status.get("scheduled"):
+            made["conditions"] = [{"type": "PodScheduled", "status": "False", **scheduled}]
+        with self.changed:
+            labels = {"ray.io/originated-from-cr-name": job, "rayft/job": job}
+            metadata = {"name": name, "namespace": "default", "labels": labels}
+            self._store("pods", {"metadata": metadata, "spec": {"containers": [{"name": "c", "image": "i"}]}})
+            self.objects["pods", "default", name]["status"] = made
+            self.changed.notify_all()
+
     def prints(self, pod: str, *lines: str, at: str | None = None) -> None:
         with self.changed:
             for line in lines:

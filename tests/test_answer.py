@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rayft.answer import exit_code, sentence
 from rayft.errors import ClusterError, Fault, RecipeError, StorageDenied, TrainingError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,8 @@ from rayft.errors import ClusterError, Fault, RecipeError, StorageDenied, Traini
         (StorageDenied("no rights"), 2),
         (TrainingError("a worker failed"), 1),
         (KeyError("x"), 1),
+        (ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed"), 2),
+        (ModuleNotFoundError("No module named 'rayft.x'", name="rayft.x"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -33,6 +38,18 @@ def test_rayfts_own_errors_are_told_whole_and_others_by_the_first_line_of_their_
     assert sentence(ValueError("\nfirst\nsecond")).startswith("something unforeseen went wrong: ValueError: first (")
     assert sentence(ValueError()).startswith("something unforeseen went wrong: ValueError (")
     assert sentence(KeyboardInterrupt()) == "interrupted"
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "pydantic", "ray"])
+def test_a_machine_without_a_package_is_one_sentence_that_names_it(package: str) -> None:
+    """As a job finds it on a cluster to which rayft came alone."""
+    code = f"import sys, runpy; sys.modules[{package!r}] = None; sys.argv[1:] = ['run', 'jobs/quickstart.yaml']; "
+    code += "runpy.run_module('rayft', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: this Python ({sys.executable}) lacks the package {package}; ")
+    assert "cluster/requirements.lock" in done.stderr
 
 
 def test_stdout_is_given_back_after_the_answer() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -373,3 +374,10 @@ def test_readme_says_in_one_line_what_each_file_answers() -> None:
     assert sorted(set(listed)) == sorted(listed), "a file is listed twice"
     assert set(listed) == there, f"not there: {sorted(set(listed) - there)}, not listed: {sorted(there - set(listed))}"
     assert all(len(text) > 10 for _, text in rows)
+
+
+def test_users_of_the_package_get_its_types() -> None:
+    """By the marker of PEP 561, which has to be in the wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert (PACKAGE / "py.typed").exists()
+    assert "py.typed" in settings["rayft"]

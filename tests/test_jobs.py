@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayft import jobs, storage
-from rayft.errors import RunRefused
+from rayft.errors import RunRefused, TrainingError
 from rayft.servers import Job
 
 
@@ -49,6 +49,37 @@ def test_a_job_is_found_by_id_or_by_its_runs_name_or_folder(
             jobs.find(server, name)
     else:
         assert jobs.find(server, name) is server.known[place]
+
+
+class Waiting:
+    """Knows one job, which waits for CPUs and hears of a stop only when it has them."""
+
+    address, options = "http://head:8265", " --address http://head:8265"
+    known = Job("rayft-one-a1", "PENDING", "one", message="Job has not started yet. It may be waiting for resources.")
+
+    def jobs(self) -> list[Job]:
+        return [self.known]
+
+    def job(self, job: str) -> Job:
+        return self.known
+
+    def waits(self, job: str) -> None:
+        return None
+
+    last_try = stop = waits
+
+
+def test_a_stop_of_a_job_that_waits_says_at_once_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LOOK_S", 0.0)
+    monkeypatch.setattr(jobs, "END_S", 0.0)
+    shown: list[dict[str, Any]] = []
+    server: Any = Waiting()
+    with pytest.raises(TrainingError) as raised:
+        jobs.stop(server, "one", shown.append)
+    waits = "Job has not started yet. It may be waiting for resources."
+    assert shown[0] == {"event": "note", "text": f"rayft-one-a1 has not started: {waits}"}
+    assert "may end only when its turn comes" in str(raised.value)
+    assert "`rayft jobs status rayft-one-a1 --address http://head:8265`" in str(raised.value)
 
 
 def test_a_run_that_was_stopped_has_not_failed(tmp_path: Path) -> None:

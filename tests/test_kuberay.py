@@ -37,6 +37,8 @@ FULL: dict[str, Any] = {
         "namespace": "research",
         "credentials_secret": "s3-keys",
         "token_secret": "ray-token",
+        "service_account": "trainer",
+        "image_pull_secrets": ["registry", "mirror.example.com"],
         "node_selector": {
             "node.kubernetes.io/instance-type": "p5.48xlarge",
             "topology.kubernetes.io/zone": "eu-west-1a",
@@ -127,8 +129,24 @@ def test_what_the_recipe_says_reaches_its_place() -> None:
     assert all(pod["terminationGracePeriodSeconds"] > 90 for pod in pods(job).values())
 
 
-def test_an_image_of_this_version_is_the_default() -> None:
-    assert pods(rendered("cpu")[1])["head"]["containers"][0]["image"] == f"rayft:{__version__}"
+def test_an_image_of_this_version_is_the_default_and_with_gpus_that_with_cuda() -> None:
+    for case, image in (("cpu", f"rayft:{__version__}"), ("elastic", f"rayft:{__version__}-gpu")):
+        assert {pod["containers"][0]["image"] for pod in pods(rendered(case)[1]).values()} == {image}
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, 0),  # the pod that submits keeps the output
+        ({"mode": "HTTPMode"}, 300),
+        ({"mode": "SidecarMode"}, 300),
+        ({"mode": "HTTPMode", "ttl_s": 0}, 0),
+        ({"ttl_s": 3600}, 3600),
+    ],
+    ids=str,
+)
+def test_machines_go_with_their_run_unless_they_alone_have_its_output(fields: dict[str, Any], seconds: int) -> None:
+    assert manifests(recipe_with({KUBERNETES: fields}))[1]["spec"]["ttlSecondsAfterFinished"] == seconds
 
 
 def test_the_head_takes_no_worker_and_no_machine_with_gpus() -> None:
@@ -183,13 +201,14 @@ def test_an_elastic_run_scales_between_its_bounds_and_a_fixed_one_does_not() -> 
     group = spec["workerGroupSpecs"][0]
     assert spec["enableInTreeAutoscaling"] is True
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 3)
-    assert "automountServiceAccountToken" not in spec["headGroupSpec"]["template"]["spec"]
+    assert group["replicas"] == 1  # of so many the operator waits until they run, before it submits
     assert "enableInTreeAutoscaling" not in rendered("cpu")[1]["spec"]["rayClusterSpec"]
 
 
-@pytest.mark.parametrize(("workers", "pods"), [(1, (6, 6, 6)), (4, (24, 24, 24)), ({"min": 1, "max": 3}, (6, 18, 18))])
+@pytest.mark.parametrize(("workers", "pods"), [(1, (6, 6, 6)), (4, (24, 24, 24)), ({"min": 1, "max": 3}, (6, 6, 18))])
 def test_each_of_the_trials_at_once_has_the_pods_of_a_run(workers: Any, pods: tuple[int, int, int]) -> None:
-    fields = {"cluster.workers": workers, "tune": {"trials": 24, "search": SEARCH}, f"{KUBERNETES}.trials_at_once": 6}
+    fields = {"cluster": {"workers": workers, "cpus_per_worker": 3}, f"{KUBERNETES}.trials_at_once": 6}
+    fields |= {"tune": {"trials": 24, "search": SEARCH}}
     group = manifests(recipe_with(fields))[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == pods
 
@@ -361,11 +380,14 @@ def test_pods_have_no_more_rights_than_they_need(case: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert min(pod["securityContext"][key] for key in ("runAsUser", "runAsGroup", "fsGroup")) > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert {key for volume in pod.get("volumes", ()) for key in volume} <= {"name", "emptyDir", "configMap"}
-        assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & pod.keys()
-        assert pod.get("automountServiceAccountToken", name == "head" and case == "elastic") is (
-            name == "head" and case == "elastic"
-        )
+        scaled = {"projected"} if name == "head" and case == "elastic" else set()
+        assert {key for volume in pod.get("volumes", ()) for key in volume} <= {
+            "name",
+            "emptyDir",
+            "configMap",
+        } | scaled
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
             rights = container["securityContext"]
             assert rights["allowPrivilegeEscalation"] is False
@@ -374,6 +396,25 @@ def test_pods_have_no_more_rights_than_they_need(case: str) -> None:
     options = job["spec"]["rayClusterSpec"].get("autoscalerOptions")
     assert (options is not None) == (case == "elastic")
     assert options is None or options["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_only_the_autoscaler_sees_the_token_that_can_make_pods() -> None:
+    _, job = rendered("elastic")
+    (mount,) = job["spec"]["rayClusterSpec"]["autoscalerOptions"]["volumeMounts"]
+    assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+    for name, pod in pods(job).items():
+        tokens = [volume["name"] for volume in pod.get("volumes", ()) if "projected" in volume]
+        assert tokens == ([mount["name"]] if name == "head" else [])
+        mounted = {one["name"] for container in pod["containers"] for one in container.get("volumeMounts", ())}
+        assert mount["name"] not in mounted
+
+
+def test_every_pod_has_the_account_and_pulls_with_the_secrets_that_the_recipe_names() -> None:
+    for pod in pods(manifests(recipe_with({**FULL, f"{KUBERNETES}.mode": "K8sJobMode"}))[1]).values():
+        assert pod["serviceAccountName"] == "trainer"
+        assert pod["imagePullSecrets"] == [{"name": "registry"}, {"name": "mirror.example.com"}]
+    for pod in pods(rendered("cpu")[1]).values():
+        assert not {"serviceAccountName", "imagePullSecrets"} & pod.keys()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -396,7 +437,8 @@ def test_no_secret_is_in_a_manifest_only_names_of_secrets(case: str, monkeypatch
     assert not [value for value in secrets.values() if value in text]
     assert [document["kind"] for document in documents] == ["ConfigMap", "RayJob"]
     assert list(documents[0]["data"]) == ["recipe.yaml"]
-    assert not [path for path, _ in leaves(documents) if "env" in path]  # no variable is written out, only `envFrom`
+    written = {path[-1]: value for path, value in leaves(documents) if "env" in path}  # others come by `envFrom`
+    assert written == {"name": "RAYFT_JOB", "value": documents[1]["metadata"]["name"]}
 
 
 def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

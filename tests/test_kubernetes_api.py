@@ -167,6 +167,20 @@ def test_a_run_that_was_deleted_after_it_had_succeeded_is_submitted_again(
     assert (again.job, again.attempt, again.attached) == (job_name(made, 2), 2, False)
 
 
+def test_a_new_job_of_an_old_name_is_not_ended_by_what_the_old_one_met(api: KubeApi, home: str) -> None:
+    made = recipe(home, name="again")
+    job = send(made).job
+    api.plays(job, "Failed", "FAILED")
+    left = {"status": "failed", "error": "the loss is NaN", "given_up_by": job}
+    storage.write_json(storage.join(made.folder, "result.json"), left)
+    assert send(made).job == job_name(made, 2)
+    assert storage.exists(storage.join(made.folder, "result.json"))
+    for name in api.names():
+        del api.objects["rayjobs", "default", name]
+    assert send(made).job == job
+    assert not storage.exists(storage.join(made.folder, "result.json"))
+
+
 def test_another_recipe_for_a_run_that_goes_on_is_refused(api: KubeApi, home: str) -> None:
     first = send(recipe(home))
     other = recipe(home, **{"train.seed": 7})
@@ -260,6 +274,9 @@ def test_a_cluster_without_kuberay_a_namespace_or_our_token_is_one_sentence(
     (tmp_path / "kubeconfig").write_text(f"users: [{TOKEN}\n")
     assert "can't be read" in refusal(recipe(home))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert f"KUBECONFIG={tmp_path}/none: there is no such file" in refusal(recipe(home))
+    (tmp_path / "kubeconfig").write_text("kind: Config\n")
+    monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'none'}:{tmp_path / 'kubeconfig'}")
     assert "can't be used" in refusal(recipe(home))
     assert api.objects == {}
 
@@ -357,6 +374,66 @@ def test_the_last_line_says_why_a_job_has_failed(
     api.plays(job, deployment, ray, message=message)
     assert following.follow(server, job, answer(), ask=False)["exit_code"] == code
     assert last in capsys.readouterr().out.splitlines()[-1]
+
+
+IMAGE = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "rayft:9"'}
+SECRET_MISSING = {"reason": "CreateContainerConfigError", "message": 'secret "s3-keys" not found'}
+FULL = {"reason": "Unschedulable", "message": "0/3 nodes are available:\n3 Insufficient nvidia.com/gpu."}
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ({"waiting": IMAGE}, 'pod w: ImagePullBackOff: Back-off pulling image "rayft:9"'),
+        ({"waiting": SECRET_MISSING}, 'pod w: CreateContainerConfigError: secret "s3-keys" not found'),
+        ({"scheduled": FULL}, "pod w: Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
+        ({"waiting": {"reason": "ErrImagePull"}}, "pod w: ErrImagePull"),
+        ({"waiting": {"reason": "ContainerCreating"}}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_a_job_that_can_not_start_says_what_it_waits_for(
+    api: KubeApi, status: dict[str, Any], says: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_map, ray_job = manifests(recipe_with({}))
+    server, job = Kubernetes("default"), ray_job["metadata"]["name"]
+    server.submit(config_map, ray_job)
+    api.plays(job, "Initializing")
+    api.holds_pod(job, "head", waiting={"reason": "PodInitializing"})
+    api.holds_pod(job, "w", **status)
+    api.holds_pod("another", "other", waiting=IMAGE)
+    assert jobs.status(server, job)["message"] == says
+    app(["jobs", "status", job, "--kubernetes"], standalone_mode=False)
+    assert f"status   pending{f': {says}' if says else ''}\n" in capsys.readouterr().out
+    api.plays(job, "Running", "RUNNING", message="Job is running.")
+    assert jobs.status(server, job)["message"] == "Job is running."
+
+
+def test_who_follows_is_told_each_thing_that_a_job_waits_for_once(
+    api: KubeApi, home: str, operator: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = send(recipe(home, name="waits")).job
+
+    def looks(often: int) -> None:
+        before = api.asked.count("GET rayjobs")
+        api.until(lambda: api.asked.count("GET rayjobs") > before + 2 * often)
+
+    def script() -> None:
+        api.plays(job, "Initializing")
+        api.holds_pod(job, "w", scheduled=FULL)
+        looks(3)
+        api.holds_pod(job, "w", waiting=IMAGE)
+        looks(3)
+        api.plays(job, "Complete", "SUCCEEDED")
+
+    operator(script)
+    assert following.follow(Kubernetes("default"), job, answer(), ask=False)["exit_code"] == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:3] for line in told] == [
+        [f"{job} waits", "pod w", "Unschedulable"],
+        [f"{job} waits", "pod w", "ImagePullBackOff"],
+    ]
 
 
 def test_a_retry_of_the_operator_is_followed_too(
@@ -476,6 +553,7 @@ def test_a_job_in_a_queue_is_deleted_since_suspend_is_the_queues(api: KubeApi, h
     server.submit(*manifests(made))
     api.plays(job_name(made), "Suspended")
     assert jobs.listed(server)[0]["status"] == "pending"
+    assert jobs.status(server, "queued")["message"] == "Kueue has not admitted it from the queue q yet"
     assert jobs.stop(server, job_name(made), silent)["status"] == "stopped"
     assert api.names() == []
 

@@ -25,6 +25,7 @@ SOUND: dict[str, Any] = {
 KUBERNETES = "submit.kubernetes"
 SELECTOR = f"{KUBERNETES}.node_selector"
 SWEEP = {"trials": 2, "search": {"model.path": {"choice": ["org/m", "./other"]}}}
+ROWS = ("a.csv", {"path": "a.csv"}, ["s3://bucket/a.csv", {"path": "a.csv", "weight": 2}])
 SEARCH = {"trials": 24, "search": {"train.learning_rate": {"choice": [1e-5, 1e-4]}}}
 TYPE, ACCELERATORS = "node.kubernetes.io/instance-type", "cloud.google.com/gke-accelerator-count"
 
@@ -57,9 +58,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.path": "/m"}, "model.path"),
     ({"model.path": "./m", "cluster.shared_storage": True}, "model.path"),
     ({"tune": SWEEP}, "tune.search.model.path"),
+    *(({"tune": {**SWEEP, "search": {"data.train": {"choice": [value]}}}}, "tune.search.data.train") for value in ROWS),
     ({"data.train": [f"s3://bucket/{number:0100}.csv" for number in range(8000)]}, "the recipe"),
     ({"submit.image": "rayft 0.1"}, "submit.image"),
     ({"submit.image": "registry.io/rayft@sha256:12"}, "submit.image"),
+    ({"submit.image": "Rayft:0.1"}, "submit.image"),
+    ({"submit.image": "registry.io/ML/rayft:0.1"}, "submit.image"),
+    ({"submit.image": "Team/rayft"}, "submit.image"),
+    ({f"{KUBERNETES}.service_account": "Trainer"}, f"{KUBERNETES}.service_account"),
+    ({f"{KUBERNETES}.image_pull_secrets": ["sound", "reg_istry"]}, f"{KUBERNETES}.image_pull_secrets"),
     ({f"{KUBERNETES}.namespace": "Team"}, f"{KUBERNETES}.namespace"),
     ({f"{KUBERNETES}.namespace": "a.b"}, f"{KUBERNETES}.namespace"),
     ({f"{KUBERNETES}.namespace": "a" * 64}, f"{KUBERNETES}.namespace"),
@@ -100,7 +107,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (toleration(key="a", seconds=3), f"{SECOND}.seconds"),
     (toleration(key="a", effect="NoExecute", tolerationSeconds="3"), f"{SECOND}.tolerationSeconds"),
     (toleration(key="a", effect="NoSchedule", tolerationSeconds=3), f"{SECOND}.tolerationSeconds"),
-    ({f"{KUBERNETES}.queue": "team", "cluster.workers": {"min": 1, "max": 2}}, "cluster.workers"),
+    (
+        {f"{KUBERNETES}.queue": "team", "cluster": {"workers": {"min": 1, "max": 2}, "gpus_per_worker": 1}},
+        "cluster.workers",
+    ),
+    ({"cluster.workers": {"min": 1, "max": 2}}, "cluster.cpus_per_worker"),
+    ({"cluster": {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 2}}, "cluster.cpus_per_worker"),
+    ({"cluster.workers": {"min": 1, "max": 2}, f"{KUBERNETES}.cpu": "2500m"}, "cluster.cpus_per_worker"),
 ]
 
 PASSED: list[dict[str, Any]] = [
@@ -112,6 +125,9 @@ PASSED: list[dict[str, Any]] = [
     {"data.train": "file:///data/a.csv", "cluster.shared_storage": True},
     {"submit.image": "localhost:5000/team/rayft:0.1.0"},
     {"submit.image": "registry.io/rayft@sha256:" + "0a" * 32},
+    *({"submit.image": name} for name in ("rayft", "team/ray_ft__x--y.z:A_1", "Registry.io:5000/a/b", "head:5000/a")),
+    {"cluster": {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 3}},
+    {"cluster": {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 2}, f"{KUBERNETES}.cpu": 3},
     {f"{KUBERNETES}.queue": "team.queue", f"{KUBERNETES}.token_secret": "ray-token"},
     {f"{KUBERNETES}.cpu": "2"},
     {f"{KUBERNETES}.cpu": "2500m"},

@@ -70,6 +70,35 @@ def test_every_path_out_of_reach_is_named_with_what_to_do(plain: dict[str, Any],
     assert "data.train" not in str(raised.value)
 
 
+def test_the_choices_of_a_sweep_reach_the_cluster_as_the_recipes_own_paths_do(
+    plain: dict[str, Any], tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ["train.csv", {"path": "validation.csv"}, ["test.csv", {"path": "train.csv", "weight": 2.0}]]
+    search = {"data.train": {"choice": rows}, "model.path": {"choice": ["model", "org/name"]}}
+    plain |= {"tune": {"search": {**search, "train.seed": {"choice": [1]}}, "trials": 2}}
+    with pytest.raises(RunRefused) as raised:
+        reach.carried(Recipe.parse(plain), AWAY, False, silent)
+    named = [line.split()[0] for line in str(raised.value).splitlines() if "tune" in line]
+    assert named == ["tune.search.data.train:"] * 4 + ["tune.search.model.path:"]
+
+    def chosen(recipe: Recipe) -> tuple[list[str], list[str]]:
+        assert recipe.tune is not None
+        first, second, (third, fourth) = recipe.tune.search["data.train"].choices
+        models = recipe.tune.search["model.path"].choices
+        assert fourth["weight"] == 2.0
+        return [first, second["path"], third, fourth["path"]], list(models)
+
+    here, models = chosen(reach.carried(Recipe.parse(plain), "http://localhost:8265", False, silent))
+    assert here == [str(tmp_path / name) for name in ("train.csv", "validation.csv", "test.csv", "train.csv")]
+    assert models == [str(tmp_path / "model"), "org/name"]
+    home = storage.join(s3, "choices")
+    sent, models = chosen(reach.carried(Recipe.parse({**plain, "storage": home}), AWAY, True, silent))
+    assert [storage.read_bytes(path) for path in sent] == [Path(path).read_bytes() for path in here]
+    assert models[1] == "org/name"
+    assert storage.exists(storage.join(models[0], "config.json"))
+
+
 def test_uploads_lie_under_their_content_and_are_made_once(
     plain: dict[str, Any], tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from rayft import attempts, record, storage
-from rayft.errors import RunRefused, Superseded
+from rayft.errors import RunRefused, Superseded, TrainingError
 from rayft.layout import INSIDE
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -155,3 +155,25 @@ def test_of_two_that_start_at_once_the_second_changes_nothing(tmp_path: Path) ->
             second.end("failed", "it was second")
         assert storage.read_text(first.file) == theirs
         assert not (tmp_path / "result.json").exists()
+
+
+def test_the_next_cluster_of_a_job_ends_with_what_it_would_meet_again_and_every_other_start_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path)
+    monkeypatch.setenv(record.JOB, "a-1f0c94ab")
+    Record(folder).end("failed", "a worker was lost")
+    Record(folder).refuse_same_failure()  # other machines may do better
+    Record(folder).end("failed", "step 7: the loss is NaN", sure=True)
+    with pytest.raises(TrainingError, match=r"^step 7: the loss is NaN \(this ended the cluster before"):
+        Record(folder).refuse_same_failure()
+    monkeypatch.setenv(record.JOB, "a-1f0c94ab-2")
+    Record(folder).refuse_same_failure()
+    monkeypatch.delenv(record.JOB)
+    Record(folder).refuse_same_failure()
+    monkeypatch.setenv(record.JOB, "a-1f0c94ab")  # a new one of that name, after the old one was deleted
+    Record(folder).forget_failure("a-1f0c94ab-2")
+    with pytest.raises(TrainingError):
+        Record(folder).refuse_same_failure()
+    Record(folder).forget_failure("a-1f0c94ab")
+    Record(folder).refuse_same_failure()

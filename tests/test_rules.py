@@ -8,6 +8,7 @@ import pytest
 
 from rayft import rules
 from rayft.document import set_field
+from rayft.errors import RecipeError
 from rayft.recipe import Recipe
 from rayft.tasks import find
 
@@ -30,6 +31,7 @@ def recipe_with(fields: dict[str, Any]) -> dict[str, Any]:
 COUPLED = {"type": "sentence-embedding"}  # groups of 16 rows
 
 QUANTIZED = {"model.quantize": "4bit", "model.lora": {}, "cluster.gpus_per_worker": 1}
+SIGNATURES = ("sig", "Signature", "X-Amz-Signature", "X-Goog-Signature", "x-amz-security-token", "q-signature")
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train.epochs": None}, "train.epochs"),
     ({"train.micro_batch_size": 64}, "train.micro_batch_size"),
@@ -81,6 +83,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"storage": "s3://key:secret@bucket"}, "storage"),
     ({"model.path": "https://me@host/m"}, "model.path"),
     ({"data.test": ["t.csv", "s3://key:secret@bucket/t.csv"]}, "data.test"),
+    *(({"data.train": f"https://host/a.csv?v=1&{name}=secret"}, "data.train") for name in SIGNATURES),
     ({"tune": {"search": {"train.seed": {"choice": [1]}}}}, "tune.trials"),
     ({"train.metric": "matthew"}, "train.metric"),
     ({"train.early_stopping": {"metric": "eval_f1", "patience": 1}}, "train.early_stopping.metric"),
@@ -205,3 +208,23 @@ def test_each_rule_refuses_something() -> None:
             if any(True for _ in rule(*(rules._value(recipe, name) for name in names))):
                 refusing.add(rule)
     assert refusing == {rule for _, rule in rules.RULES}
+
+
+def test_a_signed_url_is_refused_wherever_a_recipe_may_have_one_and_its_signature_not_shown() -> None:
+    signed = "https://host/b.csv?v=1&sig=sec%2Fret"
+    places = {
+        "storage": signed,
+        "model.path": signed,
+        "data.train": ["a.csv", {"path": signed}],
+        "tune": {"search": {"data.test": {"choice": ["a.csv", signed]}}, "trials": 2},
+    }
+    with pytest.raises(RecipeError) as raised:
+        Recipe.parse(recipe_with(places))
+    assert [fault.where for fault in raised.value.faults] == [
+        "storage",
+        "model.path",
+        "data.train",
+        "tune.search.data.test",
+    ]
+    assert str(raised.value).count("a signed URL, which is a credential itself") == 4
+    assert "sec%2Fret" not in str(raised.value)

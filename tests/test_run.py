@@ -14,9 +14,10 @@ import pytest
 import small
 from group import run_group
 from rayft import storage
-from rayft.errors import NotFinite, RunRefused, StorageError
+from rayft.errors import NotFinite, OutOfMemory, RayftError, RunRefused, StorageError, WorkersLost
 from rayft.recipe import Recipe
-from rayft.run import export, length
+from rayft.record import JOB, Record
+from rayft.run import _ending, export, length
 from whole import trained
 
 
@@ -169,6 +170,28 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tmp_path: 
     assert result["error"].startswith("step 2: the loss is not finite")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001-a1"]
     assert (folder / "checkpoints" / "step-000001-a1" / "COMMITTED").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "sure"),
+    [
+        (NotFinite(7, "loss"), True),
+        (OutOfMemory("too little"), True),
+        (WorkersLost("gone"), False),
+        (KeyError(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_what_every_cluster_would_meet_ends_the_next_one_of_a_job_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sure: bool
+) -> None:
+    monkeypatch.setenv(JOB, "one")
+    plain = small.recipe(tmp_path, str(tmp_path / "no-model"))
+    with pytest.raises(type(error)), _ending(Record(str(tmp_path / "runs" / "small"))):
+        raise error
+    expected = "this ended the cluster before" if sure else "there is no folder"
+    with pytest.raises(RayftError, match=expected):
+        run(plain)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ class Server:
     """A job server on this machine or another, with the job that a first submission left; what is sent is kept."""
 
     def __init__(self, address: str, jobs: list[Job]) -> None:
-        self.address, self.known, self.sent = address, jobs, list[str]()
+        self.address, self.known, self.sent, self.options = address, jobs, list[str](), " --address there"
 
     def jobs(self, prefix: str) -> list[Job]:
         return self.known

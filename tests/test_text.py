@@ -143,3 +143,32 @@ def test_of_a_jobs_output_only_the_error_at_its_end_is_shown() -> None:
         "status",
         "running",
     ]
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "left", "says"),
+    [
+        ("running", 33.3, 60.0, "33.3 s so far, 0:01:00 left"),
+        ("pending", 33.3, None, "33.3 s so far, - left"),
+        *((status, 33.3, None, "it took 33.3 s") for status in ("succeeded", "failed", "stopped")),
+    ],
+)
+def test_a_job_that_has_ended_has_nothing_left(status: str, seconds: float, left: float | None, says: str) -> None:
+    job = dict.fromkeys(("run", "attempt", "step", "epoch", "loss", "metric", "value", "started", "message"))
+    lines = text.job_lines({**job, "job": "one", "status": status, "seconds": seconds, "left_s": left})
+    assert lines[-1].endswith(f"-, {says}")
+
+
+@pytest.mark.parametrize(
+    ("export", "says"),
+    [
+        ("runs/one/export", 'use it: transformers.pipeline("text-classification", "runs/one/export")'),
+        (
+            "s3://b/one/export",
+            'use it: rayft export s3://b/one FOLDER, then transformers.pipeline("text-classification", "FOLDER")',
+        ),
+    ],
+)
+def test_what_is_said_to_load_the_model_can_load_it(export: str, says: str) -> None:
+    result = {"status": "finished", "run": export.rpartition("/")[0], "export": export}
+    assert text.result_lines({**result, "pipeline": "text-classification"})[-1] == says

@@ -32,6 +32,27 @@ def test_tokens_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPa
     assert headers() == {}
 
 
+@pytest.mark.parametrize("token", ["ab\ncd", "schlüssel", "two words", "a\x00b"])
+@pytest.mark.parametrize("mode", ["", "token"])
+def test_what_no_header_can_carry_is_named_by_its_source_and_not_shown(
+    token: str, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    file = tmp_path / "token"
+    file.write_text(token, encoding="utf-8")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    with pytest.raises(ClusterError, match=rf"^RAY_AUTH_TOKEN_PATH={file}: not a token; ") as raised:
+        headers()
+    assert token not in str(raised.value)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ClusterError, match=rf"^RAY_AUTH_TOKEN_PATH={file}: not a token but a file of bytes"):
+        headers()
+    if "\x00" not in token:  # which no variable can hold
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        with pytest.raises(ClusterError, match=r"^RAY_AUTH_TOKEN: not a token; "):
+            headers()
+
+
 TOKEN, MODE = {"RAY_AUTH_TOKEN": "secret"}, {"RAY_AUTH_MODE": "token"}
 NONE = "head asks for a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
 WITH_MODE = NONE.replace("set ", "set RAY_AUTH_MODE=token, and ")

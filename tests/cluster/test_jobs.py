@@ -83,7 +83,7 @@ def test_two_submissions_at_once_are_one_job_which_trains_as_the_command_does(
     path = small.write_recipe(tmp_path, {**plain, "name": "once"})
     for process in [small.start("submit", path, "--upload", "--follow", **leads) for _ in range(2)]:
         told = small.finish(process)
-        assert "attempt 1" in told
+        assert "submission 1: " in told
         assert "finished after 26 steps" in told
     result = storage.read_json(storage.join(bucket, "once", "result.json"))
     assert result["metrics"] == pytest.approx(untouched(plain, tmp_path)["result"]["metrics"], rel=1e-4)
@@ -166,7 +166,7 @@ def test_a_new_head_and_a_stop_change_nothing_in_what_is_trained(
     assert "going on from step" in small.finish(following, 130)
     assert storage.read_json(storage.join(run, "run.json"))["status"] == "stopped"
     told = rayft(leads, "submit", path, "--upload", "--follow")
-    assert "submitted, attempt 2" in told
+    assert "submission 2: submitted" in told
     assert "going on from step" in told
     rows = [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -42,13 +43,21 @@ def test_every_ignored_rule_says_why() -> None:
     assert all(re.fullmatch(r"# hadolint ignore=DL\d+ # .{20,}", line) for line in ignored)
 
 
-def test_targets_differ_in_torchs_index_alone() -> None:
+def installed(target: str) -> set[str]:
+    """rayft's extras that a target of the image has by default."""
+    (line,) = [line for line in stage(f"build-{target}") if line.startswith("ARG EXTRAS=")]
+    return set(line.removeprefix("ARG EXTRAS=").split(","))
+
+
+def test_targets_differ_in_torchs_index_and_in_what_needs_gpus() -> None:
     cpu, gpu = stage("build-cpu"), stage("build-gpu")
     differing = [(one, other) for one, other in zip(cpu, gpu, strict=True) if one != other]
-    assert differing == [
+    assert differing[:2] == [
         ("FROM build AS build-cpu", "FROM build AS build-gpu"),
         ("ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu", "ARG TORCH_INDEX=https://pypi.org/simple"),
     ]
+    assert [one.partition("=")[0] for one, _ in differing[2:]] == ["ARG EXTRAS"]
+    assert installed("gpu") - installed("cpu") == {"quantize"}
     assert any('--index-url "${TORCH_INDEX}"' in line for line in cpu)
 
 
@@ -83,9 +92,18 @@ def test_the_context_holds_what_is_copied_and_little_else() -> None:
     assert all((ROOT / name).exists() for name in kept)
 
 
+def test_the_image_runs_every_task() -> None:
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    sources = [path.read_text() for path in (ROOT / "rayft" / "tasks").rglob("*.py")]
+    wanted = {extra for text in sources for extra in re.findall(r"rayft\[(\w+)\]", text)}  # what their errors ask for
+    assert wanted >= {"images", "audio", "diffusion"}
+    assert wanted <= installed("gpu") <= known
+    assert wanted - {"quantize"} <= installed("cpu")
+
+
 def test_the_lock_pins_all_that_the_image_installs() -> None:
     versions, seen = locked(), set()
-    waiting = [("rayft", frozenset({"examples"}))]
+    waiting = [("rayft", frozenset(installed("gpu")))]
     missing = set()
     while waiting:
         package, extras = waiting.pop()
