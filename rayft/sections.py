@@ -311,6 +311,7 @@ class Workers(Section):
 class Cluster(Section):
     workers: Positive | Workers = 2
     gpus_per_worker: Natural = 0
+    """1: each worker computes on a GPU of its own."""
     cpus_per_worker: Positive = 1
     shared_storage: Flag = False
     """True: local paths are the same on every machine."""
