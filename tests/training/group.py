@@ -8,9 +8,12 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.multiprocessing as mp
+
+TIMEOUT_S = 1234.0  # of collectives; none of torch's own
 
 
 def run_group(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
@@ -43,11 +46,13 @@ def _enter(
     import torch.distributed as dist
 
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
+    )
     try:
         from rayft.training.engine import prepare_process
 
-        prepare_process(1, world)
+        prepare_process(1, world, gpu=False)
         results.put((rank, (True, function(*arguments))))
     except BaseException:  # noqa: BLE001 # whatever it was, the parent tells it
         results.put((rank, (False, traceback.format_exc())))
