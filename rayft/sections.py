@@ -297,6 +297,7 @@ class DeepSpeed(Section):
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_stage)] = "auto"
     """auto: the least sharding that fits."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    """To host memory. The optimizer's step is then computed there, by `cluster.cpus_per_worker` threads."""
     extra: dict[str, Any] = {}
     """Raw DeepSpeed keys."""
 
