@@ -82,6 +82,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.progress",
         "training.metrics",
         "training.watch",
+        "training.together",
         "training.pictures",
         "training.schedule",
         "training.footprint",

@@ -47,7 +47,7 @@ def run_of(folder: str, given: dict[str, Any], start: str | None, steps_per_epoc
     run.base = pretrained(run.recipe, folder)
     run.order = SimpleNamespace(steps_per_epoch=steps_per_epoch)  # type: ignore[assignment]
     run.start, run.attempt, run.total = start, 1, STEPS
-    run.progress, run.timing, run.engine = Progress(), Timing(), None
+    run.progress, run.timing, run.engine, run.watch = Progress(), Timing(), None, Watch(None, dist.get_rank())
     run.setting, run.load, run.blocks = Setting(), run.task.load, Blocks((), ())
     if start:
         run._restore()
