@@ -6,6 +6,7 @@ A collective is given up after `failure.timeout_s` and a minute. Here the driver
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,7 +17,8 @@ _CAME = "rayft/came"  # counts the ranks that have come, of all waits of the gro
 def together() -> None:
     """Returns when every rank has called it; the ranks call it in the same order."""
     # A connection of its own: who waits on one holds it, and the threads of the process group use theirs.
-    store, world = dist.distributed_c10d._get_default_store().clone(), dist.get_world_size()
+    given: Any = dist.distributed_c10d._get_default_store()
+    store, world = given.clone(), dist.get_world_size()
     came = store.add(_CAME, 1)
     all_here = f"rayft/all-here-{(came - 1) // world}"
     if came % world == 0:
