@@ -48,9 +48,10 @@ class Board:
         self.events.append(event)
 
     def pulse(self, rank: int, place: dict[str, Any]) -> str | None:
-        """A worker's place; the answer is the driver's order."""
+        """A worker's place, with how often it was seen to work (`worked`) while it came to nothing else; the answer is
+        the driver's order."""
         now, before = time.monotonic(), self.places.get(rank)
-        moved = before is None or before["count"] != place["count"]
+        moved = before is None or any(before[name] != place[name] for name in ("count", "worked"))
         self.places[rank] = {**place, "heard": now, "moved": now if before is None or moved else before["moved"]}
         return self.order
 
@@ -63,7 +64,7 @@ class Board:
         now, places = time.monotonic(), []
         for rank, entry in sorted(self.places.items()):
             place = dict(entry)
-            heard, moved = place.pop("heard"), place.pop("moved")
+            heard, moved, _ = (place.pop(name) for name in ("heard", "moved", "worked"))
             places.append(Place(rank=rank, silent_s=now - heard, still_s=heard - moved, **place))
         return events, places
 

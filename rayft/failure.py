@@ -4,6 +4,7 @@
 
 what happened                                       another try    counted    what the user is told
 a machine or worker was lost, a rank stood still    yes            yes        who, where, at which step, which try
+a GPU failed, or is held by another process still   yes            yes        the same
 storage did not answer through all its retries      yes            yes        the path and what was tried
 a checkpoint or prepared shard is damaged           yes            yes        the file; the one before, or prepared anew
 a preemption notice; machines came                  yes            no         the number of workers it goes on with
@@ -33,14 +34,27 @@ SURE = (
     OutOfMemory,
 )  # of what is not tried again: what other machines of the same size would not mend either
 
-# How errors of Ray, torch and gloo read in processes that only saw another one end, or waited for it in vain.
+# How errors of Ray, torch, gloo and NCCL read in processes that only saw another one end, or waited for it in vain.
 _GONE = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "actor died", "worker died",
-    "Socket Timeout", "recvValue failed", "remote process exited", "ncclRemoteError", "connectFullMesh failed",
-    "failed to connect", "is no longer alive", "Network is unreachable", "No route to host",
+    "Connection closed by peer", "Connection closed by remote peer", "Connection reset by peer", "Broken pipe",
+    "actor died", "worker died", "Socket Timeout", "recvValue failed", "remote process exited",
+    "connectFullMesh failed", "failed to connect", "is no longer alive", "Network is unreachable", "No route to host",
+    "NCCL communicator was aborted", "unhandled system error", "ncclSystemError", "ncclInternalError",
+    "ncclRemoteError",
 )  # fmt: skip
-_WAITED = ("Timed out waiting", "timed out", "Watchdog caught collective operation timeout", "DistNetworkError")
-_MEMORY = ("can't allocate memory", "CUDA out of memory", "running low on memory", "std::bad_alloc")
+_WAITED = ("Timed out waiting", "timed out", "Watchdog caught collective operation timeout")
+_BROKEN = ("DistBackendError", "DistNetworkError", "DistStoreError")  # torch's types
+_MISUSED = ("ncclInvalidUsage", "ncclInvalidArgument", "Duplicate GPU")  # which those are too, and stay
+_COLLECTIVE = ("NCCL", "nccl", "gloo")
+# A GPU that failed, or that another process still holds: elsewhere, or a moment later, the same may go well.
+_FAILED = (
+    "uncorrectable ECC error", "fallen off the bus", "CUDA-capable device(s) is/are busy or unavailable",
+    "unspecified launch failure",
+)  # fmt: skip
+_MEMORY = (
+    "can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "'out of memory'",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "running low on memory", "std::bad_alloc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ def cause(error: BaseException, places: list[Place], recipe: Recipe) -> RayftErr
     """The error to tell of a failed worker group: rayft's own where a worker raised one, else a TrainingError.
 
     `places` are where the ranks stood when they were last heard of. Among several workers' errors, one that is not the
-    consequence of another's end is the cause.
+    consequence of another's end is the cause. Where one has died, whatever the others say of a collective is.
     """
     failures: dict[Any, BaseException] = getattr(error, "worker_failures", None) or {None: error}
     causes = {rank: _root(failure) for rank, failure in failures.items()}
@@ -92,14 +106,15 @@ def cause(error: BaseException, places: list[Place], recipe: Recipe) -> RayftErr
     if any(_out_of_memory(one) for one in causes.values()):
         return OutOfMemory(f"a worker ran out of memory; {advice(recipe)}")
     who = {place.rank: place for place in places}
-    plain = {rank: one for rank, one in causes.items() if not _lost(one) and not _says(one, _WAITED)}
+    passing = _WAITED + (_COLLECTIVE if any(_died(one) for one in causes.values()) else ())
+    plain = {rank: one for rank, one in causes.items() if not _lost(one) and not _says(one, passing)}
     if plain:
         rank, one = next(iter(plain.items()))
         lines = str(one).strip().splitlines() or [""]
         at = f" ({who[rank]}, {who[rank].last})" if rank in who else ""
         return TrainingError(f"a worker failed{at}: {type(one).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}")
-    gone = {rank: one for rank, one in causes.items() if _died(one)} or causes
-    rank, one = next(iter(gone.items()))
+    # Who died, or whose GPU failed, before who merely heard of it.
+    rank, one = min(causes.items(), key=lambda entry: (not _died(entry[1]), not _says(entry[1], _FAILED)))
     told = f"{who[rank]} was lost {who[rank].last}" if rank in who else "a worker was lost"
     return WorkersLost(f"{told}: {_first_line(one)}")
 
@@ -135,8 +150,11 @@ def _died(error: BaseException) -> bool:
 
 
 def _lost(error: BaseException) -> bool:
-    never_started = type(error).__name__ in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
-    return _died(error) or never_started or type(error).__name__.startswith("WorkerHealthCheck") or _says(error, _GONE)
+    kind = type(error).__name__
+    never_started = kind in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
+    broken = kind in _BROKEN and not _says(error, _MISUSED)
+    unhealthy = kind.startswith("WorkerHealthCheck")
+    return _died(error) or never_started or broken or unhealthy or _says(error, _GONE + _FAILED)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -45,23 +45,6 @@ _MACHINES = re.compile(
     r"(node|beta)\.kubernetes\.io/instance-type|nvidia\.com/.+|cloud\.google\.com/gke-(accelerator|gpu).*"
     r"|karpenter\.k8s\.aws/instance-.+"
 )
-_COUNTS = ("nvidia.com/gpu.count", "cloud.google.com/gke-accelerator-count", "karpenter.k8s.aws/instance-gpu-count")
-_TYPES = ("node.kubernetes.io/instance-type", "beta.kubernetes.io/instance-type")
-# GPUs of a machine by its type: AWS's accelerated instances, and Google's, whose names mostly end in the number.
-_GPUS = {
-    **dict.fromkeys(("p3.2xlarge", "p5.4xlarge"), 1),
-    "p3.8xlarge": 4,
-    **dict.fromkeys(("p3.16xlarge", "p3dn.24xlarge", "p4d.24xlarge", "p4de.24xlarge"), 8),
-    **dict.fromkeys(("p5.48xlarge", "p5e.48xlarge", "p5en.48xlarge", "p6-b200.48xlarge"), 8),
-    **{f"{kind}.{size}xlarge": 1 for kind in ("g4dn", "g5", "g6", "g6e") for size in ("", 2, 4, 8, 16)},
-    **{f"{kind}.12xlarge": 4 for kind in ("g4dn", "g5", "g6", "g6e")},
-    **{f"{kind}.24xlarge": 4 for kind in ("g5", "g6", "g6e")},
-    **{f"{kind}.48xlarge": 8 for kind in ("g5", "g6", "g6e")},
-    "g4dn.metal": 8,
-    **{f"g2-standard-{cpus}": 1 for cpus in (4, 8, 12, 16, 32)},
-    **{f"g2-standard-{gpus * 12}": gpus for gpus in (2, 4, 8)},
-}
-_COUNTED_TYPE = re.compile(r"a[2-4]-\w+-(\d+)g")
 
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _OPERATORS = ("Equal", "Exists")
@@ -199,26 +182,6 @@ def shared_memory_fits_memory(recipe: Recipe, asked: Submit) -> Faults:
         yield Fault("submit.kubernetes.shm", "leaves no memory to the processes", show(kubernetes.shm), fits)
 
 
-def machines_have_the_gpus(recipe: Recipe, asked: Submit) -> Faults:
-    each = recipe.cluster.gpus_per_worker
-    for label, value in asked.kubernetes.node_selector.items():
-        have = _gpus_of(label, value)
-        if have is not None and have < each:
-            has = f"{have} GPU{'' if have == 1 else 's'}"
-            what = f"a machine with {has}, and a worker needs {each} (cluster.gpus_per_worker)"
-            yield Fault(f"submit.kubernetes.node_selector.{label}", what, show(value), f"one with {each} or more fits")
-
-
-def _gpus_of(label: str, value: str) -> int | None:
-    """How many GPUs a node with this label has; None where that is not known."""
-    if label in _COUNTS:
-        return int(value) if value.isdecimal() else None
-    if label not in _TYPES:
-        return None
-    counted = _COUNTED_TYPE.fullmatch(value)
-    return int(counted[1]) if counted else _GPUS.get(value)
-
-
 def trials_are_of_a_sweep(recipe: Recipe, asked: Submit) -> Faults:
     given = asked.kubernetes.trials_at_once
     if given > 1 and recipe.tune is None:
@@ -300,7 +263,6 @@ RULES: tuple[Callable[[Recipe, Submit], Faults], ...] = (
     readers_find_a_cpu,
     elastic_pods_hold_one_worker,
     shared_memory_fits_memory,
-    machines_have_the_gpus,
     trials_are_of_a_sweep,
     selector_is_valid,
     tolerations_are_valid,

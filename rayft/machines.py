@@ -29,7 +29,10 @@ class DeepSpeed(Section):
     auto: the least sharding that leaves half of a worker's memory to activations.
     """
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What lies in the host's memory: nothing, the optimizer's state (from stage 1 on), or weights too (at stage 3)."""
+    """What lies in the host's memory: nothing, the optimizer's state (from stage 1 on), or weights too (at stage 3).
+
+    The optimizer's step is then computed there, by `cluster.cpus_per_worker` threads.
+    """
     extra: dict[str, Any] = Field(default={})
     """Keys of DeepSpeed's own configuration; those that a field of the recipe sets are refused."""
 
@@ -49,7 +52,7 @@ class Cluster(Section):
     workers: Positive | Workers = 2
     """Processes that share each global batch: a number of them, or `min` and `max`."""
     gpus_per_worker: Natural = 0
-    """GPUs that Ray keeps for a worker, which trains on one of them; 0: on processors."""
+    """1: each worker trains on a GPU of its own; 0: on processors."""
     cpus_per_worker: Positive = 1
     """Processors that Ray keeps for a worker, and the threads that it computes with."""
     shared_storage: Flag = False

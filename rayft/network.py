@@ -16,7 +16,7 @@ import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 
-LEAVE_S = 30.0  # for the workers to take the group down
+LEAVE_S = 10.0  # for the workers to take the group down: where NCCL waits for a lost one they are ended without
 
 
 def own_interface(address: str) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from rayft import placement
 from rayft.machines import Cluster
-from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT
+from rayft.session import MEMORY_ENVIRONMENT, WORKER_ENVIRONMENT, gpu_environment
 from rayft.training import repeatable
 
 KEPT_S = 120  # how long a process waits to be taken
@@ -37,7 +37,7 @@ def environment(cluster: Cluster) -> dict[str, Any]:
     looks for GPUs before Ray says which are its own sees all.
     """
     said = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-    own = repeatable.said() if cluster.gpus_per_worker else HOOK
+    own = gpu_environment() | repeatable.said() if cluster.gpus_per_worker else HOOK
     return {"env_vars": WORKER_ENVIRONMENT | said | MEMORY_ENVIRONMENT | own}
 
 

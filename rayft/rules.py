@@ -225,6 +225,12 @@ def flash_attention_needs_gpus(attention: str | None, gpus: int) -> Faults:
         yield Fault("model.attention", "flash attention needs GPUs", show(attention), fits)
 
 
+def workers_have_one_gpu(gpus: int) -> Faults:
+    if gpus > 1:
+        fits = "1 fits: as many workers as there are GPUs, in `cluster.workers`"
+        yield Fault("cluster.gpus_per_worker", "a worker computes on one GPU, others would lie idle", show(gpus), fits)
+
+
 def columns_go_to_different_names(columns: dict[str, str]) -> Faults:
     for theirs, ours in columns.items():
         first = next(name for name, value in columns.items() if value == ours)
@@ -301,6 +307,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("deepspeed.extra",), extra_leaves_ours_alone),
     (("model.dtype", "cluster.gpus_per_worker"), half_precision_needs_gpus),
     (("model.attention", "cluster.gpus_per_worker"), flash_attention_needs_gpus),
+    (("cluster.gpus_per_worker",), workers_have_one_gpu),
     (("data.columns",), columns_go_to_different_names),
     (("storage", "model.path", "data.train", "data.validation", "data.test"), no_secrets),
     (("tune.sampler", "tune.scheduler", "tune.search"), sampler_fits_spaces),

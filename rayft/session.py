@@ -229,3 +229,14 @@ MEMORY_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=33554432"
     ":glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=67108864"
 }
+
+
+def gpu_environment() -> dict[str, str]:
+    """What a process with a GPU has beside: before torch asks, which it does when its group is made.
+
+    Rows of ever other lengths leave holes in the GPU's memory, where segments don't grow. Nothing where the environment
+    says otherwise, by either of torch's names.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}

@@ -23,6 +23,7 @@ from rayft.errors import RayftError, RecipeError, Stopped, Superseded
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.session import gpu_environment
 from rayft.takeover import take_over
 from rayft.training import checkpoints
 from rayft.trials import folder_of, trial_recipe
@@ -269,14 +270,16 @@ def alone(cpus: int, gpu: bool, trains: bool = True) -> None:
     if dist.is_initialized():
         return
     # DeepSpeed asks the environment, also where it is only imported (by transformers, to save a model).
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
+    if gpu:
+        os.environ |= gpu_environment()
     os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     backend = "nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if trains:
         from rayft.training import engine
 
-        engine.prepare_process(cpus, 1)
+        engine.prepare_process(cpus, 1, gpu)
 
 
 # --- several workers: a run of its own

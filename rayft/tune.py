@@ -270,12 +270,14 @@ class Sweep:
             tuner.fit()
 
     def _warm(self) -> Any:
-        """The pretrained network, in the object store."""
+        """The pretrained network, in the object store; None where each trial loads it: flash attention takes a GPU."""
         import ray
 
         from rayft.training.assembly import pretrained
         from rayft.warm import Warm, packed
 
+        if "flash" in (self.recipe.model.attention or ""):
+            return None
         base = pretrained(self.recipe, fetch_model(self.recipe.model.path))
         task = self.recipe.task
         network = task.load(base, self.prepared["train"].manifest.facts, task.processor(base))

@@ -87,6 +87,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.progress",
         "training.metrics",
         "training.watch",
+        "training.together",
         "training.pictures",
         "training.schedule",
         "training.repeatable",

@@ -71,8 +71,8 @@ def test_a_place_is_silent_since_it_was_heard_and_was_still_until_then(monkeypat
     monkeypatch.setattr(board.time, "monotonic", lambda: clock[0])
     told, known = Board(), {"node": "a", "node_id": "b", "pid": 1, "step": 3}
 
-    def pulse(rank: int, count: int) -> Any:
-        return told.pulse(rank, {**known, "count": count, "doing": "x"})
+    def pulse(rank: int, count: int, worked: int = 0) -> Any:
+        return told.pulse(rank, {**known, "count": count, "worked": worked, "doing": "x"})
 
     assert pulse(1, 4) is None
     clock[0] = 110.0
@@ -85,5 +85,28 @@ def test_a_place_is_silent_since_it_was_heard_and_was_still_until_then(monkeypat
     assert (first.rank, first.silent_s, first.still_s) == (0, 3.0, 0.0)
     assert (second.rank, second.silent_s, second.still_s) == (1, 3.0, 10.0)
     assert told.drain()[0] == []
+    assert pulse(1, 4, worked=1) is None
+    assert told.drain()[1][1].still_s == 0.0  # it has come to nothing else, and works
     told.tell("leave")
     assert pulse(1, 5) == "leave"
+
+
+def test_who_works_alone_for_long_is_not_said_to_stand_still_nor_are_those_who_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(board.time, "monotonic", lambda: clock[0])
+    told = Board()
+    waits = {"node": "a", "node_id": "b", "pid": 1, "step": 9, "doing": "waiting for the export", "worked": 0}
+    found = []
+    for second in range(0, 300, 10):
+        clock[0] = float(second)
+        told.pulse(1, {**waits, "count": 8})
+        told.pulse(0, {**waits, "count": 7, "doing": "exporting", "worked": min(second, 200)})
+        found.append(standstill(told.drain()[1], 60))
+    assert found[:27] == [None] * 27
+    assert found[27:] == [
+        f"rank 0 on a (process 1) stands still at step 9, exporting, for {second} s (failure.timeout_s is 60); "
+        "the others wait for it"
+        for second in (70, 80, 90)
+    ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from rayft.board import Place
@@ -148,6 +149,67 @@ def test_the_cause_among_what_workers_raised(
     found = cause(Wrapped(failures), PLACES, recipe())
     assert type(found) is kind
     assert says in str(found)
+
+
+def broken(text: str, kind: type[Exception] = torch.distributed.DistBackendError) -> BaseException:
+    return User(kind(text))
+
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("NCCL communicator was aborted on rank 1.", WorkersLost),
+        (f"{NCCL}unhandled system error (run with NCCL_DEBUG=INFO for details)\nncclSystemError: a call", WorkersLost),
+        (f"{NCCL}internal error\nncclInternalError: Internal check failed.", WorkersLost),
+        (f"{NCCL}remote process exited or there was a network error\nncclRemoteError: A call failed", WorkersLost),
+        ("[3] is setting up NCCL communicator: Connection closed by remote peer 10.0.0.2", WorkersLost),
+        ("CUDA error: uncorrectable ECC error encountered", WorkersLost),
+        ("Unable to determine the device handle: GPU has fallen off the bus", WorkersLost),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", WorkersLost),
+        ("CUDA error: unspecified launch failure", WorkersLost),
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", OutOfMemory),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", OutOfMemory),
+        (f"{NCCL}unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", OutOfMemory),
+        ("CUDA error: device-side assert triggered", TrainingError),
+        ("CUDA error: an illegal memory access was encountered", TrainingError),
+    ],
+)
+def test_what_errors_of_gpus_and_their_network_mean(text: str, kind: type[RayftError]) -> None:
+    for failures in ({0: broken(text, RuntimeError)}, {0: User(PEER), 1: broken(text, RuntimeError)}):
+        assert type(cause(Wrapped(failures), PLACES, recipe())) is kind
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (broken("whatever NCCL says next year"), WorkersLost),
+        (broken("The client socket has failed", torch.distributed.DistNetworkError), WorkersLost),
+        (broken("wait timeout after 600000ms", torch.distributed.DistStoreError), WorkersLost),
+        (broken(f"{NCCL}ncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0"), TrainingError),
+    ],
+)
+def test_what_torch_says_of_a_broken_group_passes_unless_it_is_misused(
+    failure: BaseException, kind: type[RayftError]
+) -> None:
+    assert type(cause(Wrapped({0: failure}), PLACES, recipe())) is kind
+
+
+def test_where_a_rank_died_what_others_say_of_their_collectives_is_not_the_cause() -> None:
+    for text in ("NCCL Error 3: of a new kind", "[gloo] another text"):
+        assert type(cause(Wrapped({0: broken(text, RuntimeError)}), PLACES, recipe())) is TrainingError
+        found = cause(Wrapped({0: broken(text, RuntimeError), 1: died()}), PLACES, recipe())
+        assert type(found) is WorkersLost
+        assert str(found).startswith("rank 1 on 10.0.0.1 (process 71) was lost at step 9: The actor died")
+    bug = Wrapped({0: User(ValueError("a bug")), 1: died()})
+    assert type(cause(bug, PLACES, recipe())) is TrainingError
+
+
+def test_the_rank_whose_gpu_failed_is_named_before_those_that_waited_for_it() -> None:
+    failures = {0: User(PEER), 1: broken("CUDA error: uncorrectable ECC error encountered", RuntimeError)}
+    assert str(cause(Wrapped(failures), PLACES, recipe())).startswith("rank 1 on 10.0.0.1")
 
 
 def test_an_error_of_no_worker_is_told_too() -> None:

@@ -28,7 +28,7 @@ DEFINITION = ROOT.parent / "shared" / "kuberay" / "ray.io_rayjobs.yaml"
 
 FULL: dict[str, Any] = {
     "name": "Teams/Llama_7B",
-    "cluster": {"workers": 4, "gpus_per_worker": 8, "cpus_per_worker": 88},
+    "cluster": {"workers": 32, "gpus_per_worker": 1, "cpus_per_worker": 11},
     "failure.grace_s": 90,
     "model.dtype": "bfloat16",
     "submit.image": "registry.example.com/ml/rayft:2026-11@sha256:" + "0f" * 32,
@@ -44,9 +44,9 @@ FULL: dict[str, Any] = {
             "topology.kubernetes.io/zone": "eu-west-1a",
         },
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-        "cpu": 92,
-        "memory": "1800Gi",
-        "shm": "600Gi",
+        "cpu": 12,
+        "memory": "225Gi",
+        "shm": "75Gi",
         "mode": "SidecarMode",
         "retries": 5,
         "deadline_s": 86400,
@@ -121,11 +121,12 @@ def test_what_the_recipe_says_reaches_its_place() -> None:
     assert (spec["activeDeadlineSeconds"], spec["ttlSecondsAfterFinished"]) == (86400, 600)
     assert (spec["shutdownAfterJobFinishes"], spec["entrypointNumCpus"]) == (True, 1.5)
     assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
-    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (4, 4, 4)
-    assert workers["rayStartParams"] == {"num-cpus": "92", "num-gpus": "8", "object-store-memory": str(540 * 2**30)}
-    assert container["resources"]["requests"] == {"cpu": "92", "memory": "1800Gi", "nvidia.com/gpu": "8"}
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (32, 32, 32)
+    shared = str(int(67.5 * 2**30))
+    assert workers["rayStartParams"] == {"num-cpus": "12", "num-gpus": "1", "object-store-memory": shared}
+    assert container["resources"]["requests"] == {"cpu": "12", "memory": "225Gi", "nvidia.com/gpu": "1"}
     assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
-    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "600Gi"}} in pods(job)["worker"]["volumes"]
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "75Gi"}} in pods(job)["worker"]["volumes"]
     assert all(pod["terminationGracePeriodSeconds"] > 90 for pod in pods(job).values())
 
 

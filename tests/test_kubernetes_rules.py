@@ -37,10 +37,6 @@ def recipe_with(fields: dict[str, Any]) -> Recipe:
     return Recipe.parse(data)
 
 
-def gpus(each: int, selector: dict[str, str]) -> dict[str, Any]:
-    return {"cluster.gpus_per_worker": each, SELECTOR: selector}
-
-
 def toleration(**fields: Any) -> dict[str, Any]:
     return {f"{KUBERNETES}.tolerations": [{"key": "sound", "operator": "Exists"}, fields]}
 
@@ -86,13 +82,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cluster.cpus_per_worker": 4}, f"{KUBERNETES}.cpu"),
     ({f"{KUBERNETES}.memory": "8Gi"}, f"{KUBERNETES}.shm"),
     ({f"{KUBERNETES}.shm": "17G", f"{KUBERNETES}.memory": "15Gi"}, f"{KUBERNETES}.shm"),
-    (gpus(2, {TYPE: "g5.xlarge"}), f"{SELECTOR}.{TYPE}"),
-    (gpus(8, {TYPE: "g6e.12xlarge"}), f"{SELECTOR}.{TYPE}"),
-    (gpus(9, {TYPE: "p5.48xlarge"}), f"{SELECTOR}.{TYPE}"),
-    (gpus(4, {TYPE: "a2-highgpu-2g"}), f"{SELECTOR}.{TYPE}"),
-    (gpus(3, {TYPE: "g2-standard-24"}), f"{SELECTOR}.{TYPE}"),
-    (gpus(2, {ACCELERATORS: "1"}), f"{SELECTOR}.{ACCELERATORS}"),
-    (gpus(2, {"nvidia.com/gpu.count": "1"}), f"{SELECTOR}.nvidia.com/gpu.count"),
     ({SELECTOR: {"a label": "b"}}, f"{SELECTOR}.a label"),
     ({SELECTOR: {"Domain/label": "b"}}, f"{SELECTOR}.Domain/label"),
     ({SELECTOR: {"label": "b c"}}, f"{SELECTOR}.label"),
@@ -137,11 +126,6 @@ PASSED: list[dict[str, Any]] = [
     {f"{KUBERNETES}.trials_at_once": 24, "tune": SEARCH},
     {f"{KUBERNETES}.trials_at_once": 1},
     *({f"{KUBERNETES}.mode": mode, f"{KUBERNETES}.retries": 5} for mode in ("HTTPMode", "SidecarMode")),
-    gpus(1, {TYPE: "g5.xlarge"}),
-    gpus(8, {TYPE: "p4d.24xlarge"}),
-    gpus(8, {TYPE: "a3-highgpu-8g"}),
-    gpus(8, {TYPE: "of-another-cloud"}),
-    gpus(4, {ACCELERATORS: "4", "cloud.google.com/gke-accelerator": "nvidia-l4"}),
     {SELECTOR: {TYPE: "g5.xlarge"}},
     toleration(operator="Exists"),
     toleration(key="nvidia.com/gpu", operator="Equal", value="present", effect="NoSchedule"),

@@ -83,3 +83,23 @@ def test_workers_with_gpus_import_nothing_before_they_know_which_are_theirs(monk
     prestart.workers(cluster)()
     assert not asked
     assert not set(prestart.HOOK) & set(prestart.environment(cluster)["env_vars"])
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_the_memory_of_gpus_grows_in_place_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], expected: str | None
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    for gpus in (0, 1):
+        own = prestart.environment(Cluster(gpus_per_worker=gpus))["env_vars"]
+        assert own.get("PYTORCH_ALLOC_CONF") == (expected if gpus else None)

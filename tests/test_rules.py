@@ -79,6 +79,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({f"deepspeed.extra.{key}": {}}, f"deepspeed.extra.{key}") for key in rules.OWNED),
     ({"model.dtype": "float16"}, "model.dtype"),
     ({"model.attention": "flash_attention_2"}, "model.attention"),
+    ({"cluster.gpus_per_worker": 2}, "cluster.gpus_per_worker"),
     ({"data.columns": {"a": "text", "b": "text"}}, "data.columns.b"),
     ({"storage": "s3://key:secret@bucket"}, "storage"),
     ({"model.path": "https://me@host/m"}, "model.path"),

@@ -60,6 +60,15 @@ def outcome(folder: str) -> list[tuple[Any, ...]]:
     return [(row["trial"], row["status"], row[RATE], row[DEPTH], row["score"], row["rows"]) for row in table(folder)]
 
 
+def test_no_driver_loads_a_model_that_takes_a_gpu(tmp_path: Path) -> None:
+    plain = sweep(tmp_path, "flash", {RATE: {"grid": [1e-4]}}, sampler="grid")
+    plain["model"]["attention"] = "flash_attention_2"
+    plain["cluster"]["gpus_per_worker"] = 1
+    driver = object.__new__(tune_module.Sweep)
+    driver.recipe = Recipe.parse(plain)
+    assert driver._warm() is None
+
+
 @pytest.mark.slow
 def test_a_grid_runs_each_combination_once_and_answers_with_the_best(whole: dict[str, Any], home: Path) -> None:
     assert whole["status"] == "finished"

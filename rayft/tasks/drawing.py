@@ -34,17 +34,27 @@ def draw_parameters(network: Any, names: Iterable[str], seed: int) -> tuple[str,
 
 
 def _draw(network: Any, module: Any, names: Sequence[str], seed: int) -> None:
-    """Initialises the parameters `names` of `module` itself; its others stay as they are."""
+    """Initialises the parameters `names` of `module` itself; its others stay as they are.
+
+    On the CPU, wherever they lie: a GPU would draw other numbers, and under ZeRO-3 they lie there already. Nor are the
+    GPU's own generators seeded, which draw dropout.
+    """
     own = dict(module.named_parameters(recurse=False))
     with gathered(list(own.values())), torch.random.fork_rng(devices=[]), torch.no_grad():
-        before = {name: value.detach().clone() for name, value in own.items() if name not in names}
-        torch.manual_seed(seed)
-        for value in own.values():
-            value._is_hf_initialized = False
+        drawn = {name: torch.nn.Parameter(_on_cpu(value), requires_grad=False) for name, value in own.items()}
+        torch.default_generator.manual_seed(seed)
         module._is_hf_initialized = False
-        network._init_weights(module)
-        for name, value in before.items():
-            own[name].copy_(value)
+        module._parameters.update(drawn)
+        try:
+            network._init_weights(module)
+        finally:
+            module._parameters.update(own)
+        for name in names:
+            own[name].copy_(drawn[name])
+
+
+def _on_cpu(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value)
 
 
 def gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:

@@ -34,6 +34,11 @@ SIGNS = (
         f"its config.json has a model_type that transformers {version('transformers')} doesn't know",
         "a known one fits, or a model with code of its own",
     ),
+    (
+        "the package for FlashAttention",
+        "model.attention asks for flash attention, which is not installed where it is loaded",
+        "model.attention=sdpa fits, or there `pip install flash-attn --no-build-isolation`, which takes nvcc",
+    ),
     ("Unrecognized model", "it has no config.json with a model_type", FOLDER),
     (
         "Couldn't instantiate the backend tokenizer",
@@ -126,7 +131,7 @@ def from_pretrained(auto: Any, model: Pretrained, **config_fields: Any) -> torch
     keep_blocks(config)
     set_dropout(config, model.dropout)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "trust_remote_code": model.trust_remote_code}
-    if model.attention:
+    if model.attention and not (model.meta and "flash" in model.attention):  # that is installed where GPUs are
         options["attn_implementation"] = model.attention
     if model.quantize and not model.meta:  # an outline counts the weights, however wide they are
         options |= _in_four_bits(model)

@@ -15,6 +15,7 @@ from rayft.training import checkpoint, engine, export, freeze, prefix, repeatabl
 from rayft.training.batch_norm import BatchNorms
 from rayft.training.first_token import read_first
 from rayft.training.standin import Prefix
+from rayft.training.together import together
 
 
 def pretrained(recipe: Recipe, path: str) -> Pretrained:
@@ -84,6 +85,7 @@ def assemble(
     standing = None
     if prefix.impossible(recipe, learning.depth) is None:
         standing = Prefix(network, blocks, task.steady(learning.depth), first)
+    together()  # whoever reads more slowly is not waited for in a collective
     made = engine.build(network, groups, config)
     if recipe.model.compile:
         made.module.compile()

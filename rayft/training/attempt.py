@@ -30,6 +30,7 @@ from rayft.training.saver import Saver
 from rayft.training.schedule import order, total_steps
 from rayft.training.standin import Prefix
 from rayft.training.timing import Timing
+from rayft.training.together import together
 from rayft.training.watch import Watch
 
 Load = Callable[[Pretrained, dict[str, Any], Any], Any]
@@ -67,11 +68,12 @@ class Run:
         setting: Setting,
     ) -> None:
         self.recipe, self.task, self.prepared = recipe, recipe.task, prepared
-        self.base = pretrained(recipe, fetch_model(config["model"]))
+        with watch.busy("fetching the model"):
+            self.base = pretrained(recipe, fetch_model(config["model"]))
+            self.processor = setting.processor or self.task.processor(self.base)
         self.setting = setting
         self.load = setting.load or self.task.load
         self.facts = prepared["train"].manifest.facts
-        self.processor = setting.processor or self.task.processor(self.base)
         self.start, self.attempt, self.begun = config["start"], config["attempt"], config["begun"]
         self.identity = config["identity"]
         self.device, self.emit, self.watch = device, emit, watch
@@ -123,7 +125,6 @@ class Run:
     def _trained(self, metrics: Metrics | None) -> Generator[None, None, bool]:
         """Stretch after stretch, each with an engine of its own. False where the run was asked to leave."""
         while True:
-            self.watch.at("loading the model")
             self._build()
             if not self.done:
                 self.prefix = self._filled()
@@ -134,9 +135,9 @@ class Run:
                 )
                 if not stayed:
                     return False
-            self.watch.at("writing a checkpoint")
-            self.saver.release()
-            dist.barrier()  # rank 0 has committed what all go on from, or go back to
+            with self.watch.busy("writing a checkpoint"):
+                self.saver.release()
+            together()  # rank 0 has committed what all go on from, or go back to
             if self.done:
                 return True
             self.start = checkpoints.newest(self.saver.folder)
@@ -160,6 +161,8 @@ class Run:
             engine.destroy(self.engine)
             self.engine = self.prefix = None
             gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # for whoever shares the GPU, and so that the next one's peak is its own
 
     def own_shares(self) -> Iterator[Share]:
         """This rank's shares of the global batches from where the run stands, read by itself."""
@@ -195,7 +198,9 @@ class Run:
         def load() -> Any:
             return self.load(self.base, self.facts, self.processor)
 
-        made = assemble(self.recipe, load, self.setting.own, epoch, self.progress.cohorts, self.start)
+        together()  # one machine may have had to fetch the model, and others not
+        with self.watch.busy("loading the model"):
+            made = assemble(self.recipe, load, self.setting.own, epoch, self.progress.cohorts, self.start)
         self.engine, self.blocks, self.norms, self.prefix = made.engine, made.blocks, made.norms, made.prefix
 
     def _filled(self) -> Prefix | None:
@@ -286,13 +291,15 @@ class Run:
             self.emit({"event": "stage", "name": "exporting"})
             data = {split: prepared.manifest.key for split, prepared in self.prepared.items()}
             target = storage.join(self.recipe.folder, "export")
-            export.export(self.recipe, self.base, self.facts, path, scores, data, target)
-        dist.barrier()
+            with self.watch.busy("exporting"):
+                export.export(self.recipe, self.base, self.facts, path, scores, data, target)
+        self.watch.at("waiting for the export")
+        together()
         return scores
 
     def _go_back_to(self, path: str) -> None:
         """The model as it was at an earlier checkpoint; anew where parameters have learned since that did not then."""
-        with checkpoint.Checkpoint(path) as saved:
+        with checkpoint.Checkpoint(path) as saved, self.watch.busy("loading the best model"):
             if saved.names >= set(checkpoint.shapes(self.engine, self.norms.statistics())):
                 saved.load_weights(self.engine.module)
                 return

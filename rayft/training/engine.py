@@ -20,20 +20,26 @@ from rayft.recipe import Recipe
 from rayft.training import dropout, loss_scale, shared
 from rayft.training.loss_scale import gradient_scaler
 
+BUCKET = 500_000_000  # elements that DeepSpeed reduces at once, unless told otherwise
+
 
 def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
     """The engine's configuration. The micro-batch and accumulation keys are formal: the loop cuts batches itself."""
     zero: dict[str, Any] = {"stage": stage}
+    gpu = recipe.cluster.gpus_per_worker > 0
     if stage in (1, 2):
-        # One flat reduction per bucket is faster than scattering it on gloo, and equal on NCCL at these sizes.
-        zero |= {"reduce_scatter": False, "overlap_comm": False, "contiguous_gradients": True}
+        # One flat reduction per bucket is faster than scattering it on gloo. On NCCL scattering sends no less:
+        # DeepSpeed 0.19 reduces to all ranks even so, and copies once more. At stage 1 a reduction beside the backward
+        # pass would leave out what had no part in the last micro-batch.
+        zero |= {"reduce_scatter": False, "overlap_comm": gpu and stage == 2, "contiguous_gradients": True}
     if stage == 3:
         # Tensors below this size stay whole on every rank: sharding biases and norms costs more than it saves.
-        zero |= {"overlap_comm": False, "stage3_param_persistence_threshold": 10_000}
+        zero |= {"overlap_comm": gpu, "stage3_param_persistence_threshold": 10_000}
+    host = {"device": "cpu", "pin_memory": True} if gpu else {"device": "cpu"}
     if recipe.deepspeed.offload != "none" and stage >= 1:
-        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = host
     if recipe.deepspeed.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu"}
+        zero["offload_param"] = dict(host)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -44,6 +50,8 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would wait for the GPU at each forward pass and each step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if recipe.model.dtype != "float32":
         config["torch_autocast"] = {"enabled": True, "dtype": recipe.model.dtype, "lower_precision_safe_modules": []}
@@ -58,13 +66,14 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def prepare_process(cpus: int, local_world: int) -> None:
-    """What DeepSpeed has to be told before it is imported.
+def prepare_process(cpus: int, local_world: int, gpu: bool) -> None:
+    """What DeepSpeed has to be told before it is imported, and the group of all ranks that it is to use.
 
-    Without a GPU that is the CPU accelerator, whose extensions are not compiled.
+    Without `gpu` that is the CPU accelerator, whose extensions are not compiled: what the recipe asks for decides,
+    since a worker without GPUs may still see those of its machine.
     """
     torch.set_num_threads(max(1, cpus))
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
     os.environ["LOCAL_SIZE"] = str(local_world)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
@@ -72,16 +81,25 @@ def prepare_process(cpus: int, local_world: int) -> None:
 
     _import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
     logger.setLevel("ERROR")
-    if os.environ["DS_ACCELERATOR"] == "cpu":
+    if not gpu:
         dropout.install()
         # Its shared-memory reduction would be compiled at first use, which takes a compiler and a minute.
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
-    if os.environ["DS_ACCELERATOR"] == "cpu" and local_world == torch.distributed.get_world_size() > 1:
+    _give_group(torch.device("cuda" if gpu else "cpu"))
+    if not gpu and local_world == torch.distributed.get_world_size() > 1:
         _share_memory()
     gc.freeze()  # what was imported is never garbage: looking through it takes a third of a second each time
+
+
+def _give_group(device: torch.device) -> None:
+    """DeepSpeed's group of all ranks, as patient as ours; collective. Its own would wait ten minutes on NCCL."""
+    from deepspeed.utils import groups
+
+    whole: Any = torch.distributed.group.WORLD
+    groups._WORLD_GROUP = torch.distributed.new_group(timeout=whole._get_backend(device).options._timeout)
 
 
 _shared: shared.SharedMemory | None = None  # of this process's group, where its ranks are on one machine
@@ -117,6 +135,7 @@ def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[s
     import deepspeed
 
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    config = _safely_overlapped(config, network)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
     here = _shared is not None or torch.distributed.get_world_size() == 1
     if engine.zero_optimization_stage() == 0 and here and engine.communication_data_type == torch.float32:
@@ -125,6 +144,18 @@ def build(network: torch.nn.Module, groups: list[dict[str, Any]], config: dict[s
     loss_scale.install(engine)
     reset_moments(engine)
     return engine
+
+
+def _safely_overlapped(config: dict[str, Any], network: torch.nn.Module) -> dict[str, Any]:
+    """The configuration without reductions beside the backward pass where those of stage 2 would go wrong.
+
+    DeepSpeed 0.19 frees the gradient of a parameter that is larger than a bucket while it is still being reduced.
+    """
+    zero = config["zero_optimization"]
+    largest = max((parameter.numel() for parameter in network.parameters() if parameter.requires_grad), default=0)
+    if zero["stage"] == 3 or not zero.get("overlap_comm") or largest <= zero.get("reduce_bucket_size", BUCKET):
+        return config
+    return {**config, "zero_optimization": {**zero, "overlap_comm": False}}
 
 
 @dataclass(frozen=True)

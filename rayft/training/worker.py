@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,17 +28,14 @@ def work(config: dict[str, Any]) -> None:
     event `left`.
     """
     import ray.train
-    from ray.train.torch import get_device
 
     from rayft.data.feed import Shares
 
     recipe = Recipe.parse(config["recipe"])
     context = ray.train.get_context()
-    engine.prepare_process(recipe.cluster.cpus_per_worker, context.get_local_world_size())
-    device = torch.device("cpu")
-    if recipe.cluster.gpus_per_worker:
-        device = get_device()
-        torch.cuda.set_device(device)
+    gpu = recipe.cluster.gpus_per_worker > 0
+    device = own_device(gpu)
+    engine.prepare_process(recipe.cluster.cpus_per_worker, context.get_local_world_size(), gpu)
     board = config["board"]
     chief = dist.get_rank() == 0
 
@@ -59,3 +57,19 @@ def work(config: dict[str, Any]) -> None:
         feed = streamed if config["streams"] else Run.own_shares
         for _ in run.go(feed if config["feeds"] else None):
             pass
+
+
+def own_device(gpu: bool) -> torch.device:
+    """The GPU that Ray has given this worker, which torch and DeepSpeed take from here on; without `gpu` the CPU.
+
+    DeepSpeed takes LOCAL_RANK for the device's number. The workers of a machine need not be counted in the order in
+    which its GPUs are listed.
+    """
+    if not gpu:
+        return torch.device("cpu")
+    from ray.train.torch import get_device
+
+    device = get_device()
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)
+    return device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,16 @@ def test_padding_is_on_the_tokenizers_side_and_masked() -> None:
 
 def test_parts_of_tasks_are_no_tasks() -> None:
     assert not {"task", "loading"} & set(tasks.names())
+
+
+def test_flash_attention_is_asked_for_where_weights_are_loaded_and_not_where_they_are_counted(tmp_path: Path) -> None:
+    """The machine that counts may have no GPU."""
+    BertModel(BertConfig(vocab_size=50, **SIZES)).save_pretrained(tmp_path)
+    flash = Pretrained(str(tmp_path), attention="flash_attention_2")
+    outline: Any = from_pretrained(AutoModelForQuestionAnswering, replace(flash, meta=True))
+    assert {value.device.type for value in outline.parameters()} == {"meta"}
+    with pytest.raises(ModelError, match="asks for flash attention, which is not installed where"):
+        from_pretrained(AutoModelForQuestionAnswering, flash)
 
 
 def test_what_weights_lack_is_drawn_by_name_and_seed_and_known_without_them(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.multiprocessing as mp
+
+TIMEOUT_S = 1234.0  # of collectives; none of torch's own
 
 
 def run_group(function: Callable[..., Any], world: int, *arguments: Any, gpu: bool = False) -> list[Any]:
@@ -54,12 +57,13 @@ def _enter(
     if not gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    backend = "nccl" if gpu else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    backend, timeout = "nccl" if gpu else "gloo", timedelta(seconds=TIMEOUT_S)
+    where = f"file://{folder}/group"
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=world, timeout=timeout)
     try:
         from rayft.training.engine import prepare_process
 
-        prepare_process(1, world)
+        prepare_process(1, world, gpu=gpu)
         results.put((rank, (True, function(*arguments))))
     except BaseException:  # noqa: BLE001 # whatever it was, the parent tells it
         results.put((rank, (False, traceback.format_exc())))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from rayft import attempts, storage
 from rayft.recipe import Recipe
@@ -45,7 +47,7 @@ def run_of(folder: str, given: dict[str, Any], start: str | None, steps_per_epoc
     run.base = pretrained(run.recipe, folder)
     run.order = SimpleNamespace(steps_per_epoch=steps_per_epoch)  # type: ignore[assignment]
     run.start, run.attempt, run.total = start, 1, STEPS
-    run.progress, run.timing, run.engine = Progress(), Timing(), None
+    run.progress, run.timing, run.engine, run.watch = Progress(), Timing(), None, Watch(None, dist.get_rank())
     run.setting, run.load, run.blocks = Setting(), run.task.load, Blocks((), ())
     if start:
         run._restore()
@@ -189,6 +191,31 @@ def memory_of(folder: str, given: dict[str, Any], engines: int) -> list[float]:
         now = library.mallinfo2()
         allocated.append((now.uordblks + now.hblkhd) / 1e6)
     return allocated
+
+
+def patience_of(folder: str, stages: list[int]) -> list[tuple[float, float]]:
+    """On a worker: for an engine of each stage how many seconds collectives of its group, and of the one that DeepSpeed
+    would make, may take; and for one more, when the process has left its group and joined another with 77 s."""
+
+    def seconds(group: Any) -> float:
+        return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+    def held(stage: int) -> tuple[float, float]:
+        run = run_of(folder, plain(deepspeed__zero_stage=stage), None)
+        run._build()
+        stretch(run, "unused", 1)
+        found = seconds(run.engine.data_parallel_group), seconds(groups._clone_world_group())
+        released(run)
+        return found
+
+    results = [held(stage) for stage in stages]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    store = dist.FileStore(str(Path(folder) / "again"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=77))
+    engine.prepare_process(1, world, gpu=False)
+    return [*results, held(stages[-1])]
 
 
 def compiled(folder: str, stages: list[int]) -> list[tuple[list[float], list[float], int]]:

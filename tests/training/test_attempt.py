@@ -17,6 +17,7 @@ from rayft.recipe import Recipe
 from rayft.training import attempt
 from rayft.training.attempt import Run
 from rayft.training.progress import Progress
+from rayft.training.watch import Watch
 from small import recipe, small_bert
 from whole import trained_all
 
@@ -55,9 +56,9 @@ def test_a_rank_goes_back_to_the_best_model_only_once_rank_0_has_committed_it(mo
     """What one rank has written is no checkpoint yet: another's part may still be on its way."""
     told: list[str] = []
     run = object.__new__(Run)
-    run.watch, run.progress = SimpleNamespace(at=lambda *_: None), Progress(finished=True)  # type: ignore[assignment]
+    run.watch, run.progress = Watch(None, 0), Progress(finished=True)
     run.saver = SimpleNamespace(release=lambda: told.append("written"))  # type: ignore[assignment]
     monkeypatch.setattr(run, "_build", lambda: None)
-    monkeypatch.setattr(attempt.dist, "barrier", lambda: told.append("all have"))
+    monkeypatch.setattr(attempt, "together", lambda: told.append("all have"))
     assert list(run._trained(None)) == []
     assert told == ["written", "all have"]

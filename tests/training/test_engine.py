@@ -13,9 +13,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from group import run_group
+from group import TIMEOUT_S, run_group
 from rayft.training import engine
-from runs import compiled, losses_of, memory_of, plain, scaled_steps
+from runs import compiled, losses_of, memory_of, patience_of, plain, scaled_steps
 from test_loop import recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed"
@@ -32,6 +32,8 @@ CONFIGS: dict[str, tuple[int, dict[str, Any]]] = {
     "stage-0-bfloat16": (0, {"model__dtype": "bfloat16"}),
     "stage-3-bfloat16": (3, {"model__dtype": "bfloat16"}),
     "stage-2-float16": (2, {"model__dtype": "float16", "cluster__gpus_per_worker": 1}),
+    "stage-1-gpu-offload-optimizer": (1, {"deepspeed__offload": "optimizer", "cluster__gpus_per_worker": 1}),
+    "stage-3-gpu-offload-parameters": (3, {"deepspeed__offload": "parameters", "cluster__gpus_per_worker": 1}),
     "stage-3-extra": (
         3,
         {
@@ -63,6 +65,21 @@ def test_extra_keys_do_not_reach_the_next_configuration() -> None:
     assert "stage3_max_live_parameters" not in engine.deepspeed_config(recipe(), stage)["zero_optimization"]
 
 
+@pytest.mark.parametrize(("elements", "overlaps"), [(10, True), (11, False)])
+def test_no_gradient_is_reduced_beside_the_backward_pass_that_is_larger_than_a_bucket(
+    elements: int, overlaps: bool
+) -> None:
+    """DeepSpeed would free its memory too early."""
+    fields = {"cluster__gpus_per_worker": 1, "deepspeed__extra": "{zero_optimization: {reduce_bucket_size: 10}}"}
+    network = torch.nn.Module()
+    network.small, network.large = (torch.nn.Parameter(torch.zeros(size)) for size in (3, elements))
+    network.frozen = torch.nn.Parameter(torch.zeros(99), requires_grad=False)
+    for stage, expected in ((1, False), (2, overlaps), (3, True)):
+        config = engine.deepspeed_config(recipe(**fields), stage)
+        safe = engine._safely_overlapped(config, network)
+        assert safe["zero_optimization"] == {**config["zero_optimization"], "overlap_comm": expected}
+
+
 def test_a_parameter_without_a_part_in_the_loss_has_a_gradient_of_zero_on_one_worker_too() -> None:
     """The optimizer would leave it out there, and let it decay on several."""
     network = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
@@ -80,6 +97,10 @@ LEARNED: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "offload": [
         *((stage, {"deepspeed__offload": "optimizer"}) for stage in (1, 2, 3)),
         (3, {"deepspeed__offload": "parameters"}),
+    ],
+    "as on gpus": [
+        *((stage, {"cluster__gpus_per_worker": 1}) for stage in range(4)),
+        *((stage, {"cluster__gpus_per_worker": 1, "deepspeed__offload": "optimizer"}) for stage in (1, 2, 3)),
     ],
     "bfloat16": [(stage, {"model__dtype": "bfloat16"}) for stage in range(4)],
     "frozen": [(0, {"model__freeze": 1})],
@@ -117,7 +138,7 @@ def learned(bert: str) -> dict[str, list[dict[str, Any]]]:
 def test_offload_changes_no_loss(learned: dict[str, list[dict[str, Any]]]) -> None:
     whole = learned["float32"][0]["losses"]
     assert len(whole) == UNTIL
-    for result in [*learned["float32"], *learned["offload"]]:
+    for result in [*learned["float32"], *learned["offload"], *learned["as on gpus"]]:
         assert result["losses"] == pytest.approx(whole, rel=1e-5)
 
 
@@ -177,6 +198,13 @@ def test_gradients_are_sent_in_16_bits_where_that_is_asked_for(learned: dict[str
 
 
 # --- one engine after another
+
+
+@pytest.mark.slow
+def test_deepspeed_waits_as_long_as_the_group_that_it_is_given(bert: str) -> None:
+    """For each engine of a process, and in a group that the process joins later."""
+    for found in run_group(patience_of, 2, bert, [0, 2, 3]):
+        assert found == [(TIMEOUT_S, TIMEOUT_S)] * 3 + [(77.0, 77.0)]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from rayft.training import watch
-from rayft.training.watch import LEAVE, Watch, beat_s
+from rayft.training.watch import LEAVE, Used, Watch, beat_s, works
 
 
 @ray.remote(num_cpus=0)
@@ -71,6 +71,40 @@ def test_a_board_that_is_gone_ends_the_telling_and_nothing_else() -> None:
         assert not watched._thread.is_alive()
         watched.at("evaluating", 1)
         assert not watched.leave
+
+
+IDLE, COMPUTES, READS = (1.0, 0.05, 10), (1.0, 0.2, 0), (1.0, 0.0, 200)  # seconds, of a processor, blocks
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(IDLE, False), (COMPUTES, True), (READS, True), ((8.0, 0.2, 200), False), ((8.0, 1.0, 0), True)],
+)
+def test_a_process_works_that_computes_or_reads(step: tuple[float, float, int], expected: bool) -> None:
+    seconds, cpu, blocks = step
+    assert works(Used(5.0, 3.0, 100), Used(5.0 + seconds, 3.0 + cpu, 100 + blocks)) is expected
+
+
+@pytest.mark.usefixtures("ray_local", "quick")
+def test_only_what_a_rank_is_busy_with_counts_as_moving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that hangs may well keep a processor busy."""
+    monkeypatch.setattr(watch, "works", lambda before, after: True)
+    board: Any = Board.remote()  # type: ignore[attr-defined]
+
+    def heard() -> list[tuple[str, int]]:
+        return [(place["doing"], place["worked"]) for _, place in ray.get(board.heard.remote())]
+
+    with Watch(board, 0) as watched:
+        watched.at("in the forward and backward pass", 1)
+        until(lambda: len(heard()) > 3)
+        with watched.busy("exporting"):
+            until(lambda: heard()[-1][1] >= 3)
+        watched.at("updating the weights")
+        until(lambda: [doing for doing, _ in heard()].count("updating the weights") > 3)
+        found = heard()
+    assert {worked for doing, worked in found if doing == "in the forward and backward pass"} == {0}
+    assert len({worked for doing, worked in found if doing == "exporting"}) >= 3
+    assert len({worked for doing, worked in found if doing == "updating the weights"}) == 1
 
 
 def test_many_workers_send_less_often() -> None:
