@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft import ahead, placement, prestart, storage
-from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
+from rayft.errors import CheckpointError, Damaged, RayftError, RunRefused, Stopped, TrainingError
 from rayft.failure import AGAIN, Left, decide
 from rayft.gauges import Gauges
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
@@ -295,6 +295,8 @@ class Attempts:
         """The step of the checkpoint to go on from, whether there are steps to make from there, and its path."""
         newest = checkpoints.newest(self.folder)
         if newest is None:
+            if not self.trains:
+                raise CheckpointError(f"{self.recipe.folder} has no checkpoint of its best model")
             return 0, True, None
         saved = checkpoints.state(newest)
         step, ended, total, per_epoch = (saved[k] for k in ("step", "finished", "total_steps", "steps_per_epoch"))
@@ -310,5 +312,9 @@ class Attempts:
         if outcome.folder.startswith(self.folder):
             checkpoints.discard(outcome.folder, str(outcome))
             return
-        storage.delete(outcome.folder)
+        shards = next((split for split in self.prepared.values() if split.folder == outcome.folder), None)
+        if shards is not None:
+            shards.discard()
+        else:
+            storage.delete(outcome.folder)
         self.prepared = prepared_for(self.recipe, self.model_path, self.show)

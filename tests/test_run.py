@@ -6,17 +6,21 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import small
 from group import run_group
+from rayft import run as run_module
 from rayft import storage
-from rayft.errors import NotFinite, RunRefused, StorageError
+from rayft.data.prepared import Prepared
+from rayft.errors import CheckpointError, Damaged, NotFinite, RunRefused, StorageError
 from rayft.recipe import Recipe
-from rayft.run import export
+from rayft.run import Attempts, export
 from whole import trained
 
 
@@ -120,6 +124,38 @@ def test_a_finished_run_answers_and_goes_on_when_asked_for_more(finished: dict[s
     assert other["metrics"]["test_loss"] == pytest.approx(more["metrics"]["test_loss"], rel=1e-5)
     with pytest.raises(RunRefused, match=r"train\.learning_rate: 0\.001 -> 0\.01"):
         run({**plain, "train": {**plain["train"], "learning_rate": 1e-2}})
+
+
+def test_where_a_shard_is_damaged_what_was_computed_from_its_rows_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run that is trained from stored states would go on from others, computed anew by other workers."""
+    folder = tmp_path / "prepared" / "key"
+    kept = ["frozen/f00/manifest.json", "frozen/f00/1/0.bin", "parameters-1.json"]
+    for name in (*kept, "manifest.json", "attempt-1/00000.parquet"):
+        storage.write_text(str(folder / name), "{}")
+    manifest: Any = SimpleNamespace(shards=[{"path": "attempt-1/00000.parquet"}])
+    prepared = {"train": Prepared(str(folder), manifest)}
+    recipe = Recipe.parse(small.recipe(tmp_path, "nowhere"))
+    anything: Any = None
+    given = Attempts(recipe, "", prepared, None, anything, anything, 0.0, print, True, True)
+    monkeypatch.setattr(run_module, "prepared_for", lambda *_: "anew")
+    given._repair(Damaged(str(folder), "attempt-1/00000.parquet", "is missing"))
+    assert given.prepared == "anew"
+    left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(kept)
+    given.prepared = prepared
+    given._repair(Damaged(str(folder / "frozen" / "f00"), "0.bin", "is missing"))
+    assert not (folder / "frozen" / "f00").exists()
+
+
+def test_a_run_that_is_only_to_be_exported_is_not_trained_anew_where_its_checkpoints_are_gone(tmp_path: Path) -> None:
+    anything: Any = None
+    recipe = Recipe.parse(small.recipe(tmp_path, "nowhere"))
+    given = Attempts(recipe, "", {}, None, anything, anything, 0.0, print, True, False)
+    with pytest.raises(CheckpointError, match="has no checkpoint of its best model"):
+        given._position()
+    assert replace(given, trains=True)._position() == (0, True, None)
 
 
 @pytest.mark.slow
