@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rayft import ahead, placement, prestart, storage
-from rayft.errors import CheckpointError, Damaged, RayftError, RunRefused, Stopped, TrainingError
+from rayft.errors import CheckpointError, Damaged, RayftError, RunRefused, Stopped, StorageDown, TrainingError
 from rayft.failure import AGAIN, Left, decide
 from rayft.gauges import Gauges
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
@@ -41,9 +41,13 @@ def run(
     Raises a RayftError: before anything is started where the run is refused, else after result.json says what failed.
     """
     begun = begun or time.time()
-    recipe = recipe.resolved()
+    # A recipe that says what to search is that of a sweep's folder.
+    recipe = recipe.resolved().model_copy(update={"tune": None})
     show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)
+    if record.is_sweep:
+        told = "`rayft tune` goes on with it, or give the run another `name=`"
+        raise RunRefused(f"{recipe.folder} is a sweep; {told}")
     record.refuse_second_writer(take_over, show)
     finished = _settle(recipe, record, show) if trains and not restart else None
     if finished is not None:
@@ -68,6 +72,7 @@ def run(
         _processes(recipe, () if light else ahead.DRIVER, show) as settled,
     ):
         prepared = prepared or rows.made(_preparing(show))
+        _tell_damage(rows.damaged, show)
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
@@ -133,6 +138,7 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
     """What an earlier start of this run means: its result where finished, a refusal where the recipe has changed."""
     standing = record.standing(recipe)
     if standing == "finished":
+        record.settle()
         show({"event": "note", "text": f"{recipe.folder} is finished; this is its result"})
         return record.result()
     before = record.recipe()
@@ -160,9 +166,17 @@ def _preparing(show: Show) -> Callable[[str, int, int | None], None]:
 
 def prepared_for(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
     """Every split, from an earlier preparation where there is one."""
-    from rayft.data.prepare import prepare
+    from rayft.data.prepare import Preparation
 
-    return prepare(recipe, model_path, progress=_preparing(show))
+    rows = Preparation(recipe, model_path)
+    prepared = rows.made(_preparing(show))
+    _tell_damage(rows.damaged, show)
+    return prepared
+
+
+def _tell_damage(files: list[str], show: Show) -> None:
+    for file in files:
+        show({"event": "warning", "text": f"{storage.shown(file)} is damaged, and was prepared anew"})
 
 
 def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
@@ -241,13 +255,16 @@ class Attempts:
         return storage.join(self.recipe.folder, "checkpoints")
 
     def run(self) -> None:
-        retries, failed_at = 0, -1
+        retries = failed_at = 0
         while True:
             outcome = self._once()
             if outcome is None:
                 return
-            self._repair(outcome)
-            newest = self._step()
+            newest = failed_at
+            # Where storage is still away, or more is damaged, this was a try without progress.
+            with suppress(StorageDown, Damaged):
+                self._repair(outcome)
+                newest = self._step()
             decision = decide(outcome, retries, newest > failed_at, self.recipe.failure.max_retries)
             if not decision.again:
                 if isinstance(outcome, Left):
@@ -277,7 +294,8 @@ class Attempts:
                     recipe, self.model_path, self.prepared, start, most=most, show=self.show, asked=self._asked
                 )
             finally:
-                checkpoints.sweep(self.folder, attempt)
+                with suppress(StorageDown):  # they count for nothing, and go with a later checkpoint
+                    checkpoints.sweep(self.folder, attempt)
         except RayftError as error:
             return error
 

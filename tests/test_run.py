@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,9 +19,20 @@ from group import run_group
 from rayft import run as run_module
 from rayft import storage
 from rayft.data.prepared import Prepared
-from rayft.errors import CheckpointError, Damaged, NotFinite, RunRefused, StorageError
+from rayft.errors import (
+    CheckpointError,
+    Damaged,
+    NotFinite,
+    RayftError,
+    RunRefused,
+    StorageDown,
+    StorageError,
+    TrainingError,
+    WorkersLost,
+)
 from rayft.recipe import Recipe
 from rayft.run import Attempts, export
+from rayft.tune import tune
 from whole import trained
 
 
@@ -156,6 +168,70 @@ def test_a_run_that_is_only_to_be_exported_is_not_trained_anew_where_its_checkpo
     with pytest.raises(CheckpointError, match="has no checkpoint of its best model"):
         given._position()
     assert replace(given, trains=True)._position() == (0, True, None)
+
+
+@pytest.mark.parametrize("outcome", [StorageDown("s3 is away"), WorkersLost("rank 0 was lost")])
+def test_an_outage_after_a_group_has_ended_is_a_try_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: RayftError
+) -> None:
+    recipe, groups, told = Recipe.parse(small.recipe(tmp_path, "nowhere")), list[int](), list[dict[str, Any]]()
+    anything: Any = None
+    given = Attempts(recipe, "", {}, None, anything, anything, 0.0, told.append, True, True)
+
+    def away(folder: str) -> None:
+        raise StorageDown("listing failed")
+
+    def once(self: Attempts) -> RayftError | None:
+        groups.append(1)
+        return outcome if len(groups) < 3 else None
+
+    monkeypatch.setattr(run_module.checkpoints, "newest", away)
+    monkeypatch.setattr(Attempts, "_once", once)
+    given.run()
+    assert [event["text"].partition("; ")[2] for event in told] == [
+        f"retry {n} of 3 (failure.max_retries)" for n in (1, 2)
+    ]
+    groups.clear()
+    none = recipe.failure.model_copy(update={"max_retries": 0})
+    given.recipe = recipe.model_copy(update={"failure": none})
+    with pytest.raises(TrainingError, match="no retries are allowed"):
+        given.run()
+
+
+def as_if_killed_at_its_end(plain: dict[str, Any], result: dict[str, Any]) -> Recipe:
+    """The folder of a run whose process was killed after its result was written."""
+    recipe = Recipe.parse(plain).resolved()
+    gone = {"host": socket.gethostname(), "pid": 2**22 + 1, "pid_started": "then"}
+    storage.write_text(storage.join(recipe.folder, "recipe.yaml"), recipe.to_yaml())
+    storage.write_json(storage.join(recipe.folder, "run.json"), {"status": "running", "heartbeat": 0.0, **gone})
+    storage.write_json(storage.join(recipe.folder, "result.json"), {"status": "finished", **result})
+    storage.write_text(storage.join(recipe.folder, "ray", "attempt-1", "snapshot.json"), "{}")
+    return recipe
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_what_was_killed_after_its_result_counts_as_finished_once_it_has_answered(
+    tmp_path: Path, searched: bool
+) -> None:
+    plain = small.recipe(tmp_path, "nowhere")
+    if searched:
+        plain["tune"] = {"search": {"train.seed": {"choice": [1, 2]}}, "trials": 2}
+    recipe = as_if_killed_at_its_end(plain, {"trials": {"finished": 2}} if searched else {})
+    answer = tune(recipe, show=lambda event: None) if searched else run(plain)[0]
+    assert answer["status"] == "finished"
+    assert storage.read_json(f"{recipe.folder}/run.json")["status"] == "finished"
+    assert not Path(recipe.folder, "ray").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_stays_out_of_a_sweeps_folder(tmp_path: Path, restart: bool) -> None:
+    plain = small.recipe(tmp_path, "nowhere")
+    search = {"search": {"train.seed": {"choice": [1, 2]}}, "trials": 2}
+    recipe = as_if_killed_at_its_end({**plain, "tune": search}, {"trials": {"finished": 2}})
+    for given in (plain, {**plain, "tune": search}):
+        with pytest.raises(RunRefused, match="is a sweep; `rayft tune` goes on with it, or give the run another"):
+            run(given, restart=restart)
+    assert storage.exists(f"{recipe.folder}/result.json")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft import storage
 
@@ -76,5 +76,8 @@ class Prepared:
 
     @classmethod
     def find(cls, folder: str) -> Prepared | None:
-        """None where no preparation was committed."""
-        return cls.open(folder) if storage.exists(storage.join(folder, "manifest.json")) else None
+        """None where no preparation was committed, or its manifest is damaged."""
+        try:
+            return cls(folder, Manifest.model_validate(storage.read_object(storage.join(folder, "manifest.json"))))
+        except ValidationError:
+            return None
