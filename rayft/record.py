@@ -69,12 +69,12 @@ class Record:
         result = self.result()
         return "finished" if result is not None and result.get("status") == "finished" else "resumed"
 
-    @property
-    def is_sweep(self) -> bool:
-        """Was this folder begun by `rayft tune`? Only there does recipe.yaml say what is searched."""
+    def refuse_sweep(self) -> None:
+        """RunRefused where this folder was begun by `rayft tune`: only there does recipe.yaml say what is searched."""
         path = storage.join(self.folder, "recipe.yaml")
         known = document.read(storage.read_text(path)).value if storage.exists(path) else None
-        return isinstance(known, dict) and known.get("tune") is not None
+        if isinstance(known, dict) and known.get("tune") is not None:
+            raise RunRefused(f"{self.folder} is a sweep; `rayft tune` goes on with it, or give the run another `name=`")
 
     def settle(self) -> None:
         """Makes run.json say that a run has finished whose result is there, where it was killed before it could."""

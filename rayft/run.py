@@ -45,9 +45,7 @@ def run(
     recipe = recipe.resolved().model_copy(update={"tune": None})
     show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)
-    if record.is_sweep:
-        told = "`rayft tune` goes on with it, or give the run another `name=`"
-        raise RunRefused(f"{recipe.folder} is a sweep; {told}")
+    record.refuse_sweep()
     record.refuse_second_writer(take_over, show)
     finished = _settle(recipe, record, show) if trains and not restart else None
     if finished is not None:
