@@ -183,11 +183,17 @@ def _unused(where: str, states: list[Json]) -> Iterator[Leftover]:
 
 def _half_prepared(path: str) -> Iterator[Leftover]:
     """What was left by preparations of the same rows that were killed, or that another was ahead of."""
-    manifest = storage.read_object(storage.join(path, "manifest.json")) or {"shards": []}
-    named = {shard["path"].partition("/")[0] for shard in manifest["shards"]}
+    yield from _unnamed(path, "shards", "path", but="frozen")
+    for states in storage.folders(storage.join(path, "frozen")):
+        yield from _unnamed(states, "parts", "data")
+
+
+def _unnamed(path: str, listed: str, file: str, but: str = "") -> Iterator[Leftover]:
+    """The attempts in a folder whose files its manifest does not name, and that nobody has written to for a day."""
+    manifest = storage.read_object(storage.join(path, "manifest.json")) or {}
+    named = {entry[file].partition("/")[0] for entry in manifest.get(listed) or ()}
     for attempt in storage.folders(path):
-        name = attempt.rpartition("/")[2]
-        if name.startswith("attempt-") and name not in named:
+        if attempt.rpartition("/")[2] not in {*named, but}:
             entries = storage.listing(attempt)
             if _age(_changed(attempt, entries)) >= DAY_S:
                 yield Leftover(attempt, "a preparation that was never finished", sum(entry.size for entry in entries))

@@ -228,12 +228,14 @@ def test_prepared_shards_go_when_old_and_unused(where: str) -> None:
 def test_of_shards_in_use_only_what_a_killed_preparation_has_left_goes(where: str) -> None:
     write_run(where, "one")
     folder = shards(where, KEY, 9)
-    for name in ("attempt-used", "attempt-killed", "attempt-going", "frozen"):
-        storage.write_bytes(storage.join(folder, name, "00000.parquet"), b"x" * 10)
-        age(storage.join(folder, name), 0.5 if name == "attempt-going" else 2)
-    storage.write_json(storage.join(folder, "manifest.json"), {"shards": [{"path": "attempt-used/00000.parquet"}]})
+    gone = ["attempt-killed", "frozen/f00/killed", "frozen/f01/killed"]
+    for name in (*gone, "attempt-used", "attempt-going", "frozen/f00/used", "frozen/f01/going"):
+        storage.write_bytes(storage.join(folder, name, "0.bin"), b"x" * 10)
+        age(storage.join(folder, name), 0.5 if name.endswith("going") else 2)
+    storage.write_json(storage.join(folder, "manifest.json"), {"shards": [{"path": "attempt-used/0.bin"}]})
+    storage.write_json(storage.join(folder, "frozen/f00/manifest.json"), {"parts": [{"data": "used/0.bin"}]})
     found = report.leftovers(where)
-    assert [(one.path, one.bytes) for one in found] == [(storage.join(folder, "attempt-killed"), 10)]
+    assert [(one.path, one.bytes) for one in found] == [(storage.join(folder, name), 10) for name in gone]
     assert report.remove(where, found) == found
     assert report.leftovers(where) == []
 
