@@ -37,15 +37,16 @@ def _by_run(recipe: Recipe, target: str) -> dict[str, float]:
 
     from rayft.run import run
 
-    path = storage.join(recipe.folder, "result.json")
-    own = storage.read_json(path) if storage.exists(path) else None
+    paths = [storage.join(recipe.folder, name) for name in ("run.json", "result.json")]
+    own = {path: storage.read_json(path) if storage.exists(path) else None for path in paths}
     try:
         result = run(recipe, show=lambda event: None, trains=False)
     finally:
-        if own is None:
-            storage.delete(path)
-        else:
-            storage.write_json(path, own)
+        for path, said in own.items():
+            if said is None:
+                storage.delete(path)
+            else:
+                storage.write_json(path, said)
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as local:
         storage.download(result["export"], local)
         storage.delete(target)

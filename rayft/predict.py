@@ -129,7 +129,9 @@ def _model(target: Target) -> Any:
     path = storage.join(target.folder, DETAILS)
     try:
         fields = target.details["task"]
-        task = tasks.find(fields["type"]).model_validate(fields)
+        kind = tasks.find(fields["type"])
+        # What an earlier rayft has written may have fields that are gone since.
+        task = kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
         facts = target.details["facts"]
     except (KeyError, TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
         version = target.details.get("rayft") if isinstance(target.details, dict) else None
@@ -189,8 +191,8 @@ def _threshold(recipe: Recipe, train: Any) -> int | None:
     from rayft.data.splits import facts_key, units_of
 
     path = storage.join(storage.absolute(recipe.storage), "prepared", f"facts-{facts_key(recipe, train, True)}.json")
-    if storage.exists(path):
-        return Scan.model_validate(storage.read_json(path)).threshold
+    if before := Scan.kept(path):
+        return before.threshold
     units = units_of(train.pieces)
     return scan(recipe.task, units, train.sources, recipe.data.columns, True, lambda done: None).threshold
 

@@ -138,6 +138,8 @@ class _Check:
             self.report["storage"]["writable"] = True
         with self._gathering():
             self.record = Record(recipe.folder)
+            if recipe.tune is None:
+                self.record.refuse_sweep()
             self.report["run"]["state"] = self.record.standing(recipe)
         with self._gathering():
             if self.record is not None:

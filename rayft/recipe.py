@@ -113,6 +113,15 @@ class Recipe(Section):
         return cls._checked(given, source, overrides)
 
     @classmethod
+    def written(cls, text: str, source: str) -> Recipe:
+        """The recipe in the text of a file that rayft has written, less the fields that have gone since then."""
+        read = document.read(text)
+        for error in _errors_of(read.value) if isinstance(read.value, dict) else ():
+            if error["type"] == "extra_forbidden":
+                _replace(read.value, faults.place(error, read.value), missing=False)
+        return cls._checked(read, source, ())
+
+    @classmethod
     def _checked(cls, given: document.Document, source: str, overrides: Sequence[str]) -> Recipe:
         found = list(given.faults)
         if given.value is None and not found:

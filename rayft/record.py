@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rayft import attempts, storage
+from rayft import attempts, document, storage
 from rayft.errors import RunRefused, StorageError, Superseded, TrainingError
 from rayft.layout import INSIDE, TRIALS
 from rayft.recipe import Recipe
@@ -31,7 +31,7 @@ class Record:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.file = storage.join(folder, "run.json")
-        self.before: dict[str, Any] = storage.read_json(self.file) if storage.exists(self.file) else {}
+        self.before: dict[str, Any] = storage.read_object(self.file) or {}
         self.attempt = attempts.newest(folder)
         self.status = "failed"
         self.superseded: Superseded | None = None
@@ -44,16 +44,11 @@ class Record:
         path = storage.join(self.folder, "recipe.yaml")
         if not storage.exists(path):
             return None
-        import yaml
-
-        return Recipe.parse(yaml.safe_load(storage.read_text(path)), path)
+        return Recipe.written(storage.read_text(path), path)
 
     def result(self) -> dict[str, Any] | None:
-        path = storage.join(self.folder, "result.json")
-        if not storage.exists(path):
-            return None
-        result: dict[str, Any] = storage.read_json(path)
-        return result
+        """What result.json says; None where there is none, or it is damaged: then the run comes to its end again."""
+        return storage.read_object(storage.join(self.folder, "result.json"))
 
     def standing(self, recipe: Recipe) -> str:
         """What starting `recipe` means: "new", "resumed", "longer" (it asks for more than before), or "finished".
@@ -73,7 +68,20 @@ class Record:
         if (before.train.epochs, before.train.max_steps) != (recipe.train.epochs, recipe.train.max_steps):
             return "longer"
         result = self.result()
-        return "finished" if result is not None and result["status"] == "finished" else "resumed"
+        return "finished" if result is not None and result.get("status") == "finished" else "resumed"
+
+    def refuse_sweep(self) -> None:
+        """RunRefused where this folder was begun by `rayft tune`: only there does recipe.yaml say what is searched."""
+        path = storage.join(self.folder, "recipe.yaml")
+        known = document.read(storage.read_text(path)).value if storage.exists(path) else None
+        if isinstance(known, dict) and known.get("tune") is not None:
+            raise RunRefused(f"{self.folder} is a sweep; `rayft tune` goes on with it, or give the run another `name=`")
+
+    def settle(self) -> None:
+        """Makes run.json say that a run has finished whose result is there, where it was killed before it could."""
+        if self.before.get("status") == "running" and not alive(self.before):
+            storage.write_json(self.file, {**self.before, "status": "finished"})
+            storage.delete(storage.join(self.folder, "ray"))
 
     def refuse_second_writer(self, take_over: bool, show: Callable[[dict[str, Any]], None]) -> None:
         """RunRefused while another process writes this run.
@@ -81,6 +89,8 @@ class Record:
         On this host its process is looked at. One elsewhere is watched until it is heard of again, or has been silent
         for SILENT_S: whatever restarts a job that died may be faster than that.
         """
+        if not self.before and storage.exists(self.file):
+            show({"event": "warning", "text": f"{self.file} is damaged, and is written anew"})
         if take_over or self.before.get("status") != "running" or not alive(self.before):
             return
         if self.before["host"] != socket.gethostname():
@@ -159,10 +169,11 @@ class Record:
                     raise
                 raise RunRefused(f"{self.folder} is being started by {error.owner}, which was first") from None
             self._state["attempt"] = self.attempt
+        # A run that goes on is no longer what an earlier end of it said. That goes first: beside a recipe that asks for
+        # more it would count as the result.
+        storage.delete(storage.join(self.folder, "result.json"))
         storage.write_text(storage.join(self.folder, "recipe.yaml"), self._recipe)
         storage.write_json(self.file, {**self._state, "heartbeat": time.time()})
-        # A run that goes on is no longer what an earlier end of it said.
-        storage.delete(storage.join(self.folder, "result.json"))
         return self.attempt
 
     @property
@@ -177,8 +188,10 @@ class Record:
     def forget(self) -> None:
         """Deletes what the run has so far, but the claims: whoever still writes must find itself old.
 
-        Other folders are runs with longer names, and stay.
+        Other folders are runs with longer names, and stay. Whoever ends half-way leaves a run that has not finished.
         """
+        for folder in (self.folder, *storage.folders(storage.join(self.folder, TRIALS))):
+            storage.delete(storage.join(folder, "result.json"))
         self.attempt = attempts.claim(self.folder, [], self.attempt)
         for name in sorted({*INSIDE, TRIALS} - {attempts.FOLDER}):
             storage.delete(storage.join(self.folder, name))
@@ -189,13 +202,11 @@ class Record:
     @contextmanager
     def writing(self, recipe: Recipe, model: str, prepared: dict[str, str]) -> Iterator[None]:
         """From the first claim on, run.json says `running` and its heartbeat is renewed; at the end, `status`."""
-        import psutil
-
         self._state = {
             "status": "running",
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "pid_started": psutil.Process().create_time(),
+            "pid_started": process_begun(os.getpid()),
             "started": time.time(),
             "heartbeat": time.time(),
             "model": model,
@@ -254,10 +265,23 @@ class Record:
 def alive(state: dict[str, Any]) -> bool:
     """Is the process that wrote this run.json still there?"""
     if state.get("host") == socket.gethostname():
-        import psutil
-
-        try:
-            return bool(psutil.Process(state["pid"]).create_time() == state["pid_started"])
-        except psutil.NoSuchProcess:
-            return False
+        begun = process_begun(state["pid"])
+        return begun is not None and begun == state["pid_started"]
     return bool(time.time() - float(state.get("heartbeat", 0)) < SILENT_S)
+
+
+def process_begun(pid: int) -> str | float | None:
+    """When a process began, which tells it from a later one with its number; None where it has ended.
+
+    On Linux that is in ticks since the boot, with the boot's id: seconds since 1970 move when the clock is set.
+    """
+    import psutil
+
+    try:
+        if not psutil.LINUX:
+            return float(psutil.Process(pid).create_time())
+        with open(f"/proc/{pid}/stat") as file, open("/proc/sys/kernel/random/boot_id") as boot:
+            ticks = file.read().rpartition(")")[2].split()[19]  # field 22; the name before may hold anything
+            return f"{boot.read().strip()}:{ticks}"
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        return None

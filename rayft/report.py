@@ -120,8 +120,8 @@ def leftovers(where: str, warn: Callable[[str], None] = lambda sentence: None) -
 
     Runs that failed, stopped or were lost over a day ago without a checkpoint or a model, but no trials of a sweep;
     checkpoints that were never committed, and other remains of attempts; prepared shards that no remaining run refers
-    to, and that nobody has made or found for a day. Where a run's file can't be read all shards stay, and `warn` is
-    told why.
+    to, and that nobody has made or found for a day; what preparations have left half-done that ended over a day ago.
+    Where a run's file can't be read all shards stay, and `warn` is told why.
     """
     found = list(_walk(_existing(where)))
     dead = {run: state for run, state in found if _fruitless(run, state)}
@@ -169,7 +169,7 @@ def _torn(run: str, state: Json) -> Iterator[Leftover]:
 
 
 def _unused(where: str, states: list[Json]) -> Iterator[Leftover]:
-    """Prepared folders that none of the runs refers to."""
+    """Prepared folders that none of the runs refers to; in the others, attempts whose shards are not the ones used."""
     used = {key for state in states for key in _keys(state)}
     for path in storage.folders(storage.join(where, PREPARED)):
         key = path.rpartition("/")[2]
@@ -177,6 +177,26 @@ def _unused(where: str, states: list[Json]) -> Iterator[Leftover]:
             entries = storage.listing(path)
             if _age(_changed(path, entries)) >= DAY_S:
                 yield Leftover(path, "prepared shards that no run refers to", sum(entry.size for entry in entries))
+        elif key in used:
+            yield from _half_prepared(path)
+
+
+def _half_prepared(path: str) -> Iterator[Leftover]:
+    """What was left by preparations of the same rows that were killed, or that another was ahead of."""
+    yield from _unnamed(path, "shards", "path", but="frozen")
+    for states in storage.folders(storage.join(path, "frozen")):
+        yield from _unnamed(states, "parts", "data")
+
+
+def _unnamed(path: str, listed: str, file: str, but: str = "") -> Iterator[Leftover]:
+    """The attempts in a folder whose files its manifest does not name, and that nobody has written to for a day."""
+    manifest = storage.read_object(storage.join(path, "manifest.json")) or {}
+    named = {entry[file].partition("/")[0] for entry in manifest.get(listed) or ()}
+    for attempt in storage.folders(path):
+        if attempt.rpartition("/")[2] not in {*named, but}:
+            entries = storage.listing(attempt)
+            if _age(_changed(attempt, entries)) >= DAY_S:
+                yield Leftover(attempt, "a preparation that was never finished", sum(entry.size for entry in entries))
 
 
 def _changed(path: str, entries: Sequence[storage.Entry]) -> float:

@@ -180,12 +180,15 @@ class Roster:
         self.show({"event": "stage", "name": "trials", "done": done, "total": self.total})
 
     def delete_unwanted(self, again: bool = False) -> None:
-        """Deletes the checkpoints of trials that have ended and are not the best; `again` also where it was done."""
+        """Deletes the checkpoints of trials that have ended and are not the best; `again` also where it was done.
+
+        While one leads that has not ended, the best of those that have stays too: the leader may yet fail.
+        """
         if again:
             self._deleted.clear()
-        best = self.best
+        kept = {best.number for best in (self.best, trials.best_of(self.ended, self.maximize)) if best is not None}
         for other in self.ended:
             folder = storage.join(other.folder, "checkpoints")
-            if best is not None and other.number != best.number and folder not in self._deleted:
+            if kept and other.number not in kept and folder not in self._deleted:
                 storage.delete(folder)
                 self._deleted.add(folder)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rayft import ahead, placement, prestart, storage
 from rayft.doubts import doubts
-from rayft.errors import Damaged, RayftError, RunRefused, Stopped, TrainingError
+from rayft.errors import CheckpointError, Damaged, RayftError, RunRefused, Stopped, StorageDown, TrainingError
 from rayft.failure import AGAIN, SURE, Left, decide
 from rayft.gauges import Gauges
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
@@ -43,9 +43,11 @@ def run(
     Raises a RayftError: before anything is started where the run is refused, else after result.json says what failed.
     """
     begun = begun or time.time()
-    recipe = recipe.resolved()
+    # A recipe that says what to search is that of a sweep's folder.
+    recipe = recipe.resolved().model_copy(update={"tune": None})
     show = Gauges(recipe.name).beside(show)
     record = Record(recipe.folder)
+    record.refuse_sweep()
     record.refuse_second_writer(take_over, show)
     record.refuse_same_failure()
     finished = _settle(recipe, record, show) if trains and not restart else None
@@ -71,6 +73,7 @@ def run(
         _processes(recipe, () if light else ahead.DRIVER, show) as settled,
     ):
         prepared = prepared or rows.made(_preparing(show))
+        _tell_damage(rows.damaged, show)
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:  # only now, when nothing refuses the new start
             record.forget()
@@ -137,6 +140,7 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
     """What an earlier start of this run means: its result where finished, a refusal where the recipe has changed."""
     standing = record.standing(recipe)
     if standing == "finished":
+        record.settle()
         show({"event": "note", "text": f"{recipe.folder} is finished; this is its result"})
         return record.result()
     before = record.recipe()
@@ -163,9 +167,17 @@ def _preparing(show: Show) -> Callable[[str, int, int | None], None]:
 
 def prepared_for(recipe: Recipe, model_path: str, show: Show) -> dict[str, Any]:
     """Every split, from an earlier preparation where there is one."""
-    from rayft.data.prepare import prepare
+    from rayft.data.prepare import Preparation
 
-    return prepare(recipe, model_path, progress=_preparing(show))
+    rows = Preparation(recipe, model_path)
+    prepared = rows.made(_preparing(show))
+    _tell_damage(rows.damaged, show)
+    return prepared
+
+
+def _tell_damage(files: list[str], show: Show) -> None:
+    for file in files:
+        show({"event": "warning", "text": f"{storage.shown(file)} is damaged, and was prepared anew"})
 
 
 def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: Show) -> Any:
@@ -246,13 +258,16 @@ class Attempts:
         return storage.join(self.recipe.folder, "checkpoints")
 
     def run(self) -> None:
-        retries, failed_at = 0, -1
+        retries = failed_at = 0
         while True:
             outcome = self._once()
             if outcome is None:
                 return
-            self._repair(outcome)
-            newest = self._step()
+            newest = failed_at
+            # Where storage is still away, or more is damaged, this was a try without progress.
+            with suppress(StorageDown, Damaged):
+                self._repair(outcome)
+                newest = self._step()
             decision = decide(outcome, retries, newest > failed_at, self.recipe.failure.max_retries)
             if not decision.again:
                 if isinstance(outcome, Left):
@@ -282,7 +297,8 @@ class Attempts:
                     recipe, self.model_path, self.prepared, start, most=most, show=self.show, asked=self._asked
                 )
             finally:
-                checkpoints.sweep(self.folder, attempt)
+                with suppress(StorageDown):  # they count for nothing, and go with a later checkpoint
+                    checkpoints.sweep(self.folder, attempt)
         except RayftError as error:
             return error
 
@@ -300,6 +316,8 @@ class Attempts:
         """The step of the checkpoint to go on from, whether there are steps to make from there, and its path."""
         newest = checkpoints.newest(self.folder)
         if newest is None:
+            if not self.trains:
+                raise CheckpointError(f"{self.recipe.folder} has no checkpoint of its best model")
             return 0, True, None
         saved = checkpoints.state(newest)
         step, ended, total, per_epoch = (saved[k] for k in ("step", "finished", "total_steps", "steps_per_epoch"))
@@ -315,5 +333,9 @@ class Attempts:
         if outcome.folder.startswith(self.folder):
             checkpoints.discard(outcome.folder, str(outcome))
             return
-        storage.delete(outcome.folder)
+        shards = next((split for split in self.prepared.values() if split.folder == outcome.folder), None)
+        if shards is not None:
+            shards.discard()
+        else:
+            storage.delete(outcome.folder)
         self.prepared = prepared_for(self.recipe, self.model_path, self.show)

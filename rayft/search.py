@@ -18,7 +18,7 @@ from rayft.sections import Metric, Natural, Number, Positive, Section, Whole, wr
 
 # Fields that say which run it is, or where and on what it runs, so that trials can't differ in them.
 _FIXED = ("name", "storage", "tune", "submit", "cluster", "task.type")
-MOST_TRIED = 64  # combinations with the other fields' values before one is taken to be at fault
+MOST_TRIED = 512  # combinations with the other fields' values: where there are more, a trial that fails says why
 
 
 class Space(Section):
@@ -146,10 +146,15 @@ def _breaks(
     broken: Callable[[Mapping[str, Any]], list[Fault]],
     before: set[tuple[str, str]],
 ) -> Iterator[Fault]:
-    """A rule that `value` in the field `name` breaks, whatever the other fields of the sweep are."""
+    """A rule that `value` in the field `name` breaks, whatever the other fields of the sweep are.
+
+    None where they have too many combinations for that to be known.
+    """
     others = {other: space.values() for other, space in tune.search.items() if other != name}
     found: list[Fault] = []
-    for values in itertools.islice(itertools.product(*others.values()), MOST_TRIED):
+    for number, values in enumerate(itertools.product(*others.values())):
+        if number == MOST_TRIED:
+            return
         trial = copy.deepcopy(dict(data))
         with contextlib.suppress(RecipeError):  # told of the field that it belongs to
             for field, given in ((name, value), *zip(others, values, strict=True)):

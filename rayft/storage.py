@@ -31,7 +31,7 @@ _THREADS = 8
 __all__ = [
     "MARKER", "Entry", "absolute", "arrow", "cache_folder", "check_writable", "commit", "committed", "content_hash",
     "create", "delete", "download", "exists", "expand", "fetch", "folders", "is_local", "join", "listing", "open_read",
-    "read_bytes", "read_json", "read_text", "shown", "upload", "write_bytes", "write_json", "write_text",
+    "read_bytes", "read_json", "read_object", "read_text", "shown", "upload", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip
 
 
@@ -69,6 +69,15 @@ def read_json(path: str) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise StorageError(f"{shown(path)}: not valid JSON at line {error.lineno} ({error.msg})") from None
+
+
+def read_object(path: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file, or it holds none: a power cut may leave that."""
+    try:
+        value = json.loads(read_bytes(path))
+    except (StorageMissing, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -183,14 +192,8 @@ def commit(folder: str, payload: dict[str, Any]) -> None:
 
 
 def committed(folder: str) -> dict[str, Any] | None:
-    """The payload of a folder's commit marker; None where there is none, and then the folder does not count."""
-    try:
-        payload = read_json(join(folder, MARKER))
-    except StorageMissing:
-        return None
-    if not isinstance(payload, dict):
-        raise StorageError(f"{shown(join(folder, MARKER))}: not a commit marker")
-    return payload
+    """The payload of a folder's commit marker; None where there is no whole one, and then the folder does not count."""
+    return read_object(join(folder, MARKER))
 
 
 def check_writable(path: str, file: bool = False) -> None:

@@ -55,4 +55,5 @@ def _copied(path: str, local: str) -> bool:
 def _own(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a run that stands there and has no evaluation of its own yet."""
     pending = state["step"] >= state["total_steps"]
-    return {**state, "best": None, "foremost": None, "waited": 0, "finished": False, "pending": pending}
+    own = {"best": None, "foremost": None, "waited": 0, "finished": False, "pending": pending, "stored": None}
+    return {**state, **own}

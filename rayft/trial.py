@@ -19,7 +19,7 @@ from typing import Any
 import ray.tune
 
 from rayft import ahead, storage
-from rayft.errors import RayftError, RecipeError, Stopped, Superseded
+from rayft.errors import Damaged, RayftError, RecipeError, Stopped, Superseded
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -104,8 +104,14 @@ class Trial(ray.tune.Trainable):
             evaluated = next(self.work, None)
         except Superseded:  # population based training has started this trial again while its step was on its way
             return dict(self.last)
+        except Damaged as error:
+            if not error.folder.startswith(storage.join(self.folder, "checkpoints")):
+                return self._failed(error)
+            checkpoints.discard(error.folder, str(error))  # the one before is used
+            self._start(self.config)
+            return self.step()
         except Exception as error:  # noqa: BLE001 # the sweep goes on; the trial's folder and the table say why
-            return {**self.last, "error": _sentence(error), "done": True, "seconds": self._seconds}
+            return self._failed(error)
         if evaluated is None:
             return {**self.last, FINISHED: True, "done": True, "seconds": self._seconds}
         self.last = {
@@ -120,6 +126,9 @@ class Trial(ray.tune.Trainable):
         if evaluated.finished:
             return {**self.last, FINISHED: True, "done": True}
         return dict(self.last)
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        return {**self.last, "error": _sentence(error), "done": True, "seconds": self._seconds}
 
     @property
     def _seconds(self) -> float:

@@ -144,6 +144,7 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
     result = record.result()
     if result is None or result["status"] != "finished" or sum(result["trials"].values()) < count(recipe.tune):
         return None
+    record.settle()
     show({"event": "note", "text": f"{recipe.folder} is finished; this is its result"})
     return result
 

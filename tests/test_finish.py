@@ -21,6 +21,8 @@ def test_a_trial_of_several_workers_is_tested_and_exported_where_it_stands(tmp_p
     plain = small.recipe(tmp_path, small.small_bert(tmp_path / "bert"), train__epochs=1)
     stood = run(Recipe.parse(plain), show=lambda event: None, exports=False)
     path = storage.join(stood["run"], "result.json")
+    begun = storage.read_json(storage.join(stood["run"], "run.json")) | {"status": "stopped"}
+    storage.write_json(storage.join(stood["run"], "run.json"), begun)
     told = {**stood, "status": "stopped", "by_scheduler": True, "seconds": 12.5}
     storage.write_json(path, told)
     longer = Recipe.parse({**plain, "train": {**plain["train"], "epochs": 40}})
@@ -30,5 +32,6 @@ def test_a_trial_of_several_workers_is_tested_and_exported_where_it_stands(tmp_p
     assert "test_accuracy" in scores
     assert checkpoints.step_of(str(checkpoints.newest(f"{stood['run']}/checkpoints"))) == stood["steps"]
     assert storage.read_json(path) == told
+    assert storage.read_json(storage.join(stood["run"], "run.json")) == begun
     assert (tmp_path / "export/model.safetensors").exists()
     assert not Path(stood["run"], "export").exists()

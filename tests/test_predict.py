@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from exported import LABELS, WORDS, classifier, writer
 from rayft import storage
 from rayft.errors import DataError, ModelError, RunRefused
-from rayft.predict import evaluate, predict
+from rayft.predict import _find, _model, evaluate, predict
 from rayft.recipe import Recipe
 
 Events = list[dict[str, Any]]
@@ -169,7 +169,11 @@ def test_what_is_no_exported_model_is_refused(tmp_path: Path) -> None:
     silent = lambda event: None  # noqa: E731
     with pytest.raises(RunRefused, match="is a model folder, which knows no rows; say with --data"):
         evaluate(f"{folder}/export", None, show=silent)
-    Path(folder, "export", "rayft.json").rename(tmp_path / "kept.json")
+    details = Path(folder, "export", "rayft.json")
+    said = json.loads(details.read_text())
+    details.write_text(json.dumps({**said, "task": {**said["task"], "id": "gone since"}}))
+    assert _model(_find(folder)).task.type == "text-classification"
+    details.rename(tmp_path / "kept.json")
     with pytest.raises(RunRefused, match="run has no exported model: a run exports when it ends"):
         evaluate(folder, None, show=silent)
     with pytest.raises(RunRefused, match=r"holds a model without rayft\.json"):

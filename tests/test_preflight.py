@@ -182,6 +182,9 @@ def test_a_run_that_exists_goes_on_or_is_refused_with_its_differences(
         report = check(plain)
         assert report["run"]["state"] is None
         assert told in report["faults"][0]
+    searched = {**plain, "tune": {"search": {"train.seed": {"choice": [1, 2]}}, "trials": 2}}
+    storage.write_text(storage.join(folder, "recipe.yaml"), Recipe.parse(searched).resolved().to_yaml())
+    assert "is a sweep; `rayft tune` goes on with it" in check(plain)["faults"][0]
 
 
 # --- a run refuses the same

@@ -6,6 +6,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from rayft import attempts, record, storage
-from rayft.errors import RunRefused, Superseded, TrainingError
+from rayft.errors import RecipeError, RunRefused, Superseded, TrainingError
 from rayft.layout import INSIDE
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -75,11 +77,94 @@ def test_a_writer_elsewhere_that_died_a_moment_ago_is_waited_out(
 
 def test_a_writer_on_this_machine_is_looked_at(tmp_path: Path) -> None:
     here = {"host": socket.gethostname(), "pid": os.getpid()}
-    state(tmp_path, **here, pid_started=psutil.Process().create_time(), heartbeat=0.0)
+    state(tmp_path, **here, pid_started=record.process_begun(os.getpid()), heartbeat=0.0)
     with pytest.raises(RunRefused, match=f"process {os.getpid()} on"):
         refuse(tmp_path)
     state(tmp_path, **here, pid_started=1.0)  # another process with its number
     assert refuse(tmp_path) == []
+    assert record.process_begun(2**22 + 1) is None
+
+
+def test_a_writer_lives_on_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": record.process_begun(os.getpid())}
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1.0)
+    assert record.alive(mine)
+
+
+@pytest.mark.parametrize("torn", ["", '{"status": "runn', "[]"])
+def test_a_damaged_record_is_told_and_written_anew(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "run.json").write_text(torn)
+    (tmp_path / "result.json").write_text(torn)
+    told = refuse(tmp_path)
+    assert [event["text"] for event in told] == [f"{tmp_path}/run.json is damaged, and is written anew"]
+    known = Record(str(tmp_path))
+    assert known.result() is None
+    known.forget()
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_recipe_that_an_earlier_rayft_has_written_is_read_without_the_fields_that_are_gone(tmp_path: Path) -> None:
+    text = RECIPE.to_yaml().replace("  type: text-classification\n", "  type: text-classification\n  id: id\n")
+    (tmp_path / "recipe.yaml").write_text(text + "colour: {of: it}\n")
+    assert Record(str(tmp_path)).recipe() == RECIPE
+    (tmp_path / "recipe.yaml").write_text(text.replace("text-classification", "unheard-of"))
+    with pytest.raises(RecipeError, match="unknown task"):
+        Record(str(tmp_path)).recipe()
+
+
+class Killed(BaseException):
+    """As if by SIGKILL: nothing that follows is done."""
+
+
+@contextmanager
+def killed_at(name: str, ends: str) -> Iterator[None]:
+    """Inside, the call `storage.<name>` of a path that ends like that is where the process is killed."""
+    plain = getattr(storage, name)
+
+    def call(path: str, *more: Any) -> Any:
+        if path.endswith(ends):
+            raise Killed
+        return plain(path, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, name, call)
+        try:
+            yield
+        except Killed:
+            return
+    raise AssertionError(f"nothing came to {ends}")
+
+
+def finished(folder: Path) -> None:
+    """A run of one epoch that has ended."""
+    attempts.claim(str(folder), [], 0)
+    storage.write_text(str(folder / "recipe.yaml"), RECIPE.to_yaml())
+    state(folder, status="finished")
+    storage.write_json(str(folder / "result.json"), {"status": "finished"})
+    storage.write_text(str(folder / "export" / "rayft.json"), "{}")
+
+
+@pytest.mark.parametrize(("call", "ends"), [("write_text", "recipe.yaml"), ("write_json", "run.json")])
+def test_a_run_that_goes_on_and_is_killed_at_once_has_not_finished(tmp_path: Path, call: str, ends: str) -> None:
+    finished(tmp_path)
+    longer = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"epochs": 2})})
+    mine = Record(str(tmp_path))
+    with killed_at(call, ends), mine.writing(longer, "model", {}):
+        mine.claim()
+    assert Record(str(tmp_path)).standing(longer) in ("longer", "resumed")
+
+
+@pytest.mark.parametrize("ends", ["export", "tensorboard", "recipe.yaml"])
+def test_a_run_that_was_killed_while_it_is_forgotten_does_not_answer_with_what_is_gone(
+    tmp_path: Path, ends: str
+) -> None:
+    finished(tmp_path)
+    trial = tmp_path / "trials" / "00000"
+    storage.write_json(str(trial / "result.json"), {"status": "finished"})
+    with killed_at("delete", ends):
+        Record(str(tmp_path)).forget()
+    assert Record(str(tmp_path)).standing(RECIPE) == "resumed"
+    assert not (trial / "result.json").exists()
 
 
 def test_a_run_does_not_go_on_with_other_rows_of_training_or_validation(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from rayft import report, storage
 from rayft.errors import StorageError
+from rayft.record import process_begun
 
 KEY = "0123456789abcdef0123456789abcdef"
 OTHER = "fedcba98" * 4
@@ -140,10 +141,8 @@ def test_running_run_shows_its_last_step_and_evaluation_not_an_earlier_attempts_
 def test_a_running_run_that_fell_silent_is_lost(
     where: str, said: str, silent_s: float, fields: dict[str, Any], shown: str
 ) -> None:
-    import psutil
-
     if "pid" in fields and fields["pid"] is None:
-        fields = {**fields, "pid": os.getpid(), "pid_started": psutil.Process().create_time()}
+        fields = {**fields, "pid": os.getpid(), "pid_started": process_begun(os.getpid())}
     write_run(where, "one", said, silent_s, **fields)
     assert report.runs(where)[0]["status"] == shown
 
@@ -234,6 +233,21 @@ def test_prepared_shards_go_when_old_and_unused(where: str) -> None:
     assert [(one.path, one.bytes) for one in found] == [(old, 100)]
     assert report.remove(where, found) == found
     assert [os.path.exists(path) for path in (used, young, old)] == [True, True, False]
+
+
+def test_of_shards_in_use_only_what_a_killed_preparation_has_left_goes(where: str) -> None:
+    write_run(where, "one")
+    folder = shards(where, KEY, 9)
+    gone = ["attempt-killed", "frozen/f00/killed", "frozen/f01/killed"]
+    for name in (*gone, "attempt-used", "attempt-going", "frozen/f00/used", "frozen/f01/going"):
+        storage.write_bytes(storage.join(folder, name, "0.bin"), b"x" * 10)
+        age(storage.join(folder, name), 0.5 if name.endswith("going") else 2)
+    storage.write_json(storage.join(folder, "manifest.json"), {"shards": [{"path": "attempt-used/0.bin"}]})
+    storage.write_json(storage.join(folder, "frozen/f00/manifest.json"), {"parts": [{"data": "used/0.bin"}]})
+    found = report.leftovers(where)
+    assert [(one.path, one.bytes) for one in found] == [(storage.join(folder, name), 10) for name in gone]
+    assert report.remove(where, found) == found
+    assert report.leftovers(where) == []
 
 
 def test_what_a_preparation_is_only_writing_stays(where: str) -> None:

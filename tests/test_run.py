@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import small
 from group import run_group
+from rayft import run as run_module
 from rayft import storage
-from rayft.errors import NotFinite, OutOfMemory, RayftError, RunRefused, StorageError, WorkersLost
+from rayft.data.prepared import Prepared
+from rayft.errors import (
+    CheckpointError,
+    Damaged,
+    NotFinite,
+    OutOfMemory,
+    RayftError,
+    RunRefused,
+    StorageDown,
+    StorageError,
+    TrainingError,
+    WorkersLost,
+)
 from rayft.recipe import Recipe
 from rayft.record import JOB, Record
-from rayft.run import _ending, export, length
+from rayft.run import Attempts, _ending, export, length
+from rayft.tune import tune
 from whole import trained
 
 
@@ -134,6 +151,102 @@ def test_a_finished_run_answers_and_goes_on_when_asked_for_more(finished: dict[s
     assert other["metrics"]["test_loss"] == pytest.approx(more["metrics"]["test_loss"], rel=1e-5)
     with pytest.raises(RunRefused, match=r"train\.learning_rate: 0\.001 -> 0\.01"):
         run({**plain, "train": {**plain["train"], "learning_rate": 1e-2}})
+
+
+def test_where_a_shard_is_damaged_what_was_computed_from_its_rows_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run that is trained from stored states would go on from others, computed anew by other workers."""
+    folder = tmp_path / "prepared" / "key"
+    kept = ["frozen/f00/manifest.json", "frozen/f00/1/0.bin", "parameters-1.json"]
+    for name in (*kept, "manifest.json", "attempt-1/00000.parquet"):
+        storage.write_text(str(folder / name), "{}")
+    manifest: Any = SimpleNamespace(shards=[{"path": "attempt-1/00000.parquet"}])
+    prepared = {"train": Prepared(str(folder), manifest)}
+    recipe = Recipe.parse(small.recipe(tmp_path, "nowhere"))
+    anything: Any = None
+    given = Attempts(recipe, "", prepared, None, anything, anything, 0.0, print, True, True)
+    monkeypatch.setattr(run_module, "prepared_for", lambda *_: "anew")
+    given._repair(Damaged(str(folder), "attempt-1/00000.parquet", "is missing"))
+    assert given.prepared == "anew"
+    left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(kept)
+    given.prepared = prepared
+    given._repair(Damaged(str(folder / "frozen" / "f00"), "0.bin", "is missing"))
+    assert not (folder / "frozen" / "f00").exists()
+
+
+def test_a_run_that_is_only_to_be_exported_is_not_trained_anew_where_its_checkpoints_are_gone(tmp_path: Path) -> None:
+    anything: Any = None
+    recipe = Recipe.parse(small.recipe(tmp_path, "nowhere"))
+    given = Attempts(recipe, "", {}, None, anything, anything, 0.0, print, True, False)
+    with pytest.raises(CheckpointError, match="has no checkpoint of its best model"):
+        given._position()
+    assert replace(given, trains=True)._position() == (0, True, None)
+
+
+@pytest.mark.parametrize("outcome", [StorageDown("s3 is away"), WorkersLost("rank 0 was lost")])
+def test_an_outage_after_a_group_has_ended_is_a_try_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: RayftError
+) -> None:
+    recipe, groups, told = Recipe.parse(small.recipe(tmp_path, "nowhere")), list[int](), list[dict[str, Any]]()
+    anything: Any = None
+    given = Attempts(recipe, "", {}, None, anything, anything, 0.0, told.append, True, True)
+
+    def away(folder: str) -> None:
+        raise StorageDown("listing failed")
+
+    def once(self: Attempts) -> RayftError | None:
+        groups.append(1)
+        return outcome if len(groups) < 3 else None
+
+    monkeypatch.setattr(run_module.checkpoints, "newest", away)
+    monkeypatch.setattr(Attempts, "_once", once)
+    given.run()
+    assert [event["text"].partition("; ")[2] for event in told] == [
+        f"retry {n} of 3 (failure.max_retries)" for n in (1, 2)
+    ]
+    groups.clear()
+    none = recipe.failure.model_copy(update={"max_retries": 0})
+    given.recipe = recipe.model_copy(update={"failure": none})
+    with pytest.raises(TrainingError, match="no retries are allowed"):
+        given.run()
+
+
+def as_if_killed_at_its_end(plain: dict[str, Any], result: dict[str, Any]) -> Recipe:
+    """The folder of a run whose process was killed after its result was written."""
+    recipe = Recipe.parse(plain).resolved()
+    gone = {"host": socket.gethostname(), "pid": 2**22 + 1, "pid_started": "then"}
+    storage.write_text(storage.join(recipe.folder, "recipe.yaml"), recipe.to_yaml())
+    storage.write_json(storage.join(recipe.folder, "run.json"), {"status": "running", "heartbeat": 0.0, **gone})
+    storage.write_json(storage.join(recipe.folder, "result.json"), {"status": "finished", **result})
+    storage.write_text(storage.join(recipe.folder, "ray", "attempt-1", "snapshot.json"), "{}")
+    return recipe
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_what_was_killed_after_its_result_counts_as_finished_once_it_has_answered(
+    tmp_path: Path, searched: bool
+) -> None:
+    plain = small.recipe(tmp_path, "nowhere")
+    if searched:
+        plain["tune"] = {"search": {"train.seed": {"choice": [1, 2]}}, "trials": 2}
+    recipe = as_if_killed_at_its_end(plain, {"trials": {"finished": 2}} if searched else {})
+    answer = tune(recipe, show=lambda event: None) if searched else run(plain)[0]
+    assert answer["status"] == "finished"
+    assert storage.read_json(f"{recipe.folder}/run.json")["status"] == "finished"
+    assert not Path(recipe.folder, "ray").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_stays_out_of_a_sweeps_folder(tmp_path: Path, restart: bool) -> None:
+    plain = small.recipe(tmp_path, "nowhere")
+    search = {"search": {"train.seed": {"choice": [1, 2]}}, "trials": 2}
+    recipe = as_if_killed_at_its_end({**plain, "tune": search}, {"trials": {"finished": 2}})
+    for given in (plain, {**plain, "tune": search}):
+        with pytest.raises(RunRefused, match="is a sweep; `rayft tune` goes on with it, or give the run another"):
+            run(given, restart=restart)
+    assert storage.exists(f"{recipe.folder}/result.json")
 
 
 @pytest.mark.slow

@@ -110,6 +110,24 @@ def test_a_trial_that_waited_goes_on_when_it_is_among_the_best_third(tmp_path: P
     assert (roster.known[1].seconds, roster.known[1].value) == (5.0, 0.7)  # of both times
 
 
+def test_while_an_unfinished_trial_leads_the_best_that_has_ended_keeps_its_checkpoints(tmp_path: Path) -> None:
+    """Where the leader then fails, that one is the sweep's answer."""
+    roster = sweep(tmp_path, "none", []).roster
+    scores = (0.8, 0.9, 0.95)
+    for number in range(3):
+        roster.propose()
+        (Path(roster.known[number].folder) / "checkpoints").mkdir()
+    roster.wait(2, {"best": scores[2], "value": scores[2], "rows": 100, "step": 10, "scores": {}})
+    for number in (0, 1):
+        roster.end(number, "finished", {"best": scores[number], "rows": 900})
+    assert roster.best.number == 2
+    roster.end(2, "failed", {"error": "the loss was NaN"})
+    roster.delete_unwanted(again=True)
+    assert roster.best.number == 1
+    kept = [number for number in range(3) if (Path(roster.known[number].folder) / "checkpoints").exists()]
+    assert kept == [1]
+
+
 def test_one_trial_comes_to_its_end_where_no_third_is_left(tmp_path: Path) -> None:
     of = sweep(tmp_path, "asha", [])
     of.roster.total = 2

@@ -9,6 +9,8 @@ import pytest
 from rayft.errors import RecipeError
 from rayft.recipe import Recipe
 
+FREE = ("train.weight_decay", "train.warmup", "train.label_smoothing")  # that go with everything
+
 
 def tuned(search: dict[str, Any], **fields: Any) -> Recipe:
     return Recipe.parse(
@@ -118,6 +120,17 @@ def test_a_value_that_goes_with_no_other_is_refused_before_a_trial_has_it(search
         {"deepspeed.offload": {"choice": ["none", "parameters"]}, "deepspeed.zero_stage": {"choice": [0, 3]}},
         {"model.freeze.layers": {"choice": [0, 2]}, "model.unfreeze_every": {"choice": [None, 1]}},
         {"train.global_batch_size": {"choice": [8, 64]}},
+        # The one that fits is far behind in the order of combinations.
+        {
+            "deepspeed.zero_stage": {"grid": [0, 2]},
+            **{name: {"grid": [0.1, 0.2, 0.3, 0.4]} for name in FREE},
+            "deepspeed.offload": {"grid": ["none", "optimizer"]},
+        },
+        {
+            "deepspeed.zero_stage": {"grid": [0, 2]},
+            **{name: {"grid": [0.1 * n for n in range(1, 10)]} for name in FREE},
+            "deepspeed.offload": {"grid": ["none", "optimizer"]},
+        },
     ],
 )
 def test_a_value_that_goes_with_some_other_is_not(search: dict[str, Any]) -> None:

@@ -55,7 +55,8 @@ class Preparation:
 
     `model_path` is what `fetch_model` gave. `splits` asks for some of them only. `facts` are those of an earlier
     preparation, where other rows are prepared for a model that has been trained; else they come from train. Raises
-    DataError where there are no such files.
+    DataError where there are no such files. `damaged` are files of an earlier preparation that can't be read, and so
+    were made anew.
     """
 
     def __init__(
@@ -72,13 +73,14 @@ class Preparation:
         self._parts = splits_of(recipe, self._wanted, with_train=facts is None or self._cuts)
         self._model = Pretrained(model_path, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
         self._home = _home(recipe)
+        self.damaged: list[str] = []
 
     def found(self) -> dict[str, Prepared] | None:
         """Every split, where all are prepared: reads no row, and needs neither Ray nor torch."""
-        known = self._known(lambda train: _scanned_before(self._recipe, train, self._cuts, self._home))
+        known = self._known(self._scanned_before)
         if known is None:
             return None
-        there = {name: Prepared.find(folder) for name, folder in self._folders(known).items()}
+        there = {name: self._find(folder) for name, folder in self._folders(known).items()}
         found = {name: one for name, one in there.items() if one is not None}
         _mark(found.values())
         return found if len(found) == len(there) else None
@@ -90,15 +92,35 @@ class Preparation:
         DataError names files and rows that can't be used.
         """
         show = progress or (lambda stage, done, total: None)
-        known = self._known(lambda train: _scanned(self._recipe, train, self._cuts, self._home, show))
+        known = self._known(
+            lambda train: self._scanned_before(train) or _scanned(self._recipe, train, self._cuts, self._home, show)
+        )
         assert known is not None  # what scans, knows
         folders = self._folders(known)
-        there = {name: Prepared.find(folder) for name, folder in folders.items()}
+        there = {name: self._find(folder) for name, folder in folders.items()}
         _mark(one for one in there.values() if one is not None)
         missing = [self._parts[name] for name, one in there.items() if one is None]
         encoder = Encoder(self._recipe.task, self._model, self._recipe.model.path, self._processor, known.facts)
         made = _make(self._recipe, missing, folders, known, encoder, show)
         return {name: one or made[name] for name, one in there.items()}
+
+    def _find(self, folder: str) -> Prepared | None:
+        """What was prepared there, if it is whole."""
+        found = Prepared.find(folder)
+        if found is None:
+            self._note_damage(storage.join(folder, "manifest.json"))
+        return found
+
+    def _scanned_before(self, train: Split) -> Scan | None:
+        found = _scanned_before(self._recipe, train, self._cuts, self._home)
+        if found is None:
+            self._note_damage(_scan_path(self._recipe, train, self._cuts, self._home))
+        return found
+
+    def _note_damage(self, path: str) -> None:
+        """A file that says nothing usable and is there all the same is damaged."""
+        if path not in self.damaged and storage.exists(path):
+            self.damaged.append(path)
 
     def _known(self, scanned: Callable[[Split], Scan | None]) -> Scan | None:
         """What is known of the training rows, as far as `scanned` knows it."""
@@ -139,7 +161,7 @@ def facts_of(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, A
 def _mark(found: Iterable[Prepared]) -> None:
     """Keeps `rayft clean` from shards that are about to be used, where their storage can be written."""
     for one in found:
-        newest = max(entry.modified for entry in storage.listing(one.folder, recursive=False))
+        newest = max((entry.modified for entry in storage.listing(one.folder, recursive=False)), default=0.0)
         if time.time() - newest > USED_S:
             with contextlib.suppress(StorageError):
                 storage.write_bytes(storage.join(one.folder, USED), b"")
@@ -163,8 +185,7 @@ def _scanned(recipe: Recipe, train: Split, cut: bool, home: str, show: Progress)
 
 
 def _scanned_before(recipe: Recipe, train: Split, cut: bool, home: str) -> Scan | None:
-    path = _scan_path(recipe, train, cut, home)
-    return Scan.model_validate(storage.read_json(path)) if storage.exists(path) else None
+    return Scan.kept(_scan_path(recipe, train, cut, home))
 
 
 def _scan_path(recipe: Recipe, train: Split, cut: bool, home: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft import storage
 
@@ -70,7 +70,19 @@ class Prepared:
     def open(cls, folder: str) -> Prepared:
         return cls(folder, Manifest.model_validate(storage.read_json(storage.join(folder, "manifest.json"))))
 
+    def discard(self) -> None:
+        """Deletes its shards, so that they are prepared anew; what was computed from their rows stays.
+
+        Rows are numbered alike under one key, so that the states of frozen blocks go with the new shards too.
+        """
+        storage.delete(storage.join(self.folder, "manifest.json"))
+        for attempt in {shard["path"].partition("/")[0] for shard in self.manifest.shards}:
+            storage.delete(storage.join(self.folder, attempt))
+
     @classmethod
     def find(cls, folder: str) -> Prepared | None:
-        """None where no preparation was committed."""
-        return cls.open(folder) if storage.exists(storage.join(folder, "manifest.json")) else None
+        """None where no preparation was committed, or its manifest is damaged."""
+        try:
+            return cls(folder, Manifest.model_validate(storage.read_object(storage.join(folder, "manifest.json"))))
+        except ValidationError:
+            return None

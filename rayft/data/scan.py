@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft import storage
 from rayft.data import places
@@ -31,6 +31,14 @@ class Scan(BaseModel):
     rows: int | None = None
     threshold: int | None = None
     cut: int = 0
+
+    @classmethod
+    def kept(cls, path: str) -> Scan | None:
+        """What an earlier preparation has written there; None where nothing is, or it is damaged."""
+        try:
+            return cls.model_validate(storage.read_object(path))
+        except ValidationError:
+            return None
 
 
 def scan(

@@ -128,6 +128,7 @@ class Run:
             self._build()
             if not self.done:
                 self.prefix = self._filled()
+                self.progress.stored = self.prefix.depth if self.prefix is not None else 0
                 if self.timing.first_step is None:
                     self.emit({"event": "stage", "name": "training"})
                 stayed = yield from train(
@@ -184,7 +185,9 @@ class Run:
             state = saved.state
         names = ("step", "best", "waited", "pending", "scores", "cohorts", "finished")
         self.progress = Progress(
-            **{name: state[name] for name in names}, foremost=state.get("foremost", (state["best"] or {}).get("value"))
+            **{name: state[name] for name in names},
+            foremost=state.get("foremost", (state["best"] or {}).get("value")),
+            stored=state.get("stored"),
         )
         # A run that ended goes on when its recipe now asks for more.
         if state["finished"] and self.total > state["total_steps"] and state["step"] >= state["total_steps"]:
@@ -204,8 +207,16 @@ class Run:
         self.engine, self.blocks, self.norms, self.prefix = made.engine, made.blocks, made.norms, made.prefix
 
     def _filled(self) -> Prefix | None:
-        """What stands in for the frozen blocks, with their states for the rows to come; None where that won't pay."""
+        """What stands in for the frozen blocks, with their states for the rows to come; None where that won't pay.
+
+        With `auto` a run goes on as it has begun, whatever that costs now: stored states were computed in other batches
+        and may differ from what the blocks give in the last bit.
+        """
         if self.prefix is None:
+            return None
+        before = self.progress.stored if self.recipe.model.cache_frozen == "auto" else None
+        if before == 0:
+            self.emit({"event": "note", "text": "the output of the frozen blocks is not stored, as before"})
             return None
         todo = [split for split in ("train", "validation") if split in self.prepared]
         self.watch.at("computing the frozen blocks")
@@ -218,7 +229,7 @@ class Run:
             source,
             self.prefix,
             {split: self.prepared[split] for split in todo},
-            {split: left / self._between(split) for split in todo},
+            None if before == self.prefix.depth else {split: left / self._between(split) for split in todo},
             identity=self.identity,
             emit=self.emit,
             watch=self.watch,

@@ -23,7 +23,7 @@ def committed(folder: str) -> list[str]:
     """The checkpoints below `<run>/checkpoints` that count, oldest first (by step, then attempt), as full paths.
 
     Those that were committed, not by an attempt that another had superseded by then (`attempts.py`), and whose best
-    model is still there.
+    model is still there. Damaged where a commit marker can't be read.
     """
     return [path for path, _ in _counting(folder)]
 
@@ -44,6 +44,8 @@ def _counting(folder: str) -> list[tuple[str, dict[str, Any]]]:
         marker = storage.committed(path)
         if marker is not None:
             found.append((path, marker))
+        elif storage.exists(storage.join(path, storage.MARKER)):
+            raise Damaged(path, storage.join(path, storage.MARKER), "is not as it was written")
     names = {_name(path) for path, _ in found}
     return [(path, marker) for path, marker in found if marker.get("best") is None or marker["best"] in names]
 

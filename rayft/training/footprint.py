@@ -97,9 +97,10 @@ class Parameters:
 
 
 def known(recipe: Recipe, model_path: str, training: Prepared, epochs: int) -> Parameters | None:
-    """What `keep` has kept of a run with this model, task and freezing; None where nothing was."""
+    """What `keep` has kept of a run with this model, task and freezing; None where nothing was, or is damaged."""
     path = _path(recipe, model_path, training, epochs)
-    return Parameters(**storage.read_json(path)) if path and storage.exists(path) else None
+    found = storage.read_object(path) if path else None
+    return Parameters(**found) if found and found.keys() == Parameters.__dataclass_fields__.keys() else None
 
 
 def keep(recipe: Recipe, model_path: str, training: Prepared, epochs: int, counted: Parameters) -> None:

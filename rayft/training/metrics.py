@@ -31,10 +31,10 @@ class Metrics:
         self.file = self.folder / "metrics.jsonl"
         source = storage.join(run, "metrics.jsonl")
         lines = storage.read_text(source).splitlines() if storage.exists(source) else []
-        kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
-        last = [line for line in kept if (row := json.loads(line))["step"] == step and "loss" not in row]
-        again = last if pending else last[1:]
-        storage.write_text(str(self.file), "".join(line + "\n" for line in kept if line not in again))
+        rows = [(line, json.loads(line)) for line in lines if _whole(line)]
+        kept = [line for line, row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+        evaluated = [line for line, row in rows if row["step"] == step and "loss" not in row]
+        storage.write_text(str(self.file), "".join(line + "\n" for line in kept + ([] if pending else evaluated[:1])))
         self._stream = self.file.open("a", encoding="utf-8")
         from torch.utils.tensorboard.writer import SummaryWriter
 

@@ -243,7 +243,7 @@ def fill(
     source: Source,
     prefix: Prefix,
     prepared: dict[str, Prepared],
-    passes: dict[str, float],
+    passes: dict[str, float] | None,
     *,
     identity: str,
     emit: Callable[[dict[str, Any]], None],
@@ -251,8 +251,8 @@ def fill(
 ) -> Prefix | None:
     """Opens the stored states of every split, after they were computed where they are missing; collective.
 
-    `passes` says how often each split will be passed through. None where storing would cost more than it saves, or does
-    not work with this model; the reason is told.
+    `passes` says how often each split will be passed through; None: they are wanted whatever they cost. None is given
+    where storing would cost more than it saves, or does not work with this model; the reason is told.
     """
     stage = int(recipe.deepspeed.zero_stage)
     folders = {
@@ -263,10 +263,11 @@ def fill(
     if missing:
         size = 2 * recipe.train.micro_batch_size
         tried = trial(source, prefix, prepared[missing[0]], size)
-        rows = {split: prepared[split].manifest.rows for split in missing}
-        again = sum(rows[split] * passes[split] for split in missing)
-        cost = tried.cost(sum(rows.values()), again, recipe)
-        dear = cost.too_dear() if recipe.model.cache_frozen == "auto" else None
+        dear = None
+        if passes is not None and recipe.model.cache_frozen == "auto":
+            rows = {split: prepared[split].manifest.rows for split in missing}
+            again = sum(rows[split] * passes[split] for split in missing)
+            dear = tried.cost(sum(rows.values()), again, recipe).too_dear()
         why: str | None = _said(tried.why_not or dear)
         if why is not None:
             if recipe.model.cache_frozen == "on":

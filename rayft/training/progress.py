@@ -27,6 +27,7 @@ class Progress:
     cohorts: dict[str, int] = field(default_factory=dict)  # parameter -> the epoch in which it began to learn
     finished: bool = False
     foremost: float | None = None
+    stored: int | None = None  # steps start from the stored states of that depth; 0: from none; None: not decided yet
 
     def judge(
         self,

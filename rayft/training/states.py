@@ -79,11 +79,7 @@ def states_folder(prepared: str, recipe: Recipe, identity: str, depth: int, stag
 
 def found(folder: str) -> dict[str, Any] | None:
     """The manifest of the states in `folder`: {"rows", "bytes", "seconds", "parts"}; None where there are none."""
-    path = storage.join(folder, "manifest.json")
-    if not storage.exists(path):
-        return None
-    manifest: dict[str, Any] = storage.read_json(path)
-    return manifest
+    return storage.read_object(storage.join(folder, "manifest.json"))
 
 
 def commit(folder: str, parts: Sequence[Part]) -> dict[str, Any]:

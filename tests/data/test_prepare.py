@@ -238,6 +238,23 @@ def test_a_second_call_starts_no_execution(place: Path, monkeypatch: pytest.Monk
         made(place, Words(window=5))
 
 
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("torn", ["", '{"key": "', "[]", '{"key": "a"}'])
+def test_what_a_power_cut_has_damaged_is_named_and_prepared_anew(place: Path, torn: str) -> None:
+    first, path = made(place), str(place / "model")
+    files = [f"{first['train'].folder}/manifest.json", *map(str, (place / "runs" / "prepared").glob("facts-*.json"))]
+    assert len(files) == 2
+    for file in files:
+        storage.write_text(file, torn)
+        again = Preparation(recipe(place), path)
+        assert again.found() is None
+        assert content(again.made()) == content(first)
+        assert again.damaged == [file]
+        sound = Preparation(recipe(place), path)
+        assert sound.found() is not None
+        assert sound.damaged == []
+
+
 def aged(where: str, days: float) -> None:
     then = time.time() - days * report.DAY_S
     for entry in storage.listing(where):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayft import attempts, storage
-from rayft.errors import Superseded
+from rayft.errors import Damaged, Superseded
 from rayft.training import checkpoints
 
 
@@ -66,6 +66,17 @@ def test_a_checkpoint_counts_only_with_its_best_model(tmp_path: Path) -> None:
     checkpoints.discard(str(best), "harmed")
     assert checkpoints.newest(folder) == str(tmp_path / "checkpoints" / "step-000001-a1")
     assert (best / "DAMAGED").read_text() == "harmed\n"
+
+
+@pytest.mark.parametrize("torn", ["", '{"step"', "[]"])
+def test_a_checkpoint_whose_marker_is_damaged_is_noticed_and_the_one_before_counts(tmp_path: Path, torn: str) -> None:
+    folder = str(tmp_path / "checkpoints")
+    before, newest = write(tmp_path, 1), write(tmp_path, 2)
+    (newest / storage.MARKER).write_text(torn)
+    with pytest.raises(Damaged, match=f"^{newest}/COMMITTED: is not as it was written") as caught:
+        checkpoints.newest(folder)
+    checkpoints.discard(caught.value.folder, str(caught.value))
+    assert checkpoints.newest(folder) == str(before)
 
 
 def test_what_an_attempt_left_uncommitted_is_swept(tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ def test_what_was_counted_is_found_by_runs_that_train_the_same_parameters(model:
     assert found(model) is None
 
 
+@pytest.mark.parametrize("torn", ["", '{"trainable": 3', "[]", '{"trainable": 3}'])
+def test_what_was_kept_only_in_part_is_counted_again(model: Path, torn: str) -> None:
+    kept(model)
+    (memo,) = (model.parent / "prepared").iterdir()
+    memo.write_text(torn, encoding="utf-8")
+    assert found(model) is None
+
+
 def test_with_gradual_unfreezing_the_epochs_count(model: Path) -> None:
     gradually = {"model__freeze": "{layers: 1}", "model__unfreeze_every": 1}
     kept(model, 2, **gradually)

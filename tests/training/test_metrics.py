@@ -21,6 +21,8 @@ EVALUATED, FINAL = {"step": 3, "eval_loss": 0.5}, {"step": 3, "eval_loss": 0.5, 
         ([*STEPS, EVALUATED], 2, False, STEPS[:2]),
         # Evaluated after the checkpoint that asks for it, and so again.
         ([*STEPS, EVALUATED], 3, True, STEPS),
+        # Without a test split the two lines are equal.
+        ([*STEPS, EVALUATED, EVALUATED], 3, False, [*STEPS, EVALUATED]),
         # Ended but for its result, which it then tells again.
         ([*STEPS, EVALUATED, FINAL], 3, False, [*STEPS, EVALUATED]),
         ([{"step": 1, "eval_loss": 0.5}, *STEPS], 3, True, [{"step": 1, "eval_loss": 0.5}, *STEPS]),

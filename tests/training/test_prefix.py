@@ -79,6 +79,28 @@ def test_losses_and_scores_are_the_same_with_and_without_stored_states(
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_keeps_to_stored_states_or_to_none_as_it_began(recipes: dict[str, dict[str, Any]]) -> None:
+    """Whatever other runs have stored or deleted meanwhile, and however few steps are left: or losses differ."""
+    fields = {"deepspeed__zero_stage": 0, "train__schedule": "constant"}
+
+    def case(name: str, cached: str, **more: Any) -> dict[str, Any]:
+        return with_fields(recipes["bert"], name=f"kept-{name}", model__cache_frozen=cached, **fields, **more)
+
+    first = [case("without", "off", train__max_steps=20), case("with", "on", train__max_steps=20)]
+    whole = [case("whole-without", "off"), case("whole-with", "on")]
+    *_, without, stored = run_group(trained_all, 1, [*first, *whole])[0]
+    (going_on,) = run_group(trained_all, 1, [case("without", "auto")])[0]  # the states are there
+    assert going_on["served"] == 0
+    assert going_on["losses"] == without["losses"]
+    recipe = Recipe.parse(first[1])
+    for data in prepare(recipe, recipe.model.path).values():
+        storage.delete(f"{data.folder}/frozen")
+    (going_on,) = run_group(trained_all, 1, [case("with", "auto")])[0]
+    assert going_on["served"] > 0
+    assert going_on["losses"] == stored["losses"]
+
+
+@pytest.mark.slow
 def test_where_the_head_reads_the_first_token_no_other_is_stored_of_the_last_block(
     recipes: dict[str, dict[str, Any]],
 ) -> None:
