@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from rayft.machines import Cluster
 from rayft.prestart import environment
-from rayft.sections import Cluster
 from rayft.training import repeatable
 
 
