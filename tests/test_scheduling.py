@@ -136,3 +136,19 @@ def test_a_trial_whose_folder_was_deleted_is_begun_again_and_no_other_is(tmp_pat
     proposed = [again.propose() for _ in range(3)]
     assert [found[0] for found in proposed if found] == [1, 3, 4]
     assert [trial.number for trial in again.ended] == [0, 2]
+
+
+def test_a_sampler_that_starts_again_has_heard_of_trials_that_wait_by_the_rung_they_have_come_to(
+    tmp_path: Path,
+) -> None:
+    of = sweep(tmp_path, "asha", [[0.5, 0.6, 0.7]])
+    for number, scores in ((1, [0.8]), (2, [0.4, 0.9, 0.6, 0.7]), (3, [])):
+        trials.propose(str(tmp_path), number, {"train.learning_rate": 1.0})
+        rows = [{"step": epoch + 1, "epoch": epoch + 1.0, METRIC: score} for epoch, score in enumerate(scores)]
+        path = Path(trials.folder_of(str(tmp_path), number), "metrics.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Roster(str(tmp_path), of.tune, METRIC, True, 100, lambda event: None)
+    of.roster = again
+    again.rungs = scheduling.rungs(of)
+    heard = {number: (trial.score, trial.came) for number, trial in again.heard.items()}
+    assert heard == {0: (0.7, None), 1: (0.8, 0), 2: (0.6, 1)}  # at its end, after 100 and after 300 rows
