@@ -210,7 +210,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
     folder = storage.join(recipe.folder, "checkpoints")
     keys = {split: data.manifest.key for split, data in prepared.items()}
-    with record.writing(recipe, identity, keys):
+    with record.writing(recipe, identity, keys), contextlib.ExitStack() as reading:
         record.status = "stopped"  # unless it comes to its end
         attempt = record.claim()
         start = checkpoints.newest(folder)
@@ -221,7 +221,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
         run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
         try:
-            for _ in run.go(Run.own_shares):
+            for _ in run.go(lambda run: reading.enter_context(contextlib.closing(run.own_shares()))):
                 run.saver.finish()  # a trial that waits writes nothing: it may be stopped, deleted, or copied from
                 if not run.done:
                     yield _evaluated(run)
