@@ -247,7 +247,7 @@ class Sweep:
         self.roster.rungs = scheduling.rungs(self)
         self.roster.progress()
         with tempfile.TemporaryDirectory(prefix="rayft-tune-") as scratch:
-            chosen = scheduling.chosen(self)
+            chosen, watcher = scheduling.chosen(self), scheduling.Watcher(self)
             tuner = ray.tune.Tuner(
                 trainable,
                 param_space=chosen.space,
@@ -262,8 +262,8 @@ class Sweep:
                     name="tune",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[scheduling.Watcher(self), *scheduling.loggers(self)],
-                    stop=scheduling.Asked(self),
+                    callbacks=[watcher, *scheduling.loggers(self)],
+                    stop=scheduling.Asked(self, watcher),
                     failure_config=ray.tune.FailureConfig(max_failures=self.recipe.failure.max_retries),
                 ),
             )

@@ -138,6 +138,39 @@ def test_a_trial_whose_folder_was_deleted_is_begun_again_and_no_other_is(tmp_pat
     assert [trial.number for trial in again.ended] == [0, 2]
 
 
+def tried(number: int, trial_id: str = "a", **more: Any) -> Any:
+    """One of Tune's trials that runs."""
+    config = {"number": number, "fields": {"train.learning_rate": 1.0}}
+    return SimpleNamespace(trial_id=trial_id, status="RUNNING", config=config, last_result={}, **more)
+
+
+def test_trials_that_run_are_asked_to_leave_before_the_sweep_ends(tmp_path: Path) -> None:
+    of = sweep(tmp_path, "none", [])
+    of.folder, of.asked, of.record = str(tmp_path), lambda: False, SimpleNamespace(superseded=None)
+    watcher = scheduling.Watcher(of)
+    asked, proposals = scheduling.Asked(of, watcher), scheduling.Proposals(of)
+    runs, paused = (tried(proposals.suggest("")["number"], trial_id) for trial_id in ("a", "b"))
+    for one in (runs, paused):
+        watcher.on_trial_start(0, [], one)
+    paused.status = "PAUSED"
+    assert not asked.stop_all()
+    of.asked = lambda: True
+    assert not asked.stop_all()
+    assert [path.parent.name for path in tmp_path.glob("trials/*/stop.json")] == ["00000"]
+    assert proposals.suggest("") == "FINISHED"
+    runs.last_result = {"rows": 10, "done": True}
+    watcher.on_trial_complete(0, [], runs)
+    assert asked.stop_all()
+    assert not of.roster.ended  # they go on with the sweep
+    watcher.on_trial_start(0, [], runs)
+    of.recipe = SimpleNamespace(failure=SimpleNamespace(grace_s=0))
+    late = scheduling.Asked(of, watcher)
+    assert not late.stop_all()
+    assert late.stop_all()  # which did not leave in time
+    of.record.superseded = "by somebody"
+    assert scheduling.Asked(of, watcher).stop_all()
+
+
 def test_a_sampler_that_starts_again_has_heard_of_trials_that_wait_by_the_rung_they_have_come_to(
     tmp_path: Path,
 ) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 import small
+from rayft import stopping, storage
 from rayft.data.prepare import prepare
+from rayft.errors import Stopped
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.trial import Shared, _here
@@ -49,10 +51,43 @@ def threads(folder: Path) -> list[int]:
     for number in range(6):
         for _ in _here(trial_recipe(recipe, number, {RATE: 1e-3}), given):
             pass
-        found.append(threading.active_count())
+        # Those that look for requests end by themselves, a moment later.
+        found.append(sum(not thread.name.endswith("(_look)") for thread in threading.enumerate()))
     return found
 
 
 @pytest.mark.slow
 def test_a_process_that_runs_trial_after_trial_has_no_more_threads_for_it(tmp_path: Path) -> None:
     assert len(set(alone("threads", tmp_path)[1:])) == 1
+
+
+def asked_after_three_steps(folder: Path) -> dict[str, Any]:
+    """A trial that is asked to stop on its way to its only evaluation, and goes on later."""
+    recipe, given = shared(folder, train__max_steps=8, train__evaluate_every="8 steps")
+    trial = trial_recipe(recipe, 0, {RATE: 1e-3})
+    run, never = Path(trial.folder), stopping.Stop.asked
+    stopping.Stop.asked = lambda self: "the sweep" if len(small.metrics(run)) >= 3 else None  # type: ignore[method-assign]
+    try:
+        for _ in _here(trial, given):
+            pass
+    except Stopped as error:
+        told = str(error)
+    stopping.Stop.asked = never  # type: ignore[method-assign]
+    stopped = storage.read_json(f"{run}/run.json")["status"]
+    scored = [evaluated.step for evaluated in _here(trial, given)]
+    return {
+        "told": told, "stopped": stopped, "scored": scored, "steps": list(small.losses(run)),
+        "ended": storage.read_json(f"{run}/run.json")["status"],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_asked_to_stop_commits_a_checkpoint_and_goes_on_from_there(tmp_path: Path) -> None:
+    found = alone("asked_after_three_steps", tmp_path)
+    assert found == {
+        "told": "stopped by the sweep; the same command goes on from step 4",
+        "stopped": "stopped",
+        "scored": [8],
+        "steps": [1, 2, 3, 4, 5, 6, 7, 8],
+        "ended": "finished",
+    }
