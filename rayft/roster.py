@@ -115,9 +115,13 @@ class Roster:
 
     # -- how they fare
 
-    def begin(self, number: int, fields: dict[str, Any]) -> None:
-        """A trial starts, or goes on, maybe with the fields that population based training now gives it."""
+    def begin(self, number: int, fields: dict[str, Any], before: dict[str, Any]) -> None:
+        """A trial starts, or goes on, maybe with the fields that population based training now gives it.
+
+        `before` is what it told last since it had last begun, in this start of the sweep; empty where it had not.
+        """
         trial = self.known[number]
+        self._spend(number, before)
         if trial.fields != fields:
             trial.fields = dict(fields)
             trials.propose(self.folder, number, trial.fields)
@@ -125,9 +129,9 @@ class Roster:
     def wait(self, number: int, last: dict[str, Any]) -> None:
         """A trial waits until others have come as far."""
         self.running.discard(number)
-        summed = self._summed(number, last)
-        self._spent[number] = summed["seconds"], summed["saved_s"]
-        self._take(number, summed)
+        self._spend(number, last)
+        seconds, saved_s = self._spent[number]
+        self._take(number, {**last, "seconds": seconds, "saved_s": saved_s})
         self.progress()
 
     def end(self, number: int, status: str, last: dict[str, Any]) -> None:
@@ -168,6 +172,11 @@ class Roster:
         trial = self.known[number]
         trial.value, trial.scores, trial.rows = last["best"], last["scores"], last["rows"]
         trial.seconds, trial.saved_s = last.get("seconds") or trial.seconds, last.get("saved_s") or trial.saved_s
+
+    def _spend(self, number: int, last: dict[str, Any]) -> None:
+        """The seconds that a trial told in `last` are those of an earlier time from now on."""
+        summed = self._summed(number, last)
+        self._spent[number] = summed["seconds"], summed["saved_s"]
 
     def _summed(self, number: int, last: dict[str, Any]) -> dict[str, Any]:
         """`last` with the seconds of all times that the trial has run."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import ray.tune
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as Tried
@@ -27,6 +29,7 @@ from ray.tune.search import Searcher
 from rayft import stopping
 from rayft.errors import StorageError
 from rayft.rungs import Rungs
+from rayft.sampling import within
 from rayft.trial import ASK_S, number_of
 from rayft.trials import Known, folder_of
 
@@ -105,6 +108,7 @@ class Watcher(_OfThisProcess, Callback):
     def __init__(self, sweep: Any) -> None:
         self.sweep = sweep
         self._begun: dict[str, Any] = {}
+        self._told: dict[str, dict[str, Any]] = {}  # since a trial has begun, or gone on
 
     @property
     def running(self) -> list[int]:
@@ -114,10 +118,12 @@ class Watcher(_OfThisProcess, Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._begun[trial.trial_id] = trial
-        self.sweep.roster.begin(number_of(trial.config, trial.trial_id), trial.config["fields"])
+        before = self._told.pop(trial.trial_id, {})
+        self.sweep.roster.begin(number_of(trial.config, trial.trial_id), trial.config["fields"], before)
         self._show(trial, "running", {})
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self._told[trial.trial_id] = result
         self._show(trial, "running", result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -208,6 +214,31 @@ class Halving(_OfThisProcess, FIFOScheduler):
         return super().choose_trial_to_run(controller)
 
 
+class Population(_OfThisProcess, PopulationBasedTraining):
+    """Ray's population based training, inside the search space: it would also try what lies beyond."""
+
+    def __init__(self, sweep: Any, between: int, goal: dict[str, Any]) -> None:
+        self.sweep = sweep
+        spaces = sweep.tune.search
+        super().__init__(
+            time_attr=UNIT,
+            perturbation_interval=between,
+            hyperparam_mutations={"fields": {name: _domain(space) for name, space in spaces.items()}},
+            custom_explore_fn=self._inside,
+            **goal,
+        )
+        # Ray draws from what the whole process draws from. When trials come to be compared is still a matter of speed.
+        random.seed(sweep.tune.seed)
+        np.random.seed(sweep.tune.seed % 2**32)
+
+    def _inside(self, config: dict[str, Any]) -> dict[str, Any]:
+        spaces = self.sweep.tune.search
+        return {**config, "fields": {name: within(spaces[name], value) for name, value in config["fields"].items()}}
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        return None if self.sweep.asked() else super().choose_trial_to_run(tune_controller)
+
+
 def scheduler(sweep: Any) -> TrialScheduler:
     """Tune's scheduler for the recipe, which has heard of the trials that ended before."""
     kind, rows = sweep.tune.scheduler, lengths(sweep)
@@ -220,12 +251,7 @@ def scheduler(sweep: Any) -> TrialScheduler:
             time_attr=UNIT, grace_period=rows["first"], min_samples_required=3, min_time_slice=0, **goal
         )
     elif kind == "pbt":
-        made = PopulationBasedTraining(
-            time_attr=UNIT,
-            perturbation_interval=max(1, rows["first"]),
-            hyperparam_mutations={"fields": {name: _domain(space) for name, space in sweep.tune.search.items()}},
-            **goal,
-        )
+        made = Population(sweep, max(1, rows["first"]), goal)
     else:
         made = FIFOScheduler()
     if kind == "median":

@@ -145,13 +145,27 @@ class Trial(ray.tune.Trainable):
         return {"checkpoint": checkpoints.newest(storage.join(self.folder, "checkpoints"))}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Goes on from another trial's checkpoint, with this trial's fields."""
+        """Goes on from its own checkpoint, or from another trial's with this trial's fields."""
         path = (checkpoint or {}).get("checkpoint")
         if path is not None:
             self.work.close()
-            if not path.startswith(self.folder.rstrip("/") + "/"):  # else it was only paused
-                take_over(trial_recipe(self.sweep, self.number, self.config["fields"]), path)
             self._start(self.config)
+            if not path.startswith(self.folder.rstrip("/") + "/"):  # else it was only paused
+                self._take_over(path)
+
+    def _take_over(self, donor: str) -> None:
+        """What is wrong with the fields or the copy fails this trial with its next step. Superseded is tried again."""
+        try:
+            take_over(trial_recipe(self.sweep, self.number, self.config["fields"]), donor)
+        except Superseded:
+            raise
+        except RayftError as error:
+            self.work = _failing(error)
+
+
+def _failing(error: RayftError) -> Work:
+    yield from ()
+    raise error
 
 
 def _sentence(error: Exception) -> str:

@@ -12,6 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from rayft import scheduling, trials
 from rayft.roster import Roster
+from rayft.sampling import readable
 from rayft.search import Tune
 from rayft.trial import number_of
 
@@ -169,6 +170,55 @@ def test_trials_that_run_are_asked_to_leave_before_the_sweep_ends(tmp_path: Path
     assert late.stop_all()  # which did not leave in time
     of.record.superseded = "by somebody"
     assert scheduling.Asked(of, watcher).stop_all()
+
+
+def test_population_based_training_stays_in_the_search_space_and_draws_by_the_seed(tmp_path: Path) -> None:
+    search = {
+        "train.learning_rate": {"log_uniform": [1e-4, 1e-1]},
+        "train.label_smoothing": {"uniform": [0.5, 0.95]},
+        "model.freeze.layers": {"int": [1, 4]},
+        "train.schedule": {"choice": ["linear", "cosine"]},
+    }
+    of = sweep(tmp_path, "pbt", [])
+    of.tune = Tune.model_validate({"search": search, "sampler": "random", "trials": 4, "scheduler": "pbt", "seed": 3})
+    config = {"fields": {"train.learning_rate": 0.09, "train.label_smoothing": 0.92, "model.freeze.layers": 4}}
+    config["fields"]["train.schedule"] = "cosine"
+    tried = SimpleNamespace(config=config)
+
+    def explored() -> list[dict[str, Any]]:
+        made: Any = scheduling.scheduler(of)
+        return [made._get_new_config(None, tried)[0]["fields"] for _ in range(40)]
+
+    found = explored()
+    for fields in found:
+        assert 1e-4 <= fields["train.learning_rate"] <= 1e-1
+        assert fields["train.learning_rate"] == readable(fields["train.learning_rate"])
+        assert 0.5 <= fields["train.label_smoothing"] <= 0.95
+        assert fields["model.freeze.layers"] in (1, 2, 3, 4)
+        assert fields["train.schedule"] in ("linear", "cosine")
+    assert len({fields["train.label_smoothing"] for fields in found}) > 2
+    assert explored() == found
+
+
+def test_a_trials_seconds_are_those_of_all_times_that_it_has_gone_on(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    of = sweep(tmp_path, "none", [])
+    of.roster.show = said.append
+    watcher, one = scheduling.Watcher(of), tried(of.roster.propose()[0])
+    last = {"value": 0.5, "best": 0.5, "rows": 100, "step": 10, "scores": {METRIC: 0.5}, "saved_s": 1.0}
+    for seconds in (2.0, 5.0, 4.0):
+        watcher.on_trial_start(0, [], one)
+        watcher.on_trial_result(0, [], one, last | {"seconds": seconds - 1})
+        watcher.on_trial_result(0, [], one, last | {"seconds": seconds})
+    watcher.on_trial_start(0, [], one)  # and failed before it told anything: its process is started again
+    watcher.on_trial_start(0, [], one)
+    assert said[-1]["seconds"] == 11.0
+    watcher.on_trial_result(0, [], one, last | {"seconds": 3.0})
+    one.last_result = last | {"seconds": 3.0, "finished": True}
+    of.asked = lambda: False
+    watcher.on_trial_complete(0, [], one)
+    (trial,) = of.roster.ended
+    assert (trial.seconds, trial.saved_s) == (14.0, 4.0)
 
 
 def test_a_sampler_that_starts_again_has_heard_of_trials_that_wait_by_the_rung_they_have_come_to(

@@ -235,6 +235,23 @@ def test_fields_that_do_not_go_together_fail_their_trial_alone_with_the_reason(h
 
 
 @pytest.mark.slow
+def test_fields_that_cannot_be_taken_over_with_fail_their_trial_alone(home: Path, ray_local: None) -> None:
+    import ray.tune
+
+    from rayft.trial import Shared, Trial
+
+    plain = sweep(home, "beyond", {RATE: {"choice": [1e-4]}}, trials=1, scheduler="pbt")
+    shared = Shared(Recipe.parse(plain).resolved().dump(), {}, "", None)
+    fields = {"train.label_smoothing": 1.1}
+    trial = ray.tune.with_parameters(Trial, shared=shared)({"number": 0, "fields": fields})
+    trial.load_checkpoint({"checkpoint": f"{home}/runs/beyond/trials/00001/checkpoints/step-000010-a1"})
+    told = trial.step()
+    assert told["done"]
+    assert told["error"].startswith("train.label_smoothing: too large")
+    trial.cleanup()
+
+
+@pytest.mark.slow
 def test_another_length_is_refused_by_a_sweep_whose_trials_have_theirs(whole: dict[str, Any], home: Path) -> None:
     plain = sweep(home, "whole", GRID, sampler="grid")
     plain["train"] = {**plain["train"], "epochs": 4}
