@@ -77,6 +77,11 @@ class Tune(Section):
     seed: Natural = 0
 
 
+def prepares(name: str) -> bool:
+    """Does the field change how rows are prepared?"""
+    return (name + ".").startswith(("task.", "data.", "model.path.", "model.revision."))
+
+
 def unsearchable(
     tune: Tune,
     data: Mapping[str, Any],

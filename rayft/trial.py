@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from rayft.errors import RayftError, RecipeError, Stopped, Superseded
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.search import prepares
 from rayft.takeover import take_over
 from rayft.training import checkpoints
 from rayft.trials import folder_of, trial_recipe
@@ -265,17 +266,12 @@ def _trained(run: Any, record: Record, stop: Any) -> Work:
             checkpoints.sweep(storage.join(run.recipe.folder, "checkpoints"), run.attempt)
 
 
-def prepares(names: Iterable[str]) -> bool:
-    """Do any of these fields change how rows are prepared?"""
-    return any((name + ".").startswith(("task.", "data.", "model.path.", "model.revision.")) for name in names)
-
-
 def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]:
     """The sweep's prepared rows; where its trials differ in how rows are prepared, those of this trial."""
     from rayft.data.prepare import prepare
     from rayft.data.prepared import Prepared
 
-    if prepares(shared.recipe["tune"]["search"]):
+    if any(map(prepares, shared.recipe["tune"]["search"])):
         return prepare(recipe, model_path, progress=lambda stage, done, total: None)
     return {split: Prepared.open(path) for split, path in shared.prepared.items()}
 
