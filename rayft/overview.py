@@ -6,10 +6,13 @@ import json
 import time
 from typing import Any
 
-from rayft import report, storage
+from pydantic import ValidationError
+
+from rayft import report, sampling, storage
 from rayft.errors import RecipeError
 from rayft.history import TRIALS, is_sweep, leading, mapping, name, result_of, run, state_of, times, transposed
 from rayft.recipe import Recipe
+from rayft.search import Tune
 from rayft.snapshots import Files, Json, in_parallel, is_number, name_of, points, scores, text, thinned
 from rayft.storage import Entry
 
@@ -33,7 +36,7 @@ def sweep(files: Files, folder: str, where: str | None = None) -> Json:
     result = result_of(files, folder, state)
     status = report.status(state, result)
     read = in_parallel(
-        lambda pair: _trial(files, *pair, status == "running"),
+        lambda pair: _trial(files, *pair, status in ("running", "finished")),
         sorted(files.each_inside(storage.join(folder, TRIALS)).items()),
     )
     trials = [trial for trial, _ in read]
@@ -54,7 +57,8 @@ def sweep(files: Files, folder: str, where: str | None = None) -> Json:
         **({"seconds": seconds} if is_number(seconds) else {}),
         "status": status,
         "error": state.get("error") or result.get("error"),
-        "planned": tune.get("trials"),
+        "why": result.get("why"),
+        "planned": _planned(tune),
         "sampler": tune.get("sampler"),
         "scheduler": tune.get("scheduler"),
         "metric": metric,
@@ -76,7 +80,10 @@ _STATUSES = ("finished", "stopped", "failed", "running", "waiting", "interrupted
 
 
 def _trial(files: Files, folder: str, found: dict[str, Entry], going: bool) -> tuple[Json, list[Json]]:
-    """A trial's row of the table, still with its result, and its evaluations. `going`: its sweep is running."""
+    """A trial's row of the table, still with its result, and its evaluations.
+
+    `going`: what has not ended waits, since its sweep is running, or has ended by its budget.
+    """
     said, result = files.json(found.get("trial.json")), files.json(found.get("result.json"))
     last, evaluations = files.read(found.get("metrics.jsonl"), scores)
     state = files.json(found.get("run.json"))
@@ -96,6 +103,14 @@ def _trial(files: Files, folder: str, found: dict[str, Entry], going: bool) -> t
         "saved_s": mapping(result.get("timing")).get("cache_saved_s"),
         "result": result,
     }, evaluations
+
+
+def _planned(tune: Json) -> int | None:
+    """How many trials the sweep is to have; of a grid its combinations."""
+    try:
+        return sampling.trials(Tune.model_validate(tune)) or None
+    except ValidationError:  # half there, or of a version with other fields
+        return tune.get("trials")
 
 
 def _number(folder: str) -> int | str:
@@ -160,10 +175,11 @@ def _axes(search: Json, trials: list[Json]) -> list[Json]:
         space = mapping(search.get(field))
         given = [trial["fields"][field] for trial in trials if field in trial["fields"]]
         bounds = space.get("log_uniform") or space.get("uniform")
-        choices = None if bounds else _different([*(space.get("choice") or []), *given])
-        if choices is not None and len(choices) > _FEW and not space.get("choice"):
+        listed = space.get("choice") or space.get("grid") or []
+        choices = None if bounds else _different([*listed, *given])
+        if choices is not None and len(choices) > _FEW and not listed:
             choices = choices if not all(map(is_number, choices)) else None
-        numbers = bounds or given  # what was drawn evenly near 0 is no reason for a logarithmic axis
+        numbers = bounds or choices or given  # what was drawn evenly near 0 is no reason for a logarithmic axis
         wide = bool(numbers) and all(map(is_number, numbers)) and 0 < _DECADES * min(numbers) <= max(numbers)
         log = "log_uniform" in space or wide
         found.append({"name": field, "log": log, "choices": choices, "bounds": bounds})

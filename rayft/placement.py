@@ -108,6 +108,14 @@ def room(cluster: Cluster) -> int:
     return sum(spots(cluster, {"Resources": free.get(node["NodeID"], {})}) for node in living_nodes())
 
 
+def free_cpus() -> int:
+    """How many of the cluster's CPUs nobody holds now."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return sum(int(free.get(node["NodeID"], {}).get("CPU", 0)) for node in living_nodes())
+
+
 class Growth:
     """The wish for workers that a run has no room for yet, as the cluster's autoscaler hears it; others hear nothing.
 

@@ -278,10 +278,10 @@ class _Check:
         import ray
 
         from rayft import depths, forecast
+        from rayft.room import at_once
         from rayft.run import decided
         from rayft.training import plan
         from rayft.training.assembly import pretrained
-        from rayft.tune import at_once
 
         recipe, placed, facts = self.recipe, self.recipe.cluster, self.facts or {}
         base = pretrained(recipe, str(self.model_path))

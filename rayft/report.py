@@ -70,7 +70,8 @@ def show(run: str) -> Json:
     """One run: its summary, and "error", "epochs", "best", "metrics", "evaluations", "export", "checkpoints", "timing",
     "warnings".
 
-    Of a sweep that has ended, `trials` are its numbers by how they ended, and `best` has the best trial's fields.
+    Of a sweep that has ended, `trials` are its numbers by how they ended, `best` has the best trial's fields, and `why`
+    says why it has ended with some of them left.
     `evaluations` are the objects that evaluations wrote to metrics.jsonl, `checkpoints` names the committed ones.
     """
     state = _state(run)
@@ -80,6 +81,7 @@ def show(run: str) -> Json:
     return {
         **_summary(run.rstrip("/").rpartition("/")[0], run, state),
         "error": state.get("error") or result.get("error"),
+        "why": result.get("why"),
         "trials": result.get("trials"),
         "epochs": result.get("epochs") or last.get("epoch"),
         "best": result.get("best"),

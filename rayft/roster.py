@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
-from rayft import storage, trials
+from rayft import sampling, storage, trials
 from rayft.errors import StorageError
 from rayft.rungs import Rungs
-from rayft.sampling import Sampler
-from rayft.sampling import trials as count
 from rayft.search import Tune
 from rayft.trials import Known
 
@@ -33,16 +32,13 @@ class Roster:
     ) -> None:
         self.folder, self.tune, self.metric, self.maximize, self.show = folder, tune, metric, maximize, show
         self.source_rows = source_rows
-        self.total = count(tune)
-        self.sampler = Sampler(tune, maximize)
+        self.total = sampling.trials(tune)
         self.rungs: Rungs | None = None
         self.known: dict[int, Known] = {}
         self.running: set[int] = set()
         self._spent: dict[int, tuple[float, float]] = {}  # seconds of earlier times, and what stored states saved then
         self._deleted: set[str] = set()
         self.read()
-        for trial in self.ended:
-            self.sampler.tell(trial.number, trial.fields, trial.value if trial.status != "failed" else None)
 
     def read(self) -> None:
         """Takes from the trials' folders what this process has not heard of."""
@@ -78,7 +74,7 @@ class Roster:
         if number is None:
             return None
         if number not in self.known:
-            fields = self.sampler.propose(number)
+            fields = sampling.propose(self.tune, self.maximize, number, self.heard)
             trials.propose(self.folder, number, fields)
             self.known[number] = Known(number, fields, trials.folder_of(self.folder, number))
         self.running.add(number)
@@ -100,30 +96,49 @@ class Roster:
             return self.rungs.foremost(waiting)
         return chosen
 
+    @property
+    def heard(self) -> dict[int, sampling.Heard]:
+        """What the sampler learns from: with ASHA every trial by the highest rung that it has come to, or its end."""
+        found = {trial.number: self._heard(trial) for trial in self.every}
+        return {number: one for number, one in found.items() if one is not None}
+
+    def _heard(self, trial: Known) -> sampling.Heard | None:
+        """None of one that has failed, or has no score yet that is to be compared with others'."""
+        score, came = trial.value, None if trial.status == "finished" else trial.rows
+        if self.rungs is not None and trial.status != "finished":
+            came = self.rungs.height(trial.number)
+            score = self.rungs.seen[came].get(trial.number) if came >= 0 else None
+        elif trial.status is None:
+            return None
+        known = score is not None and math.isfinite(score) and trial.status != "failed"
+        return sampling.Heard(trial.fields, float(score or 0.0), came) if known else None
+
     # -- how they fare
 
-    def begin(self, number: int, fields: dict[str, Any]) -> None:
-        """A trial starts, or goes on, maybe with the fields that population based training now gives it."""
+    def begin(self, number: int, fields: dict[str, Any], before: dict[str, Any]) -> None:
+        """A trial starts, or goes on, maybe with the fields that population based training now gives it.
+
+        `before` is what it told last since it had last begun, in this start of the sweep; empty where it had not.
+        """
         trial = self.known[number]
+        self._spend(number, before)
         if trial.fields != fields:
             trial.fields = dict(fields)
             trials.propose(self.folder, number, trial.fields)
 
     def wait(self, number: int, last: dict[str, Any]) -> None:
-        """A trial waits until others have come as far; the sampler learns from what it has come to so far."""
+        """A trial waits until others have come as far."""
         self.running.discard(number)
-        summed = self._summed(number, last)
-        self._spent[number] = summed["seconds"], summed["saved_s"]
-        self._take(number, summed)
-        self.sampler.tell(number, self.known[number].fields, last["best"])
+        self._spend(number, last)
+        seconds, saved_s = self._spent[number]
+        self._take(number, {**last, "seconds": seconds, "saved_s": saved_s})
         self.progress()
 
     def end(self, number: int, status: str, last: dict[str, Any]) -> None:
-        """A trial has ended: its result, what the sampler learns from it, and which checkpoints are still wanted."""
+        """A trial has ended: its result, and which checkpoints are still wanted."""
         trial = self.known[number]
         self.running.discard(number)
         trials.end(trial, status, self._summed(number, last), self.metric)
-        self.sampler.tell(number, trial.fields, trial.value if status != "failed" else None)
         trials.hparams(trial, self.metric)
         if self.tune.scheduler != "pbt":  # there another trial may go on from any of them
             with contextlib.suppress(StorageError):  # all of it is tried again when no trial writes any more
@@ -157,6 +172,11 @@ class Roster:
         trial = self.known[number]
         trial.value, trial.scores, trial.rows = last["best"], last["scores"], last["rows"]
         trial.seconds, trial.saved_s = last.get("seconds") or trial.seconds, last.get("saved_s") or trial.saved_s
+
+    def _spend(self, number: int, last: dict[str, Any]) -> None:
+        """The seconds that a trial told in `last` are those of an earlier time from now on."""
+        summed = self._summed(number, last)
+        self._spent[number] = summed["seconds"], summed["saved_s"]
 
     def _summed(self, number: int, last: dict[str, Any]) -> dict[str, Any]:
         """`last` with the seconds of all times that the trial has run."""

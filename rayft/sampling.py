@@ -1,13 +1,15 @@
 """Which values the fields of each trial take: a grid, random draws, or what Optuna proposes.
 
-Grid and random draws are functions of (seed, trial number), so that a sweep that goes on gives its trials what they
-would have got. Optuna is told of the trials that have ended, in the order of their numbers, before it is asked.
+Grid and random draws are functions of (seed, trial number), Optuna's proposals of these and of what is known of the
+other trials: so a sweep that goes on gives its trials what they would have got.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,49 +27,25 @@ def trials(tune: Tune) -> int:
     return tune.trials or 0
 
 
-class Sampler:
-    """Proposes the fields of trial after trial."""
+@dataclass(frozen=True)
+class Heard:
+    """What is known of a trial: its fields, its score, and how far it had come then (None: to its end).
 
-    def __init__(self, tune: Tune, maximize: bool) -> None:
-        self.tune = tune
-        self._study = _study(tune, maximize) if tune.sampler == "optuna" else None
-        self._asked: dict[int, Any] = {}
-        self._told: set[int] = set()
+    `came` counts in anything that is the same of all trials, so that those with the same have comparable scores.
+    """
 
-    def propose(self, number: int) -> Fields:
-        """The fields of trial `number` (from 0)."""
-        if self.tune.sampler == "grid":
-            return _combination(self.tune.search, number)
-        if self._study is None:
-            return _drawn(self.tune, number)
-        asked = self._asked[number] = self._study.ask()
-        return {name: _suggested(asked, name, space) for name, space in sorted(self.tune.search.items())}
+    fields: Fields
+    score: float
+    came: int | None = None
 
-    def tell(self, number: int, fields: Fields, value: float | None) -> None:
-        """What came of a trial; `value` None where it failed. Trials of an earlier start are told too.
 
-        Only what is told of a trial first counts.
-        """
-        if self._study is None or number in self._told:
-            return
-        self._told.add(number)
-        import optuna
-
-        failed = value is None or not math.isfinite(value)
-        state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
-        values = None if failed else [float(value or 0.0)]
-        if number in self._asked:
-            self._study.tell(self._asked.pop(number), values, state=state)
-            return
-        spaces = self.tune.search
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                values=values,
-                params={name: _parameter(spaces[name], fields[name]) for name in spaces},
-                distributions={name: _distribution(space) for name, space in spaces.items()},
-            )
-        )
+def propose(tune: Tune, maximize: bool, number: int, heard: Mapping[int, Heard]) -> Fields:
+    """The fields of trial `number` (from 0), where so much is known of others by their numbers."""
+    if tune.sampler == "grid":
+        return _combination(tune.search, number)
+    if tune.sampler == "random":
+        return _drawn(tune, number)
+    return _learned(tune, maximize, number, heard)
 
 
 def _combination(search: dict[str, Space], number: int) -> Fields:
@@ -95,9 +73,9 @@ def _at(space: Space, share: float) -> Any:
         return space.int[0] + int(share * (space.int[1] - space.int[0] + 1))
     if space.log_uniform:
         low, high = (math.log(bound) for bound in space.log_uniform)
-        return readable(math.exp(low + share * (high - low)))
+        return within(space, math.exp(low + share * (high - low)))
     low, high = space.uniform or (0.0, 1.0)
-    return readable(low + share * (high - low))
+    return within(space, low + share * (high - low))
 
 
 def readable(value: float) -> float:
@@ -105,12 +83,45 @@ def readable(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _study(tune: Tune, maximize: bool) -> Any:
+def within(space: Space, value: Any) -> Any:
+    """The value of a space that is nearest to a number; what is chosen from a list stays what it is."""
+    if space.choices:
+        return value
+    if space.int:
+        return min(max(round(value), space.int[0]), space.int[1])
+    low, high = space.log_uniform or space.uniform or (value, value)
+    return min(max(readable(value), low), high)  # rounding may go past a bound
+
+
+def _learned(tune: Tune, maximize: bool, number: int, heard: Mapping[int, Heard]) -> Fields:
+    """What Optuna's TPE proposes (Bergstra et al. 2011), with random numbers of the trial's own.
+
+    Trials that ended early, or wait, are to it what it calls pruned: of those it takes the ones that have come furthest
+    for the best, and compares the scores of trials that have come equally far.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=tune.seed)
-    return optuna.create_study(sampler=sampler, direction="maximize" if maximize else "minimize")
+    seed = int(np.random.SeedSequence(tune.seed, spawn_key=(number,)).generate_state(1)[0])
+    study = optuna.create_study(
+        sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize" if maximize else "minimize"
+    )
+    study.add_trials([_past(tune, trial) for _, trial in sorted(heard.items())])
+    asked = study.ask()
+    return {name: _suggested(asked, name, space) for name, space in sorted(tune.search.items())}
+
+
+def _past(tune: Tune, trial: Heard) -> Any:
+    import optuna
+
+    states = optuna.trial.TrialState
+    return optuna.trial.create_trial(
+        state=states.COMPLETE if trial.came is None else states.PRUNED,
+        value=trial.score if trial.came is None else None,
+        intermediate_values={} if trial.came is None else {trial.came: trial.score},
+        params={name: _parameter(space, trial.fields[name]) for name, space in tune.search.items()},
+        distributions={name: _distribution(space) for name, space in tune.search.items()},
+    )
 
 
 def _suggested(asked: Any, name: str, space: Space) -> Any:
@@ -119,15 +130,12 @@ def _suggested(asked: Any, name: str, space: Space) -> Any:
     if space.int:
         return asked.suggest_int(name, *space.int)
     if space.log_uniform:
-        return readable(asked.suggest_float(name, *space.log_uniform, log=True))
-    return readable(asked.suggest_float(name, *(space.uniform or (0.0, 1.0))))
+        return within(space, asked.suggest_float(name, *space.log_uniform, log=True))
+    return within(space, asked.suggest_float(name, *(space.uniform or (0.0, 1.0))))
 
 
 def _parameter(space: Space, value: Any) -> Any:
-    if space.choices:
-        return space.choices.index(value)
-    low, high = space.int or space.log_uniform or space.uniform or (value, value)
-    return min(max(value, low), high)  # rounding may have gone past a bound
+    return space.choices.index(value) if space.choices else value
 
 
 def _distribution(space: Space) -> Any:

@@ -5,11 +5,16 @@ Rows seen are the unit in which trials are compared, so that those with other ba
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import random
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import ray.tune
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as Tried
@@ -21,9 +26,12 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
+from rayft import stopping
+from rayft.errors import StorageError
 from rayft.rungs import Rungs
-from rayft.trial import number_of
-from rayft.trials import Known
+from rayft.sampling import within
+from rayft.trial import ASK_S, number_of
+from rayft.trials import Known, folder_of
 
 UNIT = "rows"
 
@@ -43,6 +51,8 @@ class Proposals(_OfThisProcess, Searcher):
         self.sweep = sweep
 
     def suggest(self, trial_id: str) -> Any:
+        if self.sweep.asked():
+            return Searcher.FINISHED
         found = self.sweep.roster.propose()
         if found is None:  # what runs may yet let another trial go on
             return None if self.sweep.roster.running else Searcher.FINISHED
@@ -97,15 +107,27 @@ class Watcher(_OfThisProcess, Callback):
 
     def __init__(self, sweep: Any) -> None:
         self.sweep = sweep
+        self._begun: dict[str, Any] = {}
+        self._told: dict[str, dict[str, Any]] = {}  # since a trial has begun, or gone on
+
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the trials that run now: those that Tune has paused do not."""
+        tried = [trial for trial in self._begun.values() if trial.status == Tried.RUNNING]
+        return [number_of(trial.config, trial.trial_id) for trial in tried]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.sweep.roster.begin(number_of(trial.config, trial.trial_id), trial.config["fields"])
+        self._begun[trial.trial_id] = trial
+        before = self._told.pop(trial.trial_id, {})
+        self.sweep.roster.begin(number_of(trial.config, trial.trial_id), trial.config["fields"], before)
         self._show(trial, "running", {})
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self._told[trial.trial_id] = result
         self._show(trial, "running", result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._begun.pop(trial.trial_id, None)
         last = dict(trial.last_result or {})
         if last.get("error"):
             status = "failed"
@@ -123,6 +145,7 @@ class Watcher(_OfThisProcess, Callback):
         self._end(trial, status, last)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._begun.pop(trial.trial_id, None)
         lines = str(trial.get_error() or "").strip().splitlines()
         text = lines[-1] if lines else "its process ended"
         self._end(trial, "failed", {**(trial.last_result or {}), "error": text})
@@ -136,16 +159,33 @@ class Watcher(_OfThisProcess, Callback):
 
 
 class Asked(_OfThisProcess, Stopper):
-    """Ends all trials when the sweep is asked to stop or its budget is used up."""
+    """Ends all trials when the sweep is asked to stop or its budget is used up.
 
-    def __init__(self, sweep: Any) -> None:
-        self.sweep = sweep
+    Those that run are asked first, and have `failure.grace_s` in which to commit a checkpoint and leave. Where another
+    process has taken the sweep over they are its trials, and end at once.
+    """
+
+    def __init__(self, sweep: Any, watcher: Watcher) -> None:
+        self.sweep, self.watcher = sweep, watcher
+        self._ends_at: float | None = None
+        self._asked_at = -math.inf
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return bool(self.sweep.asked())
+        if not self.sweep.asked():
+            return False
+        now, running = time.monotonic(), self.watcher.running
+        self._ends_at = self._ends_at or now + self.sweep.recipe.failure.grace_s
+        if not running or now > self._ends_at or self.sweep.record.superseded is not None:
+            return True
+        if now - self._asked_at > ASK_S:
+            self._asked_at = now
+            for number in running:
+                with contextlib.suppress(StorageError):  # it is asked again, and ends without being asked
+                    stopping.request(folder_of(self.sweep.folder, number), "the sweep")
+        return False
 
 
 class Halving(_OfThisProcess, FIFOScheduler):
@@ -174,6 +214,31 @@ class Halving(_OfThisProcess, FIFOScheduler):
         return super().choose_trial_to_run(controller)
 
 
+class Population(_OfThisProcess, PopulationBasedTraining):
+    """Ray's population based training, inside the search space: it would also try what lies beyond."""
+
+    def __init__(self, sweep: Any, between: int, goal: dict[str, Any]) -> None:
+        self.sweep = sweep
+        spaces = sweep.tune.search
+        super().__init__(
+            time_attr=UNIT,
+            perturbation_interval=between,
+            hyperparam_mutations={"fields": {name: _domain(space) for name, space in spaces.items()}},
+            custom_explore_fn=self._inside,
+            **goal,
+        )
+        # Ray draws from what the whole process draws from. When trials come to be compared is still a matter of speed.
+        random.seed(sweep.tune.seed)
+        np.random.seed(sweep.tune.seed % 2**32)
+
+    def _inside(self, config: dict[str, Any]) -> dict[str, Any]:
+        spaces = self.sweep.tune.search
+        return {**config, "fields": {name: within(spaces[name], value) for name, value in config["fields"].items()}}
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        return None if self.sweep.asked() else super().choose_trial_to_run(tune_controller)
+
+
 def scheduler(sweep: Any) -> TrialScheduler:
     """Tune's scheduler for the recipe, which has heard of the trials that ended before."""
     kind, rows = sweep.tune.scheduler, lengths(sweep)
@@ -186,12 +251,7 @@ def scheduler(sweep: Any) -> TrialScheduler:
             time_attr=UNIT, grace_period=rows["first"], min_samples_required=3, min_time_slice=0, **goal
         )
     elif kind == "pbt":
-        made = PopulationBasedTraining(
-            time_attr=UNIT,
-            perturbation_interval=max(1, rows["first"]),
-            hyperparam_mutations={"fields": {name: _domain(space) for name, space in sweep.tune.search.items()}},
-            **goal,
-        )
+        made = Population(sweep, max(1, rows["first"]), goal)
     else:
         made = FIFOScheduler()
     if kind == "median":

@@ -92,6 +92,11 @@ class Tune(Section):
     """What random and Optuna's values follow from; that of each trial's training is `train.seed`."""
 
 
+def prepares(name: str) -> bool:
+    """Does the field change how rows are prepared?"""
+    return (name + ".").startswith(("task.", "data.", "model.path.", "model.revision."))
+
+
 def unsearchable(
     tune: Tune,
     data: Mapping[str, Any],

@@ -33,17 +33,24 @@ class Stop:
 
         Signals are heard in the main thread alone; elsewhere they stay what they were.
         """
-        storage.delete(self.file)  # a request is for the run that it found
-        looking = threading.Thread(target=self._look, daemon=True)
-        looking.start()
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, self._heard) for number in signals}
+        with self.looking():
+            before = {number: signal.signal(number, self._heard) for number in signals}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """While open, a request asks this run to stop."""
+        storage.delete(self.file)  # a request is for the run that it found
+        threading.Thread(target=self._look, daemon=True).start()
         try:
             yield
         finally:
             self._over.set()
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _heard(self, number: int, _: Any) -> None:
         if self.by is not None and number == signal.SIGINT:

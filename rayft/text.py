@@ -159,6 +159,8 @@ def sweep_lines(result: Json) -> list[str]:
         )
     if result["export"]:
         lines.append(f"model: {result['export']}")
+    if result.get("why"):
+        lines.append(f"{result['why']}; the same command goes on")
     return [*lines, f"recipe of the best trial: {result['run'].rstrip('/')}/best.yaml"]
 
 
@@ -180,8 +182,9 @@ def run_lines(run: Json) -> list[str]:
         best = run["best"] or {"trial": None, "fields": {}}
         ended = ", ".join(f"{count} {how}" for how, count in run["trials"].items() if count)
         steps = ("trials", f"{ended}; the best is {number(best['trial'])}: {fields_text(best['fields'])}")
+    why = run["error"] or run.get("why")
     facts = [
-        ("status", run["status"] + (f": {run['error']}" if run["error"] else "")),
+        ("status", run["status"] + (f": {why}" if why else "")),
         steps,
         ("started", f"{moment(run['started'])}, {duration(run['seconds'])} in the last attempt"),
         ("checkpoints", ", ".join(run["checkpoints"]) or "-"),

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from rayft.errors import Damaged, RayftError, RecipeError, Stopped, Superseded
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
+from rayft.search import prepares
 from rayft.session import gpu_environment
 from rayft.takeover import take_over
 from rayft.training import checkpoints
@@ -35,7 +36,7 @@ class Keep(Exception):  # an order, not an error
     """Thrown into a trial's work: it saves where it stands, and ends."""
 
 
-ASK_S = 2.0  # between two requests to a run of several workers to stop
+ASK_S = 2.0  # between two requests to a trial to stop: one that only begins deletes those that it finds
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Trial(ray.tune.Trainable):
             evaluated = next(self.work, None)
         except Superseded:  # population based training has started this trial again while its step was on its way
             return dict(self.last)
+        except Stopped:  # with a checkpoint, from which it goes on
+            return {**self.last, "done": True, "seconds": self._seconds}
         except Damaged as error:
             if not error.folder.startswith(storage.join(self.folder, "checkpoints")):
                 return self._failed(error)
@@ -153,13 +156,27 @@ class Trial(ray.tune.Trainable):
         return {"checkpoint": checkpoints.newest(storage.join(self.folder, "checkpoints"))}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Goes on from another trial's checkpoint, with this trial's fields."""
+        """Goes on from its own checkpoint, or from another trial's with this trial's fields."""
         path = (checkpoint or {}).get("checkpoint")
         if path is not None:
             self.work.close()
-            if not path.startswith(self.folder.rstrip("/") + "/"):  # else it was only paused
-                take_over(trial_recipe(self.sweep, self.number, self.config["fields"]), path)
             self._start(self.config)
+            if not path.startswith(self.folder.rstrip("/") + "/"):  # else it was only paused
+                self._take_over(path)
+
+    def _take_over(self, donor: str) -> None:
+        """What is wrong with the fields or the copy fails this trial with its next step. Superseded is tried again."""
+        try:
+            take_over(trial_recipe(self.sweep, self.number, self.config["fields"]), donor)
+        except Superseded:
+            raise
+        except RayftError as error:
+            self.work = _failing(error)
+
+
+def _failing(error: RayftError) -> Work:
+    yield from ()
+    raise error
 
 
 def _sentence(error: Exception) -> str:
@@ -193,13 +210,14 @@ def _identity(recipe: Recipe, path: str, shared: Shared) -> str:
 
 
 def _here(recipe: Recipe, shared: Shared) -> Work:
-    """Trains in this process."""
+    """Trains in this process. Stopped where a request in its folder asks for that, when a checkpoint is committed."""
     with ahead.uncollected():
         import torch
         import transformers.modeling_utils  # noqa: F401 # by the network that comes out of the object store
 
         from rayft.models import fetch_model
         from rayft.session import quiet
+        from rayft.stopping import Stop
         from rayft.training.assembly import pretrained
         from rayft.training.attempt import Run, Setting
         from rayft.training.watch import Watch
@@ -218,38 +236,44 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
         return recipe.task.load(how, facts, processor) if found is None else found
 
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
-    folder = storage.join(recipe.folder, "checkpoints")
     keys = {split: data.manifest.key for split, data in prepared.items()}
-    with record.writing(recipe, identity, keys):
+    stop = Stop(recipe.folder)
+    with record.writing(recipe, identity, keys), stop.looking():
         record.status = "stopped"  # unless it comes to its end
         attempt = record.claim()
-        start = checkpoints.newest(folder)
+        start = checkpoints.newest(storage.join(recipe.folder, "checkpoints"))
         config = {
             "model": recipe.model.path, "start": start, "attempt": attempt,
             "begun": time.time(), "identity": identity,
         }  # fmt: skip
         device = torch.device("cuda" if recipe.cluster.gpus_per_worker else "cpu")
-        run = Run(recipe, config, prepared, device, lambda event: None, Watch(None, 0), setting)
+        watch = Watch(None, 0, asked=stop.asked)
+        run = Run(recipe, config, prepared, device, lambda event: None, watch, setting)
+        yield from _trained(run, record, stop)
+
+
+def _trained(run: Any, record: Record, stop: Any) -> Work:
+    """Trains; the record says how that ends."""
+    with contextlib.ExitStack() as reading:
         try:
-            for _ in run.go(Run.own_shares):
+            for _ in run.go(lambda run: reading.enter_context(contextlib.closing(run.own_shares()))):
                 run.saver.finish()  # a trial that waits writes nothing: it may be stopped, deleted, or copied from
                 if not run.done:
                     yield _evaluated(run)
+            if not run.done:
+                raise Stopped(str(stop.asked()), run.progress.step)
             record.status = FINISHED
             yield _evaluated(run, finished=True)
         except Keep:
             run.keep()
+        except Stopped:
+            raise
         except Exception as error:
             record.end("failed", str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}")
             raise
         finally:
             run.close()
-            checkpoints.sweep(folder, attempt)
-
-
-def prepares(names: Iterable[str]) -> bool:
-    """Do any of these fields change how rows are prepared?"""
-    return any((name + ".").startswith(("task.", "data.", "model.path.", "model.revision.")) for name in names)
+            checkpoints.sweep(storage.join(run.recipe.folder, "checkpoints"), run.attempt)
 
 
 def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]:
@@ -257,7 +281,7 @@ def _prepared(recipe: Recipe, model_path: str, shared: Shared) -> dict[str, Any]
     from rayft.data.prepare import prepare
     from rayft.data.prepared import Prepared
 
-    if prepares(shared.recipe["tune"]["search"]):
+    if any(map(prepares, shared.recipe["tune"]["search"])):
         return prepare(recipe, model_path, progress=lambda stage, done, total: None)
     return {split: Prepared.open(path) for split, path in shared.prepared.items()}
 
@@ -295,20 +319,17 @@ def alone(cpus: int, gpu: bool, trains: bool = True) -> None:
 
 
 def _nested(recipe: Recipe) -> Work:
-    """A run whose driver is a thread of this process; what it shows are the evaluations."""
+    """A run whose driver is a thread of this process; what it shows are the evaluations. Stopped as it is."""
     from rayft import stopping
     from rayft.run import run
     from rayft.training.progress import leading_metric
 
     events: queue.Queue[Any] = queue.Queue()
-    over = object()
     name = f"eval_{leading_metric(recipe)}"
 
     def drive() -> None:
         try:
             events.put(run(recipe, show=shown, exports=False, take_over=True))
-        except Stopped:
-            events.put(over)
         except Exception as error:  # noqa: BLE001 # raised again where the trial is asked for its next evaluation
             events.put(error)
 
@@ -328,8 +349,6 @@ def _nested(recipe: Recipe) -> Work:
             event = events.get()
             if isinstance(event, Exception):
                 raise event
-            if event is over:
-                return
             if "event" not in event:  # its result: the run is ahead of who asks for its evaluations
                 value, reached = event["best"]["value"], (event["steps"], event["rows"])
                 yield Evaluated(*reached, value, value, dict(event["metrics"]), finished=True)
@@ -339,7 +358,7 @@ def _nested(recipe: Recipe) -> Work:
             best = value if best is None else sign * max(sign * value, sign * best)
             yield Evaluated(event["step"], round(event["epoch"] * rows["rows"]), value, best, scores)
     finally:
-        while thread.is_alive():  # a run that only begins deletes a request that it finds
+        while thread.is_alive():
             with contextlib.suppress(RayftError):
                 stopping.request(recipe.folder, "the sweep")
             thread.join(ASK_S)

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import ahead, depths, placement, storage, trials
+from rayft import ahead, depths, placement, room, storage, trials
 from rayft.errors import RayftError, RunRefused, Stopped, SweepStopped, TrainingError
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.roster import Roster
 from rayft.run import decided, length, prepared_for, shown_plan
-from rayft.search import Tune
+from rayft.search import Tune, prepares
 from rayft.stopping import Stop
 from rayft.tasks.stacked import Blocks
+from rayft.text import counted
 from rayft.trials import Known
 
 Show = Callable[[dict[str, Any]], None]
@@ -70,9 +71,9 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     quiet()
     os.environ.update(ENVIRONMENT)
     placed = recipe.cluster
-    with ahead.importing(*ahead.DRIVER), cluster(_local(recipe) * placed.max_workers, placed.cpus_per_worker):
+    with ahead.importing(*ahead.DRIVER), cluster(room.local(recipe) * placed.max_workers, placed.cpus_per_worker):
         show({"event": "stage", "name": "preparing"})
-        placement.refuse(recipe)
+        room.refuse(recipe)
         prepared = prepared_for(recipe, model_path, show)
         parameters = shown_plan(recipe, model_path, prepared, show)
         if restart:
@@ -106,21 +107,6 @@ def _refuse_missing_loggers(tune: Tune) -> None:
             raise RunRefused(f"tune.log_to: the package {name} is not installed; `pip install {name}`")
 
 
-def _local(recipe: Recipe) -> int:
-    """How many trials this machine's processors run at a time."""
-    cluster = recipe.cluster
-    return max(1, (os.cpu_count() or 1) // (cluster.cpus_per_worker * cluster.max_workers))
-
-
-def at_once(recipe: Recipe) -> int:
-    """How many trials run at a time: as many as the cluster holds, those of a local one by its real processors."""
-    cluster = recipe.cluster
-    room = placement.room(cluster) // cluster.max_workers
-    if os.environ.get("RAY_ADDRESS") is None and not cluster.gpus_per_worker:
-        room = min(room, _local(recipe))
-    return max(1, room)
-
-
 def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None:
     """The result of a sweep that has ended and asks for no more; RunRefused where its trials would be others."""
     before = record.recipe()
@@ -142,11 +128,15 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
     from rayft.sampling import trials as count
 
     result = record.result()
-    if result is None or result["status"] != "finished" or sum(result["trials"].values()) < count(recipe.tune):
+    if result is None or result["status"] != "finished" or _ended(result) < count(recipe.tune):
         return None
     record.settle()
     show({"event": "note", "text": f"{recipe.folder} is finished; this is its result"})
     return result
+
+
+def _ended(result: dict[str, Any]) -> int:
+    return sum(count for kind, count in result["trials"].items() if kind != "waiting")
 
 
 @dataclass
@@ -228,7 +218,7 @@ class Sweep:
         from rayft import scheduling
         from rayft.trial import Shared, Trial
 
-        running = min(at_once(self.recipe), self.roster.total - len(self.roster.ended))
+        running = min(room.at_once(self.recipe), self.roster.total - len(self.roster.ended))
         single = self.recipe.cluster.max_workers == 1
         warm = self._warm() if single else None
         if warm is not None and not depths_vary_with_rows(self.tune):
@@ -248,7 +238,7 @@ class Sweep:
         self.roster.rungs = scheduling.rungs(self)
         self.roster.progress()
         with tempfile.TemporaryDirectory(prefix="rayft-tune-") as scratch:
-            chosen = scheduling.chosen(self)
+            chosen, watcher = scheduling.chosen(self), scheduling.Watcher(self)
             tuner = ray.tune.Tuner(
                 trainable,
                 param_space=chosen.space,
@@ -263,8 +253,8 @@ class Sweep:
                     name="tune",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[scheduling.Watcher(self), *scheduling.loggers(self)],
-                    stop=scheduling.Asked(self),
+                    callbacks=[watcher, *scheduling.loggers(self)],
+                    stop=scheduling.Asked(self, watcher),
                     failure_config=ray.tune.FailureConfig(max_failures=self.recipe.failure.max_retries),
                 ),
             )
@@ -296,6 +286,16 @@ class Sweep:
 
     # -- the answer
 
+    def _left(self) -> str | None:
+        """Why a sweep has ended that is not at its end."""
+        roster, budget = self.roster, self.tune.budget
+        if budget is None or not self._late() or len(roster.ended) == roster.total:
+            return None
+        waiting, absent = len(roster.waiting), roster.total - len(roster.known)
+        left = [f"{counted(waiting, 'trial')} {'waits' if waiting == 1 else 'wait'}"] if waiting else []
+        left += [f"{counted(absent, 'trial')} {'was' if absent == 1 else 'were'} not begun"] if absent else []
+        return f"tune.budget of {budget.minutes:g} minutes is used up: {', '.join(left)}"
+
     def _recipe_of(self, trial: Known) -> Recipe:
         return trials.trial_recipe(self.recipe, trial.number, trial.fields)
 
@@ -320,8 +320,10 @@ class Sweep:
             "run": self.folder,
             "status": status,
             "error": None,
+            "why": self._left(),
             "trials": {
-                kind: sum(trial.status == kind for trial in ended) for kind in ("finished", "stopped", "failed")
+                **{kind: sum(trial.status == kind for trial in ended) for kind in ("finished", "stopped", "failed")},
+                "waiting": len(self.roster.waiting),
             },
             "best": {"trial": best.number, "metric": self.metric, "value": best.value, "fields": best.fields}
             if best is not None
@@ -336,6 +338,4 @@ class Sweep:
 
 def depths_vary_with_rows(tune: Tune) -> bool:
     """Do trials differ in how rows are prepared, or in the model, so that each has states of its own?"""
-    from rayft.trial import prepares
-
-    return prepares(tune.search) or "model.dtype" in tune.search or "model.attention" in tune.search
+    return any(map(prepares, tune.search)) or "model.dtype" in tune.search or "model.attention" in tune.search

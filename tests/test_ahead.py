@@ -27,6 +27,13 @@ def test_garbage_is_collected_again_afterwards_also_where_an_import_fails() -> N
     assert gc.isenabled()
 
 
+def test_garbage_of_before_is_collected_where_nothing_was_imported() -> None:
+    before = gc.get_freeze_count()
+    with ahead.uncollected():
+        pass
+    assert gc.get_freeze_count() == before
+
+
 def test_reading_a_recipe_of_any_task_imports_neither_torch_nor_transformers() -> None:
     names = [f"tasks.find({name!r})" for name in tasks.names()]
     heavy = ("torch", "transformers", "sklearn", "scipy", "diffusers", "ray", "PIL", "matplotlib")

@@ -226,6 +226,9 @@ def test_a_metric_that_is_better_when_low_leads_to_the_lowest(where: str) -> Non
         ({"choice": [4, 2, 0]}, [0, 4], False, [0, 2, 4]),
         ({"choice": [1e-5, 1e-2]}, [1e-5, 1e-2], True, [1e-5, 1e-2]),
         ({"choice": ["b", "a"]}, ["a", "b"], False, ["b", "a"]),
+        ({"grid": ["c", "b", "a"]}, ["a", "b"], False, ["c", "b", "a"]),
+        ({"grid": list(range(1, 12))}, [11, 3], False, list(range(1, 12))),
+        ({"grid": [1e-5, 1e-2]}, [1e-2], True, [1e-5, 1e-2]),
         (None, [float(number) for number in range(1, 12)], False, None),
     ],
 )
@@ -241,6 +244,18 @@ def test_each_field_gets_the_axis_that_its_space_asks_for(
         storage.write_json(storage.join(folder, "trials", f"{number:05d}", "trial.json"), fields)
     (axis,) = sweep(Files(), folder)["axes"]
     assert (axis["log"], axis["choices"]) == (log, choices)
+
+
+def test_a_grid_has_as_many_trials_as_combinations_and_those_that_a_budget_left_wait(where: str) -> None:
+    folder = storage.join(where, "grid")
+    folders.write_state(folder, "finished")
+    search = {"train.learning_rate": {"grid": [1e-5, 1e-4, 1e-3]}, "model.freeze.layers": {"grid": [0, 2]}}
+    storage.write_json(storage.join(folder, "recipe.yaml"), {"tune": {"search": search, "sampler": "grid"}})
+    why = "tune.budget of 1 minutes is used up: 1 trial waits, 5 trials were not begun"
+    storage.write_json(storage.join(folder, "result.json"), {"status": "finished", "why": why})
+    storage.write_json(storage.join(folder, "trials", "00000", "trial.json"), {"trial": 0, "fields": {}})
+    found = sweep(Files(), folder)
+    assert (found["planned"], found["why"], found["counts"]["waiting"]) == (6, why, 1)
 
 
 def test_a_thousand_trials_are_read_once_and_then_only_what_changed(where: str) -> None:

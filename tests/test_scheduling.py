@@ -12,6 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from rayft import scheduling, trials
 from rayft.roster import Roster
+from rayft.sampling import readable
 from rayft.search import Tune
 from rayft.trial import number_of
 
@@ -154,3 +155,101 @@ def test_a_trial_whose_folder_was_deleted_is_begun_again_and_no_other_is(tmp_pat
     proposed = [again.propose() for _ in range(3)]
     assert [found[0] for found in proposed if found] == [1, 3, 4]
     assert [trial.number for trial in again.ended] == [0, 2]
+
+
+def tried(number: int, trial_id: str = "a", **more: Any) -> Any:
+    """One of Tune's trials that runs."""
+    config = {"number": number, "fields": {"train.learning_rate": 1.0}}
+    return SimpleNamespace(trial_id=trial_id, status="RUNNING", config=config, last_result={}, **more)
+
+
+def test_trials_that_run_are_asked_to_leave_before_the_sweep_ends(tmp_path: Path) -> None:
+    of = sweep(tmp_path, "none", [])
+    of.folder, of.asked, of.record = str(tmp_path), lambda: False, SimpleNamespace(superseded=None)
+    watcher = scheduling.Watcher(of)
+    asked, proposals = scheduling.Asked(of, watcher), scheduling.Proposals(of)
+    runs, paused = (tried(proposals.suggest("")["number"], trial_id) for trial_id in ("a", "b"))
+    for one in (runs, paused):
+        watcher.on_trial_start(0, [], one)
+    paused.status = "PAUSED"
+    assert not asked.stop_all()
+    of.asked = lambda: True
+    assert not asked.stop_all()
+    assert [path.parent.name for path in tmp_path.glob("trials/*/stop.json")] == ["00000"]
+    assert proposals.suggest("") == "FINISHED"
+    runs.last_result = {"rows": 10, "done": True}
+    watcher.on_trial_complete(0, [], runs)
+    assert asked.stop_all()
+    assert not of.roster.ended  # they go on with the sweep
+    watcher.on_trial_start(0, [], runs)
+    of.recipe = SimpleNamespace(failure=SimpleNamespace(grace_s=0))
+    late = scheduling.Asked(of, watcher)
+    assert not late.stop_all()
+    assert late.stop_all()  # which did not leave in time
+    of.record.superseded = "by somebody"
+    assert scheduling.Asked(of, watcher).stop_all()
+
+
+def test_population_based_training_stays_in_the_search_space_and_draws_by_the_seed(tmp_path: Path) -> None:
+    search = {
+        "train.learning_rate": {"log_uniform": [1e-4, 1e-1]},
+        "train.label_smoothing": {"uniform": [0.5, 0.95]},
+        "model.freeze.layers": {"int": [1, 4]},
+        "train.schedule": {"choice": ["linear", "cosine"]},
+    }
+    of = sweep(tmp_path, "pbt", [])
+    of.tune = Tune.model_validate({"search": search, "sampler": "random", "trials": 4, "scheduler": "pbt", "seed": 3})
+    config = {"fields": {"train.learning_rate": 0.09, "train.label_smoothing": 0.92, "model.freeze.layers": 4}}
+    config["fields"]["train.schedule"] = "cosine"
+    tried = SimpleNamespace(config=config)
+
+    def explored() -> list[dict[str, Any]]:
+        made: Any = scheduling.scheduler(of)
+        return [made._get_new_config(None, tried)[0]["fields"] for _ in range(40)]
+
+    found = explored()
+    for fields in found:
+        assert 1e-4 <= fields["train.learning_rate"] <= 1e-1
+        assert fields["train.learning_rate"] == readable(fields["train.learning_rate"])
+        assert 0.5 <= fields["train.label_smoothing"] <= 0.95
+        assert fields["model.freeze.layers"] in (1, 2, 3, 4)
+        assert fields["train.schedule"] in ("linear", "cosine")
+    assert len({fields["train.label_smoothing"] for fields in found}) > 2
+    assert explored() == found
+
+
+def test_a_trials_seconds_are_those_of_all_times_that_it_has_gone_on(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    of = sweep(tmp_path, "none", [])
+    of.roster.show = said.append
+    watcher, one = scheduling.Watcher(of), tried(of.roster.propose()[0])
+    last = {"value": 0.5, "best": 0.5, "rows": 100, "step": 10, "scores": {METRIC: 0.5}, "saved_s": 1.0}
+    for seconds in (2.0, 5.0, 4.0):
+        watcher.on_trial_start(0, [], one)
+        watcher.on_trial_result(0, [], one, last | {"seconds": seconds - 1})
+        watcher.on_trial_result(0, [], one, last | {"seconds": seconds})
+    watcher.on_trial_start(0, [], one)  # and failed before it told anything: its process is started again
+    watcher.on_trial_start(0, [], one)
+    assert said[-1]["seconds"] == 11.0
+    watcher.on_trial_result(0, [], one, last | {"seconds": 3.0})
+    one.last_result = last | {"seconds": 3.0, "finished": True}
+    of.asked = lambda: False
+    watcher.on_trial_complete(0, [], one)
+    (trial,) = of.roster.ended
+    assert (trial.seconds, trial.saved_s) == (14.0, 4.0)
+
+
+def test_a_sampler_that_starts_again_has_heard_of_trials_that_wait_by_the_rung_they_have_come_to(
+    tmp_path: Path,
+) -> None:
+    of = sweep(tmp_path, "asha", [[0.5, 0.6, 0.7]])
+    for number, scores in ((1, [0.8]), (2, [0.4, 0.9, 0.6, 0.7]), (3, [])):
+        trials.propose(str(tmp_path), number, {"train.learning_rate": 1.0})
+        rows = [{"step": epoch + 1, "epoch": epoch + 1.0, METRIC: score} for epoch, score in enumerate(scores)]
+        path = Path(trials.folder_of(str(tmp_path), number), "metrics.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Roster(str(tmp_path), of.tune, METRIC, True, 100, lambda event: None)
+    of.roster = again
+    again.rungs = scheduling.rungs(of)
+    heard = {number: (trial.score, trial.came) for number, trial in again.heard.items()}
+    assert heard == {0: (0.7, None), 1: (0.8, 0), 2: (0.6, 1)}  # at its end, after 100 and after 300 rows

@@ -16,11 +16,14 @@ import pytest
 import yaml
 
 import small
-from rayft import storage, trials
+from rayft import overview, report, storage, trials
 from rayft import tune as tune_module
 from rayft.errors import RunRefused, TrainingError
 from rayft.recipe import Recipe
 from rayft.run import run
+from rayft.snapshots import Files
+from rayft.text import sweep_lines
+from rayft.training import checkpoints
 from rayft.tune import tune
 
 RATE, DEPTH = "train.learning_rate", "model.freeze.layers"
@@ -72,7 +75,7 @@ def test_no_driver_loads_a_model_that_takes_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_grid_runs_each_combination_once_and_answers_with_the_best(whole: dict[str, Any], home: Path) -> None:
     assert whole["status"] == "finished"
-    assert whole["trials"] == {"finished": 6, "stopped": 0, "failed": 0}
+    assert whole["trials"] == {"finished": 6, "stopped": 0, "failed": 0, "waiting": 0}
     rows = table(whole["run"])
     assert {(row[RATE], row[DEPTH]) for row in rows} == {(rate, depth) for rate in (1e-4, 3e-3) for depth in (0, 2, 3)}
     best = max(rows, key=lambda row: (row["score"], -row["trial"]))
@@ -162,7 +165,7 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(home: Path, ray_local:
     search = {RATE: {"grid": [1e-3, 1e30]}}
     said: list[dict[str, Any]] = []
     result = tune(Recipe.parse(sweep(home, "faulty", search, sampler="grid")), show=said.append)
-    assert result["trials"] == {"finished": 1, "stopped": 0, "failed": 1}
+    assert result["trials"] == {"finished": 1, "stopped": 0, "failed": 1, "waiting": 0}
     (failed,) = [row for row in table(result["run"]) if row["status"] == "failed"]
     assert failed[RATE] == 1e30
     assert "train.learning_rate" in failed["error"]
@@ -192,7 +195,7 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
     result = tune(Recipe.parse(plain), show=lambda event: None)
     rows = table(result["run"])
     assert [row["error"] for row in rows] == [None] * 4
-    assert result["trials"] == {"finished": 4, "stopped": 0, "failed": 0}
+    assert result["trials"] == {"finished": 4, "stopped": 0, "failed": 0, "waiting": 0}
     assert result["best"]["value"] == min(row["score"] for row in rows)
     # Which of the two whose own rates move nothing is the worst when the others are heard of, nobody knows.
     began = [trials.evaluations(trials.folder_of(result["run"], number))[0]["eval_loss"] for number in (0, 2)]
@@ -208,7 +211,6 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
 def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[str, Any], home: Path) -> None:
     import ray.tune
 
-    from rayft.training import checkpoints
     from rayft.trial import Shared, Trial
 
     best = whole["best"]
@@ -244,6 +246,23 @@ def test_fields_that_do_not_go_together_fail_their_trial_alone_with_the_reason(h
 
 
 @pytest.mark.slow
+def test_fields_that_cannot_be_taken_over_with_fail_their_trial_alone(home: Path, ray_local: None) -> None:
+    import ray.tune
+
+    from rayft.trial import Shared, Trial
+
+    plain = sweep(home, "beyond", {RATE: {"choice": [1e-4]}}, trials=1, scheduler="pbt")
+    shared = Shared(Recipe.parse(plain).resolved().dump(), {}, "", None)
+    fields = {"train.label_smoothing": 1.1}
+    trial = ray.tune.with_parameters(Trial, shared=shared)({"number": 0, "fields": fields})
+    trial.load_checkpoint({"checkpoint": f"{home}/runs/beyond/trials/00001/checkpoints/step-000010-a1"})
+    told = trial.step()
+    assert told["done"]
+    assert told["error"].startswith("train.label_smoothing: too large")
+    trial.cleanup()
+
+
+@pytest.mark.slow
 def test_another_length_is_refused_by_a_sweep_whose_trials_have_theirs(whole: dict[str, Any], home: Path) -> None:
     plain = sweep(home, "whole", GRID, sampler="grid")
     plain["train"] = {**plain["train"], "epochs": 4}
@@ -266,7 +285,7 @@ def test_a_trial_whose_process_dies_fails_alone_and_says_why(home: Path, ray_loc
             os.kill(state["pid"], signal.SIGKILL)
 
     result = tune(Recipe.parse(plain), show=show)
-    assert result["trials"] == {"finished": 1, "stopped": 0, "failed": 1}
+    assert result["trials"] == {"finished": 1, "stopped": 0, "failed": 1, "waiting": 0}
     assert result["best"]["trial"] == 1
     assert "process" in table(result["run"])[0]["error"]
 
@@ -333,18 +352,38 @@ def test_known_trials_are_read_from_their_folders(tmp_path: Path) -> None:
     assert [row["error"] for row in table(home)][2] == "the loss of step 3 was NaN"
 
 
-@pytest.mark.parametrize(
-    ("workers", "cpus", "room", "trials"), [(1, 1, 6, 4), (2, 1, 6, 2), (1, 2, 3, 2), (4, 1, 8, 1), (8, 1, 8, 1)]
-)
-def test_a_local_sweep_runs_as_many_trials_as_the_machine_has_processors_for(
-    workers: int, cpus: int, room: int, trials: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.slow
+def test_a_budget_that_is_used_up_is_told_and_the_same_command_goes_on_from_the_checkpoints(
+    home: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever Ray was told that there are: it has room for the readers too."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(tune_module.placement, "room", lambda cluster: room)
-    plain = small.recipe(tmp_path, "nowhere", cluster__workers=workers, cluster__cpus_per_worker=cpus)
-    assert tune_module.at_once(Recipe.parse(plain)) == trials
+    search = {RATE: {"grid": [1e-4, 1e-3, 3e-3]}}
+    plain = sweep(home, "budget", search, sampler="grid", budget={"minutes": 60})
+    plain["train"] = {**plain["train"], "epochs": None, "max_steps": 2000, "evaluate_every": "1 epoch"}
+    monkeypatch.setattr(tune_module.room, "at_once", lambda recipe: 1)
+    monkeypatch.setattr(tune_module.Sweep, "_late", lambda self: bool(evaluated))
+    evaluated: list[int] = []
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "trial" and event["value"] is not None:
+            evaluated.append(event["trial"])
+
+    result = tune(Recipe.parse(plain), show=show)
+    assert result["trials"] == {"finished": 0, "stopped": 0, "failed": 0, "waiting": 1}
+    assert result["why"] == "tune.budget of 60 minutes is used up: 1 trial waits, 2 trials were not begun"
+    assert f"{result['why']}; the same command goes on" in sweep_lines(result)
+    first = trials.folder_of(result["run"], 0)
+    state = storage.read_json(f"{first}/run.json")
+    assert state["status"] == "stopped"
+    newest = checkpoints.newest(f"{first}/checkpoints")
+    steps = [row["step"] for row in small.metrics(Path(first)) if "loss" in row]
+    assert newest is not None
+    assert checkpoints.step_of(newest) == steps[-1]
+    shown = overview.sweep(Files(), result["run"])
+    assert (shown["counts"]["waiting"], shown["why"], shown["planned"]) == (1, result["why"], 3)
+    assert report.show(result["run"])["why"] == result["why"]
+    evaluated.clear()
+    tune(Recipe.parse(plain), show=show)
+    assert len(small.losses(Path(first))) > len(steps)  # each once
 
 
 def test_a_budget_that_ends_before_any_evaluation_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -205,8 +205,11 @@ class Cutter:
 
 def local_shares(
     folder: str, shards: Shards, cutter: Cutter, start: Position, total_steps: int, task: Task | None
-) -> Iterator[Share]:
-    """The shares of a worker whose process reads them itself: the next windows while it works on these."""
+) -> Generator[Share, None, None]:
+    """The shares of a worker whose process reads them itself: the next windows while it works on these.
+
+    To be closed where not all are taken: its thread ends then.
+    """
     order, rank, step = cutter.order, cutter.rank, cutter.order.step(start)
     todo = readings(folder, shards, order, start, total_steps, cutter.world, task)
     with ThreadPoolExecutor(1) as pool:

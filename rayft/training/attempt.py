@@ -165,8 +165,8 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # for whoever shares the GPU, and so that the next one's peak is its own
 
-    def own_shares(self) -> Iterator[Share]:
-        """This rank's shares of the global batches from where the run stands, read by itself."""
+    def own_shares(self) -> Generator[Share, None, None]:
+        """This rank's shares of the global batches from where the run stands, read by itself; see `local_shares`."""
         data, task = self.prepared["train"], self.task if self.task.varies else None
         cut = Cutter(self.order, dist.get_world_size(), dist.get_rank(), self.recipe.train.micro_batch_size)
         return local_shares(data.folder, data.manifest.shards, cut, self.position, self.total, task)

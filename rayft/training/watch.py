@@ -12,7 +12,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -55,11 +55,14 @@ def works(before: Used, after: Used) -> bool:
 
 
 class Watch:
-    """One worker's, of `world`. `board` is the driver's actor, or None where nobody watches."""
+    """One worker's, of `world`. `board` is the driver's actor, or None where nobody watches.
 
-    def __init__(self, board: Any, rank: int, world: int = 1) -> None:
-        self.board, self.rank = board, rank
-        self.leave = False
+    `asked` answers whether somebody else wants the worker to leave, None where nobody does.
+    """
+
+    def __init__(self, board: Any, rank: int, world: int = 1, asked: Callable[[], str | None] = lambda: None) -> None:
+        self.board, self.rank, self.asked = board, rank, asked
+        self._ordered = False
         self._beat_s = beat_s(world)
         self._place: dict[str, Any] = {"count": 0, "step": None, "doing": "starting"}
         self._busy, self._worked = False, 0
@@ -73,6 +76,11 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+
+    @property
+    def leave(self) -> bool:
+        """Is this worker to save a checkpoint after this step, and to return?"""
+        return self._ordered or self.asked() is not None
 
     def at(self, doing: str, step: int | None = None) -> None:
         """The training thread has come to `doing` in optimizer step `step` (1-based; None: as before)."""
@@ -107,4 +115,4 @@ class Watch:
                 continue
             except ray.exceptions.RayError:  # the driver is gone, and Ray ends this process too
                 return
-            self.leave = order == LEAVE
+            self._ordered = order == LEAVE

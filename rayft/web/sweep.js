@@ -52,6 +52,7 @@ const sweepPage = {
       best ? tile(best.metric, valued(best.value), `trial ${best.trial}, the best`) : tile("best score", valued(null)),
       ...Object.entries((best || {}).fields || {}).map(([name, value]) => tile(name, field(value), "of the best trial")),
       tile("finished trials", valued(finished), data.planned ? `of ${number(data.planned)}; ${ended.join(", ")}` : ended.join(", ")),
+      data.why ? tile("ended early", data.why.split(":")[0]) : null,
       rest.length ? tile("still to end", valued(rest.reduce((sum, [count]) => sum + count, 0)), rest.map(([count, what]) => `${number(count)} ${what}`).join(", ")) : null,
       tile("time", valued(data.seconds, duration(data.seconds)), [data.sampler, data.scheduler].filter(Boolean).join(", ")),
     ].filter(Boolean));
