@@ -13,7 +13,8 @@ from rayft.tasks.later import torch, transformers
 def draw_parameters(network: Any, names: Iterable[str], seed: int) -> tuple[str, ...]:
     """Draws the parameters `names` from (seed, module's name) by the model's own initialisation; returns them sorted.
 
-    Works on partitioned (ZeRO-3) parameters too: they are gathered, drawn alike on every rank, and partitioned again.
+    Of an outline on the meta device they are only named. Works on partitioned (ZeRO-3) parameters too: they are
+    gathered, drawn alike on every rank, and partitioned again.
     """
     wanted: dict[str, set[str]] = {}  # module -> names of its own parameters
     for name in names:
@@ -41,6 +42,8 @@ def _draw(network: Any, module: Any, names: Sequence[str], seed: int) -> None:
     GPU's own generators seeded, which draw dropout.
     """
     own = dict(module.named_parameters(recurse=False))
+    if any(value.is_meta for value in own.values()):
+        return  # an outline holds no values
     with gathered(list(own.values())), torch.random.fork_rng(devices=[]), torch.no_grad():
         drawn = {name: torch.nn.Parameter(_on_cpu(value), requires_grad=False) for name, value in own.items()}
         torch.default_generator.manual_seed(seed)

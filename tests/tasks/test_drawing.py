@@ -47,3 +47,10 @@ def test_what_is_not_to_be_drawn_stays_and_the_generator_with_it() -> None:
     draw_parameters(network, ["layer.weight", "gone.weight"], 1)
     assert torch.equal(network.layer.bias, bias)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_of_an_outline_parameters_are_named_and_nothing_is_drawn() -> None:
+    with torch.device("meta"):
+        network = Network()
+    assert draw_parameters(network, ["layer.weight"], 1) == ("layer.weight",)
+    assert not network.initialised
