@@ -29,8 +29,7 @@ def draw_parameters(network: Any, names: Iterable[str], seed: int) -> tuple[str,
         drawn = sorted(mine & dict(module.named_parameters(recurse=False)).keys())
         if drawn:
             digest = hashlib.sha256(f"{seed}/{owner}".encode()).digest()
-            if not getattr(module, drawn[0]).is_meta:  # an outline has no values
-                _draw(network, module, drawn, int.from_bytes(digest[:8], "little") >> 1)
+            _draw(network, module, drawn, int.from_bytes(digest[:8], "little") >> 1)
             done.extend(f"{owner}.{name}" if owner else name for name in drawn)
     return tuple(done)
 
