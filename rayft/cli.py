@@ -342,11 +342,11 @@ def clean(
     with answering(json) as answer:
         from dataclasses import asdict
 
-        from rayft import report
+        from rayft import leftovers
         from rayft.text import aligned, size
 
-        found = report.leftovers(storage, lambda sentence: answer.say(f"warning: {sentence}"))
-        total = size(sum(leftover.bytes for leftover in found))
+        found = leftovers.leftovers(storage, lambda sentence: answer.say(f"warning: {sentence}"))
+        total = size(sum(one.bytes for one in found))
         lines = aligned([(size(one.bytes), one.path, one.why) for one in found], right={0})
         if not found:
             answer.give({"removed": [], "bytes": 0}, "nothing to delete")
@@ -355,7 +355,7 @@ def clean(
         if not yes and not _agreed(f"delete {total}?"):
             answer.give({"removed": [], "bytes": 0}, "nothing was deleted")
             return
-        gone = report.remove(storage, found)
+        gone = leftovers.remove(storage, found)
         freed = sum(one.bytes for one in gone)
         answer.give({"removed": [asdict(one) for one in gone], "bytes": freed}, f"deleted {size(freed)}")
 

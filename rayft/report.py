@@ -1,4 +1,4 @@
-"""What runs have left behind, read from their folders: lists, one run, two side by side, and what nothing needs now.
+"""What runs have left behind, read from their folders: lists, one run, and two side by side.
 
 Nothing here asks a running process; whatever writes a run's folder in the agreed form can be read.
 """
@@ -6,13 +6,10 @@ Nothing here asks a running process; whatever writes a run's folder in the agree
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from rayft import document, storage
@@ -22,21 +19,9 @@ from rayft.retry import shown
 from rayft.snapshots import is_number, plain_object
 
 HEARTBEAT_S = 30.0  # a running run that has been silent for longer is lost
-DAY_S = 86_400.0  # what is younger may belong to something that has only just begun
-SCRATCH = "ray"  # the folder of a run that an attempt removes at its end
 UNREADABLE = "unreadable"  # the status of a run whose run.json or result.json is damaged
-_KEY = re.compile(r"[0-9a-f]{12,64}")  # the names of folders in prepared/; anything else there is not rayft's
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """Something that can go: its path, why, and its size in bytes."""
-
-    path: str
-    why: str
-    bytes: int
 
 
 # --- lists
@@ -51,16 +36,16 @@ def runs(where: str) -> list[Json]:
     sweep is one of them, with how many `trials` it has so far; where `where` is the sweep's own folder its trials are
     listed too.
     """
-    walked = dict(_walk(_existing(where)))
-    trials = Counter(sweep for run in walked if (sweep := _sweep_of(run)) in walked)
+    walked = dict(walk(existing(where)))
+    trials = Counter(sweep for run in walked if (sweep := sweep_of(run)) in walked)
     base = where.rstrip("/")
-    shown = {run: state for run, state in walked.items() if _sweep_of(run) not in walked or _sweep_of(run) == base}
+    shown = {run: state for run, state in walked.items() if sweep_of(run) not in walked or sweep_of(run) == base}
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda pair: _summary(where, *pair) | {"trials": trials.get(pair[0])}, shown.items())
         return sorted(found, key=lambda run: (-(run["started"] or 0), run["name"]))
 
 
-def _sweep_of(run: str) -> str:
+def sweep_of(run: str) -> str:
     """The folder of the sweep that a run's folder is a trial of, by its place."""
     folder, _, number = run.rpartition("/")
     return folder.removesuffix("/trials") if folder.endswith("/trials") and number.isdigit() else ""
@@ -114,104 +99,6 @@ def compare(first: str, second: str) -> Json:
     }
 
 
-# --- what can go
-
-
-def leftovers(where: str, warn: Callable[[str], None] = lambda sentence: None) -> list[Leftover]:
-    """What nothing under the storage `where` needs any more; runs that are running lose nothing.
-
-    Runs that failed, stopped or were lost over a day ago without a checkpoint or a model, but no trials of a sweep;
-    checkpoints that were never committed, and other remains of attempts; prepared shards that no remaining run refers
-    to, and that nobody has made or found for a day; what preparations have left half-done that ended over a day ago.
-    Where a run's file can't be read all shards stay, and `warn` is told why.
-    """
-    found = list(_walk(_existing(where)))
-    dead = {run: state for run, state in found if _fruitless(run, state)}
-    kept = [(run, state) for run, state in found if run not in dead]
-    barren = [_whole(run, f"{status(state)}, without a checkpoint or a model") for run, state in dead.items()]
-    torn = [leftover for run, state in kept for leftover in _torn(run, state)]
-    dark = [run for run, state in kept if status(state) == UNREADABLE]
-    for run in dark:
-        warn(
-            f"{shown(storage.join(run, 'run.json'))} is damaged, and may refer to any of the prepared shards: all stay"
-        )
-    return [*barren, *torn, *([] if dark else _unused(where, [state for _, state in kept]))]
-
-
-def remove(where: str, agreed: list[Leftover]) -> list[Leftover]:
-    """Deletes what was agreed on, less what has come into use since; returns what went."""
-    still = {leftover.path for leftover in leftovers(where)}
-    gone = [leftover for leftover in agreed if leftover.path in still]
-    for leftover in gone:
-        storage.delete(leftover.path)
-    return gone
-
-
-def _fruitless(run: str, state: Json) -> bool:
-    """Whether a run ended over a day ago and holds nothing to resume from or to use."""
-    if status(state) not in ("failed", "stopped", "lost") or _age(state.get("heartbeat")) < DAY_S:
-        return False
-    if storage.exists(storage.join(run, "export")) or any(True for _ in _below(run)):
-        return False
-    sweep = _sweep_of(run)  # it would take a gap for a trial that was never begun
-    if sweep and storage.exists(storage.join(sweep, "run.json")):
-        return False
-    return not any(storage.committed(path) is not None for path in storage.folders(storage.join(run, "checkpoints")))
-
-
-def _torn(run: str, state: Json) -> Iterator[Leftover]:
-    """What attempts of a run left half-done. A lost run may only be slow: it is given a day."""
-    if status(state) in ("running", UNREADABLE) or (status(state) == "lost" and _age(state.get("heartbeat")) < DAY_S):
-        return
-    for path in storage.folders(storage.join(run, "checkpoints")):
-        if storage.committed(path) is None:
-            yield _whole(path, "a checkpoint that was never committed")
-    if storage.listing(storage.join(run, SCRATCH)):
-        yield _whole(storage.join(run, SCRATCH), "what Ray Train keeps while an attempt lasts")
-
-
-def _unused(where: str, states: list[Json]) -> Iterator[Leftover]:
-    """Prepared folders that none of the runs refers to; in the others, attempts whose shards are not the ones used."""
-    used = {key for state in states for key in _keys(state)}
-    for path in storage.folders(storage.join(where, PREPARED)):
-        key = path.rpartition("/")[2]
-        if _KEY.fullmatch(key) and key not in used:
-            entries = storage.listing(path)
-            if _age(_changed(path, entries)) >= DAY_S:
-                yield Leftover(path, "prepared shards that no run refers to", sum(entry.size for entry in entries))
-        elif key in used:
-            yield from _half_prepared(path)
-
-
-def _half_prepared(path: str) -> Iterator[Leftover]:
-    """What was left by preparations of the same rows that were killed, or that another was ahead of."""
-    yield from _unnamed(path, "shards", "path", but="frozen")
-    for states in storage.folders(storage.join(path, "frozen")):
-        yield from _unnamed(states, "parts", "data")
-
-
-def _unnamed(path: str, listed: str, file: str, but: str = "") -> Iterator[Leftover]:
-    """The attempts in a folder whose files its manifest does not name, and that nobody has written to for a day."""
-    manifest = storage.read_object(storage.join(path, "manifest.json")) or {}
-    named = {entry[file].partition("/")[0] for entry in manifest.get(listed) or ()}
-    for attempt in storage.folders(path):
-        if attempt.rpartition("/")[2] not in {*named, but}:
-            entries = storage.listing(attempt)
-            if _age(_changed(attempt, entries)) >= DAY_S:
-                yield Leftover(attempt, "a preparation that was never finished", sum(entry.size for entry in entries))
-
-
-def _changed(path: str, entries: Sequence[storage.Entry]) -> float:
-    """When something last changed below a folder, in seconds since 1970; what is only being written is no entry yet."""
-    if not entries and storage.is_local(path):
-        return max(os.stat(folder).st_mtime for folder, _, _ in os.walk(path))
-    return max((entry.modified for entry in entries), default=0.0)
-
-
-def _whole(path: str, why: str) -> Leftover:
-    return Leftover(path, why, sum(entry.size for entry in storage.listing(path)))
-
-
 # --- the files of a run
 
 
@@ -224,23 +111,23 @@ def status(state: Json, result: Json | None = None) -> str:
     if result and result.get("status") == UNREADABLE:
         return UNREADABLE
     said = str(state.get("status", "unknown"))
-    if said != "running" or _age(state.get("heartbeat")) <= HEARTBEAT_S:
+    if said != "running" or age(state.get("heartbeat")) <= HEARTBEAT_S:
         return said
     from rayft.record import alive  # waits until it is needed: it brings the recipe's whole schema along
 
     return "running" if "pid" in state and alive(state) else "lost"
 
 
-def _walk(folder: str) -> Iterator[tuple[str, Json]]:
+def walk(folder: str) -> Iterator[tuple[str, Json]]:
     """Every run at or below `folder` with its run.json."""
     state = _json(folder, "run.json")
     if state:
         yield folder, state
-    for below in _below(folder):
-        yield from _walk(below)
+    for path in folders_below(folder):
+        yield from walk(path)
 
 
-def _below(folder: str) -> Iterator[str]:
+def folders_below(folder: str) -> Iterator[str]:
     for path in storage.folders(folder):
         name = path.rpartition("/")[2]
         if name not in INSIDE and name != PREPARED and not name.startswith("."):
@@ -344,15 +231,6 @@ def _leading(evaluations: list[Json]) -> Json:
     return {} if name is None else {"metric": name, "value": scores[name]}
 
 
-def _keys(state: Json) -> set[str]:
-    """The names of the prepared folders that a run.json refers to."""
-    found: set[str] = set()
-    for field in ("prepared", "facts"):
-        value = state.get(field) or []
-        found.update([value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value)
-    return found
-
-
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of each field; lists are values."""
     if isinstance(value, dict) and value:
@@ -362,7 +240,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _existing(where: str) -> str:
+def existing(where: str) -> str:
     if not storage.exists(where):
         raise StorageMissing(
             f"{shown(where)} does not exist; the storage is the recipe's `storage:`, a folder or an URL"
@@ -370,6 +248,6 @@ def _existing(where: str) -> str:
     return where
 
 
-def _age(moment: Any) -> float:
+def age(moment: Any) -> float:
     """Seconds since a time in run.json; endless where there is none."""
     return time.time() - moment if is_number(moment) else float("inf")

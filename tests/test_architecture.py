@@ -136,6 +136,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sampling",
         "snapshots",
         "report",
+        "leftovers",
         "history",
         "overview",
         "pages",

@@ -2,83 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rayft import report, storage
+from rayft import leftovers, report, storage
 from rayft.errors import StorageError
 from rayft.record import process_begun
-
-KEY = "0123456789abcdef0123456789abcdef"
-OTHER = "fedcba98" * 4
-THIRD = "89abcdef" * 4
-RECIPE = "name: {name}\ntrain:\n  epochs: 2\n  learning_rate: {rate}\ndata:\n  train:\n  - path: /data/a.csv\n"
-
-
-def write_run(
-    where: str, name: str, status: str = "finished", silent_s: float = 0.0, rate: str = "5e-05", **fields: Any
-) -> str:
-    """A run's folder as a run leaves it; one that is not running has a result."""
-    run, now = storage.join(where, name), time.time()
-    state = {"status": status, "attempt": 1, "host": "elsewhere", "pid": 1, "pid_started": 0.0, "model": "m"}
-    times = {"started": now - silent_s - 60, "heartbeat": now - silent_s}
-    storage.write_json(storage.join(run, "run.json"), {**state, **times, "prepared": {"train": KEY}, **fields})
-    storage.write_text(storage.join(run, "recipe.yaml"), RECIPE.format(name=name, rate=rate))
-    rows: list[dict[str, Any]] = []
-    for step in range(1, 5):
-        rows.append({"step": step, "epoch": step / 2, "loss": 1 / step, "learning_rate": 1e-4})
-        rows += (
-            [{"step": step, "epoch": step / 2, "eval_loss": 1 / step, "eval_accuracy": step / 8}]
-            if step % 2 == 0
-            else []
-        )
-    if status == "finished":
-        rows.append({"step": 4, "epoch": 2.0, "eval_loss": 0.25, "eval_accuracy": 0.5, "test_accuracy": 0.4})
-        metrics = {"eval_accuracy": 0.5, "eval_loss": 0.25, "test_accuracy": 0.4}
-        best = {"step": 4, "metric": "eval_accuracy", "value": 0.5}
-        result = {
-            "run": run,
-            "status": status,
-            "error": None,
-            "steps": 4,
-            "epochs": 2.0,
-            "metrics": metrics,
-            "best": best,
-        }
-        more = {"export": storage.join(run, "export"), "timing": {"train_s": 12.0, "data_wait": None}}
-        storage.write_json(storage.join(run, "result.json"), {**result, **more})
-    elif status == "failed":
-        result = {
-            "run": run,
-            "status": status,
-            "error": "a worker was lost",
-            "steps": None,
-            "epochs": None,
-            "metrics": {},
-        }
-        storage.write_json(storage.join(run, "result.json"), {**result, "best": None, "export": None, "timing": {}})
-    storage.write_text(storage.join(run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    storage.write_json(storage.join(run, "attempts", "000001.json"), {"number": 1, "accepts": []})
-    return run
-
-
-def age(folder: str, days: float) -> None:
-    for entry in storage.listing(folder):
-        then = time.time() - days * report.DAY_S
-        os.utime(entry.path, (then, then))
-
-
-def shards(where: str, key: str, days: float, size: int = 100) -> str:
-    folder = storage.join(where, "prepared", key)
-    storage.write_bytes(storage.join(folder, "part-00000.parquet"), b"x" * size)
-    age(folder, days)
-    return folder
+from run_folders import write_run
 
 
 @pytest.fixture
@@ -218,118 +152,4 @@ def test_runs_are_read_from_an_url_as_from_a_folder() -> None:
     storage.write_text(storage.join(run, "checkpoints", "step-000004-a1", "state.json"), "{}")
     assert [(one["name"], one["run"]) for one in report.runs(where)] == [("team/one", run)]
     assert report.show(run)["value"] == 0.5
-    assert [one.path for one in report.leftovers(where)] == [storage.join(run, "checkpoints/step-000004-a1")]
-
-
-# --- what can go
-
-
-def test_prepared_shards_go_when_old_and_unused(where: str) -> None:
-    write_run(where, "one")
-    used, young, old = shards(where, KEY, 9), shards(where, OTHER, 0.5), shards(where, THIRD, 2)
-    storage.write_text(storage.join(where, "prepared", "my notes", "x"), "not rayft's")
-    age(storage.join(where, "prepared", "my notes"), 9)
-    found = report.leftovers(where)
-    assert [(one.path, one.bytes) for one in found] == [(old, 100)]
-    assert report.remove(where, found) == found
-    assert [os.path.exists(path) for path in (used, young, old)] == [True, True, False]
-
-
-def test_of_shards_in_use_only_what_a_killed_preparation_has_left_goes(where: str) -> None:
-    write_run(where, "one")
-    folder = shards(where, KEY, 9)
-    gone = ["attempt-killed", "frozen/f00/killed", "frozen/f01/killed"]
-    for name in (*gone, "attempt-used", "attempt-going", "frozen/f00/used", "frozen/f01/going"):
-        storage.write_bytes(storage.join(folder, name, "0.bin"), b"x" * 10)
-        age(storage.join(folder, name), 0.5 if name.endswith("going") else 2)
-    storage.write_json(storage.join(folder, "manifest.json"), {"shards": [{"path": "attempt-used/0.bin"}]})
-    storage.write_json(storage.join(folder, "frozen/f00/manifest.json"), {"parts": [{"data": "used/0.bin"}]})
-    found = report.leftovers(where)
-    assert [(one.path, one.bytes) for one in found] == [(storage.join(folder, name), 10) for name in gone]
-    assert report.remove(where, found) == found
-    assert report.leftovers(where) == []
-
-
-def test_what_a_preparation_is_only_writing_stays(where: str) -> None:
-    begun = Path(where, "prepared", KEY, "attempt-1", "scratch")
-    begun.mkdir(parents=True)
-    (begun / ".rayft-tmp-abc").write_text("half", encoding="utf-8")
-    empty = Path(where, "prepared", OTHER)
-    empty.mkdir()
-    assert report.leftovers(where) == []
-    for folder in (begun, *begun.parents[:2], empty):
-        os.utime(folder, (time.time() - 2 * report.DAY_S,) * 2)
-    assert {one.path for one in report.leftovers(where)} == {str(begun.parents[1]), str(empty)}
-
-
-@pytest.mark.parametrize("fields", [{"prepared": {"train": OTHER}}, {"prepared": [OTHER]}, {"facts": [OTHER]}])
-def test_shards_that_a_run_refers_to_stay(where: str, fields: dict[str, Any]) -> None:
-    write_run(where, "deep/one", "running", silent_s=3600, **fields)
-    shards(where, OTHER, 9)
-    assert not [one for one in report.leftovers(where) if "prepared" in one.path]
-
-
-def test_remains_of_attempts_go_but_never_those_of_a_running_run(where: str) -> None:
-    gone = []
-    for status, silent_s in (("running", 0.0), ("running", 3600.0), ("finished", 0.0), ("failed", 0.0)):
-        run = write_run(where, f"{status}-{silent_s:.0f}", status, silent_s)
-        torn, whole = (storage.join(run, "checkpoints", name) for name in ("step-000004-a2", "step-000002-a1"))
-        for path in (torn, whole):
-            storage.write_text(storage.join(path, "state.json"), "{}")
-        storage.commit(whole, {})
-        storage.write_text(storage.join(run, "ray", "attempt-1", "snapshot.json"), "{}")
-        gone += [torn, storage.join(run, "ray")] if status != "running" else []
-    assert sorted(one.path for one in report.leftovers(where)) == sorted(gone)
-    report.remove(where, report.leftovers(where))
-    assert report.leftovers(where) == []
-    assert len(report.runs(where)) == 4
-
-
-def test_failed_runs_with_nothing_in_them_go_after_a_day_and_take_their_shards_along(where: str) -> None:
-    day = 2 * report.DAY_S
-    barren = write_run(where, "barren", "failed", day)
-    lost = write_run(where, "lost", "running", day)
-    write_run(where, "young", "failed", 60, prepared={"train": OTHER})
-    resumable = write_run(where, "resumable", "failed", day, prepared={"train": OTHER})
-    storage.commit(storage.join(resumable, "checkpoints", "step-000002-a1"), {})
-    kept, old = shards(where, OTHER, 9), shards(where, KEY, 9)
-    found = report.leftovers(where)
-    assert {one.path for one in found} == {barren, lost, old}
-    report.remove(where, found)
-    assert sorted(run["name"] for run in report.runs(where)) == ["resumable", "young"]
-    assert os.path.exists(kept)
-
-
-def test_a_failed_run_goes_with_its_claims_and_pictures_but_no_trial_of_a_sweep(where: str) -> None:
-    day = 2 * report.DAY_S
-    barren = write_run(where, "barren", "failed", day)
-    storage.write_bytes(storage.join(barren, "pictures", "step-000002", "eval_confusion_matrix.png"), b"png")
-    write_run(where, "sweep", "failed", day, prepared={"train": OTHER})
-    for number in range(2):
-        write_run(where, f"sweep/trials/{number:05d}", "failed", day, prepared={"train": OTHER})
-    for place in (where, storage.join(where, "sweep"), storage.join(where, "sweep", "trials")):
-        assert [one.path for one in report.leftovers(place)] == ([barren] if place == where else [])
-    report.remove(where, report.leftovers(where))
-    assert not os.path.exists(barren)
-
-
-def test_while_a_run_can_not_be_read_it_keeps_its_remains_and_every_shard(where: str) -> None:
-    run = write_run(where, "torn", silent_s=2 * report.DAY_S)
-    storage.write_text(storage.join(run, "checkpoints", "step-000004-a1", "state.json"), "{}")
-    shards(where, OTHER, 9)
-    told: list[str] = []
-    storage.write_text(storage.join(run, "run.json"), '{"status": "runn')
-    assert report.leftovers(where, told.append) == []
-    assert told == [f"{run}/run.json is damaged, and may refer to any of the prepared shards: all stay"]
-    storage.delete(run)
-    assert len(report.leftovers(where, told.append)) == 1
-    assert len(told) == 1
-
-
-def test_what_came_into_use_after_the_question_stays(where: str) -> None:
-    write_run(where, "one")
-    folder = shards(where, OTHER, 9)
-    agreed = report.leftovers(where)
-    write_run(where, "two", "running", prepared={"train": OTHER})
-    assert report.remove(where, agreed) == []
-    assert os.path.exists(folder)
+    assert [one.path for one in leftovers.leftovers(where)] == [storage.join(run, "checkpoints/step-000004-a1")]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from rayft import report, storage
+from rayft import leftovers, storage
 from rayft.data import prepare as module
 from rayft.data import scan, splits
 from rayft.data.prepare import Preparation, prepare
@@ -256,7 +256,7 @@ def test_what_a_power_cut_has_damaged_is_named_and_prepared_anew(place: Path, to
 
 
 def aged(where: str, days: float) -> None:
-    then = time.time() - days * report.DAY_S
+    then = time.time() - days * leftovers.DAY_S
     for entry in storage.listing(where):
         os.utime(entry.path, (then, then))
 
@@ -267,9 +267,9 @@ def test_old_shards_that_a_starting_run_has_found_are_kept(place: Path) -> None:
     where = str(place / "runs")
     for find in (Preparation(recipe(place), str(place / "model")).found, lambda: made(place)):
         aged(where, 2)
-        assert len(report.leftovers(where)) == 2  # train, and the validation rows that were cut from it
+        assert len(leftovers.leftovers(where)) == 2  # train, and the validation rows that were cut from it
         assert find()
-        assert report.leftovers(where) == []
+        assert leftovers.leftovers(where) == []
 
 
 @pytest.mark.usefixtures("ray_local")
