@@ -68,6 +68,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.spread",
         "data.class_labels",
         "data.formats",
+        "data.json_rows",
         "data.classes",
         "data.hub",
         "data.source",

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import gzip
 import io
-import json
 import os
 import re
 import zlib
@@ -25,9 +24,8 @@ from rayft.errors import DataError
 
 # A field beyond this is an unclosed quote that swallows the rest of the file, not text that anyone trains on.
 LONGEST_FIELD = 64 << 20
-BY_COLUMN = "columns, as pandas writes them, where rows are needed: df.to_json(path, orient='records', lines=True)"
 NOT_UTF8 = "is not UTF-8; save it as that"
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}  # by the end of a name
 _SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # what divides the fields of files that are called .csv too
 
@@ -50,7 +48,7 @@ class Table:
 
 
 @dataclass
-class _Lines:
+class Lines:
     """The lines of a UTF-8 file as text, with their ends.
 
     Bytes that are no UTF-8 come through as lone surrogates, and `fault` says so until it is taken: the reader above
@@ -90,7 +88,7 @@ def open_binary(path: str) -> Iterator[Any]:
             return
         try:
             with _opened(raw, kind) as file:
-                yield io.BufferedReader(file, _CHUNK)
+                yield io.BufferedReader(file, CHUNK)
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # the storage's fault, and not what the file holds
                 raise
@@ -110,7 +108,7 @@ def _opened(raw: Any, kind: str) -> Any:
 def read_csv(path: str, delimiter: str) -> Table:
     """A header, then rows of as many fields; all values are strings, an empty field is "". Blank lines are no rows."""
     csv.field_size_limit(LONGEST_FIELD)
-    lines = _Lines(path)
+    lines = Lines(path)
     # Strict: a stray quote is a fault with a place, where the lenient reader would guess.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
@@ -141,7 +139,7 @@ def divided(path: str, columns: Sequence[str], missing: Sequence[str] = ()) -> s
     return f"{path}: its fields are divided by {_SIGNS[sign]}, those of a .csv by commas; {mend}" if sign else ""
 
 
-def _csv_rows(reader: Any, lines: _Lines, header: list[str]) -> Iterator[Row]:
+def _csv_rows(reader: Any, lines: Lines, header: list[str]) -> Iterator[Row]:
     number = 0
     while True:
         line = lines.number + 1
@@ -162,161 +160,13 @@ def _csv_rows(reader: Any, lines: _Lines, header: list[str]) -> Iterator[Row]:
         number += 1
 
 
-def read_jsonl(path: str) -> Table:
-    """One JSON object a line; blank lines are no rows."""
-    return Table(None, _jsonl_rows(path))
-
-
-def _jsonl_rows(path: str) -> Iterator[Row]:
-    lines, number = _Lines(path), 0
-    for text in lines:
-        if not text.strip():
-            continue
-        fault = lines.take_fault()
-        if fault:
-            yield Row(number, lines.number, {}, fault)
-        else:
-            try:
-                yield _object(number, lines.number, json.loads(text.rstrip()))
-            except (ValueError, RecursionError) as error:
-                yield Row(number, lines.number, {}, _broken_json(error))
-        number += 1
-
-
-def _broken_json(error: Exception) -> str:
-    place = f" at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-    return f"broken JSON: {getattr(error, 'msg', error)}{place}"
-
-
-def _object(number: int, line: int, value: Any) -> Row:
-    if isinstance(value, dict):
-        return Row(number, line, {}, BY_COLUMN) if _by_column(value) else Row(number, line, value)
-    return Row(number, line, {}, f"a JSON {_KINDS.get(type(value), 'value')} where a row is an object of columns")
-
-
-def _by_column(value: dict[str, Any]) -> bool:
-    """Whether a JSON object holds whole columns as {"text": {"0": …, "1": …}}: numbered rows, the same in each."""
-    columns = list(value.values())
-    if not columns or not all(isinstance(column, dict) and column for column in columns):
-        return False
-    return all(map(str.isdecimal, columns[0])) and all(column.keys() == columns[0].keys() for column in columns)
-
-
-_KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
-
-
-def read_json(path: str) -> Table:
-    """An array of objects, {"data": [...]}, or one object a line. Arrays are streamed; {"data": …} is read whole."""
-    with open_binary(path) as file:
-        # Blank bytes are skipped by hand, since the first sign decides how the file is read.
-        first = file.readline()
-        while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-            first = file.readline()
-        start = first.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        if start == b"[":
-            return Table(None, _array_rows(path))
-        whole: Any = None
-        try:
-            whole = json.loads(first)
-        except ValueError:  # an object over several lines, or a broken one
-            with contextlib.suppress(ValueError):
-                whole = json.loads(first + file.read())
-    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-        return Table(None, (_object(number, 0, value) for number, value in enumerate(whole["data"])))
-    if isinstance(whole, dict) and _by_column(whole):
-        return Table(None, iter([_object(0, 1, whole)]))
-    if start != b"{":
-        raise DataError(f'{path} is no JSON of rows; an array of objects, {{"data": [...]}} or one object a line fits')
-    return read_jsonl(path)
-
-
-class _Array:
-    """The elements of a JSON array, decoded one after the other.
-
-    What follows a broken one can't be found, so that it ends the file with a DataError.
-    """
-
-    _blanks = re.compile(r"[ \t\r\n]*")
-
-    def __init__(self, path: str, file: Any):
-        self._path = path
-        self._stream = codecs.getreader("utf-8-sig")(file)
-        self._text = ""  # what has been read and not been decoded, from `_place` on
-        self._place = 0
-        self._line = 1  # of the text's begin
-        self._number = 0
-        self._ended = False
-
-    def rows(self) -> Iterator[Row]:
-        self._sign()
-        self._place += 1  # the bracket
-        sign = self._sign()
-        while sign != "]":
-            line = self._line_here()
-            yield _object(self._number, line, self._element())
-            self._number += 1
-            sign = self._sign()
-            if sign == ",":
-                self._place += 1
-                sign = self._sign()
-            elif sign != "]":
-                raise self._broken("the array ends too early" if not sign else "a comma is missing before this row")
-        self._place += 1
-        if self._sign():
-            raise self._broken("more follows the array")
-
-    def _element(self) -> Any:
-        decoder = json.JSONDecoder()
-        while True:
-            fault = "a row is too long"
-            try:
-                value, end = decoder.raw_decode(self._text, self._place)
-                if end < len(self._text) or self._ended:  # else a number might go on
-                    self._place = end
-                    return value
-            except (ValueError, RecursionError) as error:
-                fault = f"broken JSON: {getattr(error, 'msg', error)}"  # its position is one in the buffer
-            if self._ended or len(self._text) - self._place > LONGEST_FIELD:
-                raise self._broken(fault)
-            self._more()
-
-    def _sign(self) -> str:
-        """Skips blanks and gives the sign that follows, "" at the end of the file."""
-        while True:
-            blanks = self._blanks.match(self._text, self._place)
-            self._place = blanks.end() if blanks else self._place
-            if self._place < len(self._text) or self._ended:
-                return self._text[self._place : self._place + 1]
-            self._more()
-
-    def _more(self) -> None:
-        self._line, rest = self._line_here(), self._text[self._place :]
-        try:
-            read = self._stream.read(max(_CHUNK, len(rest)))  # doubling keeps a long element linear
-        except UnicodeDecodeError as error:
-            raise self._broken(f"byte {error.object[error.start]:#04x} after its begin {NOT_UTF8}") from None
-        self._text, self._place, self._ended = rest + read, 0, not read
-
-    def _line_here(self) -> int:
-        return self._line + self._text.count("\n", 0, self._place)
-
-    def _broken(self, fault: str) -> DataError:
-        place = place_of(self._path, self._number, self._line_here())
-        return DataError(f"{place}: {fault}; nothing can be read from here on")
-
-
-def _array_rows(path: str) -> Iterator[Row]:
-    with open_binary(path) as file:
-        yield from _Array(path, file).rows()
-
-
 def read_text(path: str) -> Table:
     """One row a line, in the column `text`, without the line's end; blank lines are no rows."""
     return Table(("text",), _text_rows(path))
 
 
 def _text_rows(path: str) -> Iterator[Row]:
-    lines, number = _Lines(path), 0
+    lines, number = Lines(path), 0
     for text in lines:
         if text.strip():
             yield Row(number, lines.number, {"text": text.rstrip("\r\n")}, lines.take_fault())

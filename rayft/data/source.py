@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from rayft import storage
-from rayft.data import classes, formats, hub
+from rayft.data import classes, formats, hub, json_rows
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.storage import Entry
@@ -214,8 +214,8 @@ def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.T
     readers: dict[str, Callable[[str], formats.Table]] = {
         "csv": lambda path: formats.read_csv(path, ","),
         "tsv": lambda path: formats.read_csv(path, "\t"),
-        "jsonl": formats.read_jsonl,
-        "json": formats.read_json,
+        "jsonl": json_rows.read_jsonl,
+        "json": json_rows.read_json,
         "txt": formats.read_text,
     }
     return readers[fragment.format](fragment.path)
