@@ -151,9 +151,9 @@ def _safely_overlapped(config: dict[str, Any], network: torch.nn.Module) -> dict
 
     DeepSpeed 0.19 frees the gradient of a parameter that is larger than a bucket while it is still being reduced.
     """
-    zero = config["zero_optimization"]
+    zero = config.get("zero_optimization", {})
     largest = max((parameter.numel() for parameter in network.parameters() if parameter.requires_grad), default=0)
-    if zero["stage"] == 3 or not zero.get("overlap_comm") or largest <= zero.get("reduce_bucket_size", BUCKET):
+    if zero.get("stage") == 3 or not zero.get("overlap_comm") or largest <= zero.get("reduce_bucket_size", BUCKET):
         return config
     return {**config, "zero_optimization": {**zero, "overlap_comm": False}}
 

@@ -224,7 +224,7 @@ def predicted(job: str, recipe: Recipe, folder: str) -> dict[str, Any]:
     facts = json.loads((Path(folder) / "rayft.json").read_text())["facts"]
     source = recipe.data.validation[0]
     piece = fragments([source])[0]
-    rows = next(read(piece, source, recipe.data.columns, task.columns(labelled=False), (), PREDICTED))
+    rows = next(read(piece, source, recipe.data.columns, task.columns(labelled=False), PREDICTED))
     if job in SHOWN:
         rows.columns, count = SHOWN[job], len(SHOWN[job]["answer"])
         rows.numbers, rows.lines = rows.numbers[:count], rows.lines[:count]
