@@ -6,6 +6,7 @@ unless another attempt had superseded its own by then.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -41,13 +42,28 @@ def _counting(folder: str) -> list[tuple[str, dict[str, Any]]]:
     for path in sorted(_folders(folder), key=_place):
         if fence is not None and _place(path)[1] != fence[0] and _name(path) not in fence[1]:
             continue
-        marker = storage.committed(path)
+        marker = _marker(path)
         if marker is not None:
             found.append((path, marker))
-        elif storage.exists(storage.join(path, storage.MARKER)):
-            raise Damaged(path, storage.join(path, storage.MARKER), "is not as it was written")
     names = {_name(path) for path, _ in found}
     return [(path, marker) for path, marker in found if marker.get("best") is None or marker["best"] in names]
+
+
+def _marker(path: str) -> dict[str, Any] | None:
+    """What the commit marker says, None where there is none, Damaged where it can't be read.
+
+    It is read once: between two looks another process may commit, or delete.
+    """
+    file = storage.join(path, storage.MARKER)
+    try:
+        said = json.loads(storage.read_bytes(file))
+    except StorageMissing:
+        return None
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise Damaged(path, file, "is not as it was written")
+    return said
 
 
 def step_of(path: str) -> int:

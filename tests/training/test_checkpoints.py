@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayft import attempts, storage
-from rayft.errors import Damaged, Superseded
+from rayft.errors import Damaged, StorageMissing, Superseded
 from rayft.training import checkpoints
 
 
@@ -77,6 +77,26 @@ def test_a_checkpoint_whose_marker_is_damaged_is_noticed_and_the_one_before_coun
         checkpoints.newest(folder)
     checkpoints.discard(caught.value.folder, str(caught.value))
     assert checkpoints.newest(folder) == str(before)
+
+
+def test_a_checkpoint_that_is_committed_while_it_is_looked_at_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, late = write(tmp_path, 1), write(tmp_path, 2, commit=False)
+    read = storage.read_bytes
+
+    def slow(path: str) -> bytes:
+        try:
+            return read(path)
+        except StorageMissing:
+            storage.commit(str(late), {"step": 2, "best": None})
+            raise
+
+    folder = str(tmp_path / "checkpoints")
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "read_bytes", slow)
+        assert checkpoints.newest(folder) == str(before)
+    assert checkpoints.newest(folder) == str(late)
 
 
 def test_what_an_attempt_left_uncommitted_is_swept(tmp_path: Path) -> None:
