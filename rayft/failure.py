@@ -29,10 +29,7 @@ from rayft.errors import Damaged, NotFinite, OutOfMemory, RayftError, StorageDow
 from rayft.recipe import Recipe
 
 AGAIN = (WorkersLost, StorageDown, Damaged)
-SURE = (
-    NotFinite,
-    OutOfMemory,
-)  # of what is not tried again: what other machines of the same size would not mend either
+SURE = (NotFinite, OutOfMemory)  # not tried again, and other machines of the same size would not mend it either
 
 # How errors of Ray, torch, gloo and NCCL read in processes that only saw another one end, or waited for it in vain.
 _GONE = (
