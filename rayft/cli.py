@@ -310,7 +310,7 @@ def report(
 ) -> None:
     """Write one HTML page of a run or a sweep, which opens offline."""
     with answering(json) as answer:
-        from rayft.pages import write_report
+        from rayft.reports.pages import write_report
         from rayft.text import size
 
         done = write_report(target, output)
@@ -327,7 +327,7 @@ def dashboard(
 ) -> None:
     """Serve the pages of all runs and sweeps in a storage, live."""
     with answering(False) as answer:
-        from rayft.dashboard import serve
+        from rayft.reports.dashboard import serve
 
         serve(storage, host, port, answer.say)
 

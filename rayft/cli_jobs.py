@@ -31,12 +31,12 @@ def _server(address: str | None, kubernetes: bool, namespace: str | None) -> Any
     if kubernetes:
         if address:
             raise RunRefused("--address is of a Ray cluster; Kubernetes' comes from the kubeconfig")
-        from rayft import kubernetes_api
+        from rayft.submission import kubernetes_api
 
         return kubernetes_api.Kubernetes(namespace)
     if namespace:
         raise RunRefused("--namespace is of Kubernetes: it needs --kubernetes")
-    from rayft.jobserver import JobServer, address_of
+    from rayft.submission.jobserver import JobServer, address_of
 
     return JobServer(address_of(address))
 
@@ -65,7 +65,7 @@ def submit(
         if dry_run:
             _print_manifests(loaded, recipe, answer, refused=follow or upload)
             return
-        from rayft.following import follow as see
+        from rayft.submission.following import follow as see
         from rayft.text import submitted_lines
 
         server, send = _sender(loaded, recipe, address, kubernetes)
@@ -93,7 +93,7 @@ def _sender(loaded: Any, source: str, address: str | None, kubernetes: bool) -> 
     if kubernetes:
         cluster = _server(address, True, asked.kubernetes.namespace)
         return cluster, partial(carrier.apply, loaded, cluster, source=source)
-    from rayft.jobserver import JobServer, address_of
+    from rayft.submission.jobserver import JobServer, address_of
 
     server = JobServer(address_of(address, asked))
     return server, partial(carrier.submit, loaded, server)
@@ -102,7 +102,7 @@ def _sender(loaded: Any, source: str, address: str | None, kubernetes: bool) -> 
 def _print_manifests(loaded: Any, source: str, answer: Answer, refused: bool) -> None:
     """YAML alone on stdout, or with --json the objects."""
     from rayft.errors import RunRefused
-    from rayft.kuberay import manifests, to_yaml
+    from rayft.submission.kuberay import manifests, to_yaml
 
     if refused:
         raise RunRefused("--dry-run contacts neither cluster nor storage: it goes with neither --follow nor --upload")
@@ -118,7 +118,7 @@ def jobs_list(
 ) -> None:
     """List the cluster's jobs with the state of their runs, newest first."""
     with answering(json) as answer:
-        from rayft import jobs as cluster
+        from rayft.submission import jobs as cluster
         from rayft.text import jobs_lines
 
         server = _server(address, kubernetes, namespace)
@@ -136,7 +136,7 @@ def jobs_status(
 ) -> None:
     """Show one job and its run."""
     with answering(json) as answer:
-        from rayft import jobs as cluster
+        from rayft.submission import jobs as cluster
         from rayft.text import job_lines
 
         found = cluster.status(_server(address, kubernetes, namespace), job)
@@ -153,8 +153,8 @@ def jobs_logs(
 ) -> None:
     """Print what a job has printed."""
     with answering(False) as answer:
-        from rayft import jobs as cluster
-        from rayft.following import follow as see
+        from rayft.submission import jobs as cluster
+        from rayft.submission.following import follow as see
 
         server = _server(address, kubernetes, namespace)
         found = cluster.find(server, job).id
@@ -176,8 +176,8 @@ def jobs_stop(
 ) -> None:
     """Stop a job after its run has written a checkpoint."""
     with answering(json) as answer:
-        from rayft import jobs as cluster
         from rayft.display import Display
+        from rayft.submission import jobs as cluster
         from rayft.text import job_lines
 
         server = _server(address, kubernetes, namespace)

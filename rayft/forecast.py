@@ -10,10 +10,10 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import depths
 from rayft.data.prepared import Prepared
 from rayft.recipe import Freeze, Recipe
-from rayft.sampling import trials
+from rayft.sweeps import depths
+from rayft.sweeps.sampling import trials
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def measure(plain: dict[str, Any], folder: str, wanted: list[int]) -> Pace:
 
     import torch
 
+    from rayft.launch.session import quiet
     from rayft.models import fetch_model
-    from rayft.session import quiet
     from rayft.training.assembly import pretrained
     from rayft.training.evaluate import Network, mixed
     from rayft.training.first_token import read_first

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from rayft import ahead, storage
+from rayft import storage
 from rayft.data.places import cut_hashes
 from rayft.data.source import BadRow, Fragment, Rows, read, row_id, table_of
 from rayft.data.splits import units_of
 from rayft.data.spread import Batched, packed, unpacked
 from rayft.errors import ModelError, RayftError, TrainingError, WorkersLost
+from rayft.launch import ahead
+from rayft.launch.session import DATA_CPUS, cluster
 from rayft.models import fetch_model
 from rayft.recipe import Source
-from rayft.session import DATA_CPUS, cluster
 from rayft.tasks.task import Columns, Encoded, Prediction, Pretrained, Task
 
 FEW_BYTES = 4 << 20  # of a source whose blocks are small, so that all actors get some and progress is seen

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from rayft import ahead, placement, storage
+from rayft import storage
 from rayft.balance import balance, unseen
 from rayft.doubts import doubts
 from rayft.errors import DataError, RayftError, RunRefused, StorageError
 from rayft.findings import check_lines
+from rayft.launch import ahead, placement
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
@@ -146,7 +147,7 @@ class _Check:
                 self.record.refuse_second_writer(False, self.show)
 
     def _model(self) -> None:
-        from rayft.session import quiet
+        from rayft.launch.session import quiet
         from rayft.training.assembly import pretrained
 
         quiet()
@@ -163,7 +164,7 @@ class _Check:
             self.report["warnings"].append(UNTRAINED.format(recipe.model.path))
 
     def _on_cluster(self) -> None:
-        from rayft import session
+        from rayft.launch import session
 
         placed = self.recipe.cluster
         with ahead.importing(*ahead.DRIVER), session.cluster(placed.max_workers, placed.cpus_per_worker):
@@ -277,9 +278,10 @@ class _Check:
         """What the trials will cost at each depth that they may have."""
         import ray
 
-        from rayft import depths, forecast
-        from rayft.room import at_once
+        from rayft import forecast
         from rayft.run import decided
+        from rayft.sweeps import depths
+        from rayft.sweeps.room import at_once
         from rayft.training import plan
         from rayft.training.assembly import pretrained
 

@@ -13,12 +13,13 @@ from pydantic import BaseModel, SerializeAsAny, ValidationError
 from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails
 
-from rayft import document, faults, rules, task_section, tasks
+from rayft import document, tasks
 from rayft.document import parse_override, set_field
 from rayft.errors import Fault, RecipeError
-from rayft.machines import Checkpoints, Cluster, DeepSpeed, Failure, Kubernetes, Submit, Workers
-from rayft.search import Space, Tune, unsearchable
-from rayft.sections import Data, EarlyStopping, Every, Freeze, Lora, Model, Name, Section, Source, Text, Train
+from rayft.fields import faults, rules, task_section
+from rayft.fields.machines import Checkpoints, Cluster, DeepSpeed, Failure, Kubernetes, Submit, Workers
+from rayft.fields.search import Space, Tune, unsearchable
+from rayft.fields.sections import Data, EarlyStopping, Every, Freeze, Lora, Model, Name, Section, Source, Text, Train
 from rayft.tasks.task import Task
 
 __all__ = [

@@ -15,8 +15,8 @@ from typing import Any
 from rayft import document, storage
 from rayft.errors import StorageMissing
 from rayft.layout import INSIDE, PREPARED
+from rayft.reports.snapshots import is_number, plain_object
 from rayft.retry import shown
-from rayft.snapshots import is_number, plain_object
 
 HEARTBEAT_S = 30.0  # a running run that has been silent for longer is lost
 UNREADABLE = "unreadable"  # the status of a run whose run.json or result.json is damaged

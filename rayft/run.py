@@ -8,15 +8,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import ahead, placement, prestart, storage
+from rayft import storage
 from rayft.doubts import doubts
 from rayft.errors import CheckpointError, Damaged, RayftError, RunRefused, Stopped, StorageDown, TrainingError
-from rayft.failure import AGAIN, SURE, Left, decide
-from rayft.gauges import Gauges
+from rayft.launch import ahead, placement, prestart
+from rayft.launch.failure import AGAIN, SURE, Left, decide
+from rayft.launch.gauges import Gauges
+from rayft.launch.stopping import Stop
 from rayft.models import UNTRAINED, fetch_model, model_identity, without_weights
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.stopping import Stop
 from rayft.text import counted
 from rayft.training import checkpoints, footprint
 from rayft.training.schedule import order, total_steps
@@ -61,7 +62,7 @@ def run(
     if not restart:
         record.refuse_other_model(identity)
     from rayft.data.prepare import Preparation
-    from rayft.session import cluster
+    from rayft.launch.session import cluster
 
     rows = Preparation(recipe, model_path)
     prepared = rows.found()
@@ -278,7 +279,7 @@ class Attempts:
 
     def _once(self) -> Left | RayftError | None:
         """One worker group; None when the run has ended, else why it hasn't."""
-        from rayft import group
+        from rayft.launch import group
 
         try:
             attempt = self.record.claim()

@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import rayft
-from rayft import kuberay, preflight, reach, storage
+from rayft import preflight, storage
 from rayft.errors import RunRefused, StorageError
-from rayft.jobserver import JobServer
-from rayft.kubernetes_api import Kubernetes
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.servers import TERMINAL, Job
+from rayft.submission import kuberay, reach
+from rayft.submission.jobserver import JobServer
+from rayft.submission.kubernetes_api import Kubernetes
+from rayft.submission.servers import TERMINAL, Job
 
 Show = Callable[[dict[str, Any]], None]
 FILE = "recipe.yaml"

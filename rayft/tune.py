@@ -13,18 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayft import ahead, depths, placement, room, storage, trials
+from rayft import storage
 from rayft.errors import RayftError, RunRefused, Stopped, SweepStopped, TrainingError
+from rayft.fields.search import Tune, prepares
+from rayft.launch import ahead, placement
+from rayft.launch.stopping import Stop
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.roster import Roster
 from rayft.run import decided, length, prepared_for, shown_plan
-from rayft.search import Tune, prepares
-from rayft.stopping import Stop
+from rayft.sweeps import depths, room, trials
+from rayft.sweeps.roster import Roster
+from rayft.sweeps.trials import Known
 from rayft.tasks.stacked import Blocks
 from rayft.text import counted
-from rayft.trials import Known
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -66,7 +68,7 @@ def tune(recipe: Recipe, *, show: Show, restart: bool = False, take_over: bool =
     identity = model_identity(model_path, recipe.model.revision, recipe.train.seed)
     if not restart:
         record.refuse_other_model(identity)
-    from rayft.session import cluster, quiet
+    from rayft.launch.session import cluster, quiet
 
     quiet()
     os.environ.update(ENVIRONMENT)
@@ -125,7 +127,7 @@ def _settle(recipe: Recipe, record: Record, show: Show) -> dict[str, Any] | None
                 f"{recipe.folder} was swept with another tune.{name}; give it another `name=`, or start over with "
                 "--restart"
             )
-    from rayft.sampling import trials as count
+    from rayft.sweeps.sampling import trials as count
 
     result = record.result()
     if result is None or result["status"] != "finished" or _ended(result) < count(recipe.tune):
@@ -192,7 +194,7 @@ class Sweep:
         if best is None:
             reasons = sorted({trial.error or "no score" for trial in roster.ended})
             raise TrainingError(f"none of {len(roster.ended)} trials has a score: {'; '.join(reasons[:3])}")
-        from rayft.finish import finish
+        from rayft.sweeps.finish import finish
 
         self.show({"event": "stage", "name": "testing and exporting the best trial"})
         target = storage.join(self.folder, "export")
@@ -215,8 +217,8 @@ class Sweep:
     def _run_trials(self) -> None:
         import ray.tune
 
-        from rayft import scheduling
-        from rayft.trial import Shared, Trial
+        from rayft.sweeps import scheduling
+        from rayft.sweeps.trial import Shared, Trial
 
         running = min(room.at_once(self.recipe), self.roster.total - len(self.roster.ended))
         single = self.recipe.cluster.max_workers == 1
@@ -264,8 +266,8 @@ class Sweep:
         """The pretrained network, in the object store; None where each trial loads it: flash attention takes a GPU."""
         import ray
 
+        from rayft.sweeps.warm import Warm, packed
         from rayft.training.assembly import pretrained
-        from rayft.warm import Warm, packed
 
         if "flash" in (self.recipe.model.attention or ""):
             return None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import small
-from rayft import placement
+from rayft.launch import placement
 from rayft.recipe import Recipe
 
 

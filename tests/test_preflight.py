@@ -10,8 +10,9 @@ import pytest
 from transformers import ResNetConfig
 
 import small
-from rayft import placement, preflight, session, storage
+from rayft import preflight, storage
 from rayft.errors import ClusterError, ModelError, RunRefused, StorageError
+from rayft.launch import placement, session
 from rayft.recipe import Cluster, Recipe
 from rayft.tasks.task import Pretrained
 from rayft.training import export, freeze, plan

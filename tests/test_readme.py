@@ -12,7 +12,8 @@ import pytest
 import typer
 import yaml
 
-from rayft import cli, faults
+from rayft import cli
+from rayft.fields import faults
 from rayft.recipe import Recipe, json_schema
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ import pytest
 import small
 from rayft import __version__, storage
 from rayft.recipe import Recipe
-from rayft.servers import Job
+from rayft.submission.servers import Job
 from rayft.submit import digest, entrypoint, environment, job_prefix, metadata, submit
 
 

@@ -20,7 +20,8 @@ import pytest
 
 import small
 from faulty_s3 import FaultyS3
-from rayft import stopping, storage
+from rayft import storage
+from rayft.launch import stopping
 from rayft.training import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

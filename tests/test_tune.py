@@ -16,12 +16,14 @@ import pytest
 import yaml
 
 import small
-from rayft import overview, report, storage, trials
+from rayft import report, storage
 from rayft import tune as tune_module
 from rayft.errors import RunRefused, TrainingError
 from rayft.recipe import Recipe
+from rayft.reports import overview
+from rayft.reports.snapshots import Files
 from rayft.run import run
-from rayft.snapshots import Files
+from rayft.sweeps import trials
 from rayft.text import sweep_lines
 from rayft.training import checkpoints
 from rayft.tune import tune
@@ -211,7 +213,7 @@ def test_population_based_training_takes_over_the_better_trials_weights(home: Pa
 def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[str, Any], home: Path) -> None:
     import ray.tune
 
-    from rayft.trial import Shared, Trial
+    from rayft.sweeps.trial import Shared, Trial
 
     best = whole["best"]
     giver = trials.folder_of(whole["run"], best["trial"])
@@ -233,7 +235,7 @@ def test_a_trial_of_several_workers_goes_on_from_anothers_weights(whole: dict[st
 def test_fields_that_do_not_go_together_fail_their_trial_alone_with_the_reason(home: Path, ray_local: None) -> None:
     import ray.tune
 
-    from rayft.trial import Shared, Trial
+    from rayft.sweeps.trial import Shared, Trial
 
     plain = sweep(home, "unfit", {RATE: {"choice": [1e-4]}}, trials=1)
     shared = Shared(Recipe.parse(plain).resolved().dump(), {}, "", None)
@@ -249,7 +251,7 @@ def test_fields_that_do_not_go_together_fail_their_trial_alone_with_the_reason(h
 def test_fields_that_cannot_be_taken_over_with_fail_their_trial_alone(home: Path, ray_local: None) -> None:
     import ray.tune
 
-    from rayft.trial import Shared, Trial
+    from rayft.sweeps.trial import Shared, Trial
 
     plain = sweep(home, "beyond", {RATE: {"choice": [1e-4]}}, trials=1, scheduler="pbt")
     shared = Shared(Recipe.parse(plain).resolved().dump(), {}, "", None)

@@ -189,7 +189,7 @@ def counted(action: Callable[[], Any]) -> tuple[float, int]:
 def boards(worlds: list[int]) -> list[Row]:
     import ray
 
-    from rayft.board import Board
+    from rayft.launch.board import Board
 
     start_ray()
     found = []
@@ -220,7 +220,7 @@ def boards(worlds: list[int]) -> list[Row]:
 
 def loaded(world: int, pulse_cpu: float, look_cpu: float) -> float:
     """Share of one core that the board takes with `world` ranks, at the intervals that rayft keeps."""
-    from rayft.group import TURN_S
+    from rayft.launch.group import TURN_S
     from rayft.training.watch import beat_s
 
     return world * pulse_cpu / beat_s(world) + look_cpu / TURN_S
@@ -235,7 +235,7 @@ def spent(actor: Any) -> float:
 def start_ray() -> None:
     import ray
 
-    from rayft.session import quiet
+    from rayft.launch.session import quiet
 
     if not ray.is_initialized():
         quiet()

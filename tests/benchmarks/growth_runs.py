@@ -71,7 +71,7 @@ def watched() -> Iterator[dict[str, float]]:
 def prepared(count: int) -> Row:
     import preparing
 
-    from rayft.session import cluster
+    from rayft.launch.session import cluster
 
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as home, cluster():

@@ -23,12 +23,13 @@ from typing import Any
 import ray
 import ray.tune
 
-from rayft import trial, trials, tune
-from rayft.pages import write_report
+from rayft import tune
+from rayft.launch.session import quiet
+from rayft.launch.stopping import Stop
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.session import quiet
-from rayft.stopping import Stop
+from rayft.reports.pages import write_report
+from rayft.sweeps import trial, trials
 
 ROOT = Path(__file__).parents[2]
 EVALUATIONS, ROWS = 8, 1000

@@ -121,7 +121,7 @@ def waited(folder: Path, latency_s: float) -> float:
 
 def compared(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     """Medians of both ways to prepare `count` rows, on a Ray that has just started in each round."""
-    from rayft.session import cluster
+    from rayft.launch.session import cluster
 
     seconds: dict[str, list[float]] = {"rayft": [], "plain": []}
     rows(folder / "rows.csv", count)

@@ -23,7 +23,8 @@ import small
 from cluster.local import Nodes
 from faulty_s3 import FaultyS3
 from group import run_group
-from rayft import stopping, storage
+from rayft import storage
+from rayft.launch import stopping
 from rayft.training import checkpoints
 from whole import trained
 

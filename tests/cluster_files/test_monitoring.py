@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from manifests import CLUSTER, document, nested
-from rayft.gauges import METRICS
+from rayft.launch.gauges import METRICS
 
 BOARD = json.loads((CLUSTER / "monitoring" / "grafana-rayft.json").read_text())
 EXPORTED = {f"ray_{name}" for name in METRICS}  # as Ray's agents name them

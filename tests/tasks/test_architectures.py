@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from group import run_group
 from rayft.errors import ModelError
+from rayft.fields.sections import Model, Train
 from rayft.recipe import Recipe
-from rayft.sections import Model, Train
 from rayft.tasks.loading import from_pretrained
 from rayft.tasks.stacked import stacked_blocks
 from rayft.tasks.task import Pretrained

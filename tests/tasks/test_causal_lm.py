@@ -33,9 +33,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rayft import warm
 from rayft.data.pack import pack, packed_table
 from rayft.errors import DataError, ModelError
+from rayft.sweeps import warm
 from rayft.tasks import causal_lm
 from rayft.tasks.causal_lm import CausalLM, each, likelihood
 from rayft.tasks.causal_lm.answers import answer, chosen
@@ -805,7 +805,7 @@ def test_a_process_that_got_its_network_from_another_knows_the_attention(tmp_pat
         logits = task.forward(network, batch)
     (tmp_path / "given").write_bytes(pickle.dumps((warm.packed(network), task.model_dump(), batch, logits)))
     there = (
-        "import pickle, sys, torch; from rayft import warm; from rayft.tasks.causal_lm import CausalLM\n"
+        "import pickle, sys, torch; from rayft.sweeps import warm; from rayft.tasks.causal_lm import CausalLM\n"
         "given, fields, batch, logits = pickle.load(open(sys.argv[1], 'rb'))\n"
         "assert torch.equal(CausalLM(**fields).forward(warm.unpacked(given).eval(), batch), logits)"
     )

@@ -16,8 +16,8 @@ from PIL import Image
 
 from diffusion_models import TINY, make_pipeline_folder
 from rayft.errors import ModelError
+from rayft.fields.sections import Lora, Model
 from rayft.models import without_weights
-from rayft.sections import Lora, Model
 from rayft.tasks.task import Pretrained
 from rayft.tasks.text_to_image import TextToImage
 from rayft.training import freeze

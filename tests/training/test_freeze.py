@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from rayft.errors import ModelError
-from rayft.sections import Lora, Model, Train
+from rayft.fields.sections import Lora, Model, Train
 from rayft.tasks.loading import from_pretrained
 from rayft.tasks.stacked import Blocks, stacked_blocks
 from rayft.tasks.task import Pretrained

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from rayft import history, report
+from rayft import report
 from rayft.recipe import Recipe
-from rayft.snapshots import Files
+from rayft.reports import history
+from rayft.reports.snapshots import Files
 from rayft.text import result_lines, run_lines
 from rayft.training.overfitting import Point, overfit, points, warnings
 from small import recipe as small_recipe

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rayft.machines import Cluster
-from rayft.prestart import environment
+from rayft.fields.machines import Cluster
+from rayft.launch.prestart import environment
 from rayft.training import repeatable
 
 

@@ -1,0 +1,1 @@
+"""What runs have left behind, as pages: read, put together, served."""

@@ -1,0 +1,1 @@
+"""The parts of a sweep: which trials, in what order, on which processes, and what is kept of them."""
