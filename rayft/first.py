@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from rayft import document, tasks
 from rayft.data.classes import PICTURES, SOUNDS
-from rayft.data.formats import divided
 from rayft.data.source import Fragment, peek
 from rayft.errors import DataError
 from rayft.layout import taken
@@ -66,12 +65,10 @@ _PAINTER = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 def look(pieces: Sequence[Fragment], path: str) -> tuple[list[str], dict[str, list[Any]]]:
     """The columns of the data at `path`, and values by column, from the first of its pieces that has rows.
 
-    DataError where none has, or where a header is divided by another sign than its format's.
+    DataError where none has.
     """
     for piece in pieces:
         columns, sample = peek(piece)
-        if told := divided(piece.path, columns):
-            raise DataError(told)
         if any(sample.values()):
             return columns, sample
     raise DataError(f"{path} has no rows; a first recipe needs some to look at")

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 from jsonschema import Draft202012Validator
 
-from test_kuberay import schema
+from kuberay_schema import schema
 
 Object = dict[str, Any]
 TOKEN = "token-of-the-kubeconfig"
@@ -152,7 +152,7 @@ class KubeApi:
 
 def refused(job: Object, strict: bool) -> tuple[int, Object] | None:
     """What Kubernetes says of a RayJob that does not fit its definition."""
-    for error in Draft202012Validator(schema()).iter_errors(job):
+    for error in Draft202012Validator(schema("rayjobs")).iter_errors(job):
         where = error.json_path.removeprefix("$.")
         if error.validator != "additionalProperties":
             return failure(

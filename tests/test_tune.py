@@ -68,6 +68,7 @@ def outcome(folder: str) -> list[tuple[Any, ...]]:
 def test_no_driver_loads_a_model_that_takes_a_gpu(tmp_path: Path) -> None:
     plain = sweep(tmp_path, "flash", {RATE: {"grid": [1e-4]}}, sampler="grid")
     plain["model"]["attention"] = "flash_attention_2"
+    plain["model"]["dtype"] = "bfloat16"
     plain["cluster"]["gpus_per_worker"] = 1
     driver = object.__new__(tune_module.Sweep)
     driver.recipe = Recipe.parse(plain)

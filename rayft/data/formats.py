@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from rayft import retry, storage
@@ -105,38 +106,49 @@ def _opened(raw: Any, kind: str) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
 
 
-def read_csv(path: str, delimiter: str) -> Table:
-    """A header, then rows of as many fields; all values are strings, an empty field is "". Blank lines are no rows."""
+def read_csv(path: str, delimiter: str | None) -> Table:
+    """A header, then rows of as many fields; all values are strings, an empty field is "". Blank lines are no rows.
+
+    Without a `delimiter` its header says it: a comma, or where it has none a semicolon, a tab or a bar.
+    """
     csv.field_size_limit(LONGEST_FIELD)
     lines = Lines(path)
+    rest = iter(lines)
+    first = next((line for line in rest if line.strip()), "")
     # Strict: a stray quote is a fault with a place, where the lenient reader would guess.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(chain([first], rest), delimiter=delimiter or _delimiter(first), strict=True)
     try:
-        header = next((fields for fields in reader if fields), None)
+        header = next(reader, None)
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: the header can't be read: {error}") from None
-    if header is None:
+        raise DataError(f"{path} line {lines.number}: the header can't be read: {error}") from None
+    if not header:
         raise DataError(f"{path} is empty; it needs a header and rows")
     if fault := lines.take_fault():
-        raise DataError(f"{path} line {reader.line_num}: the header can't be read: {fault}")
+        raise DataError(f"{path} line {lines.number}: the header can't be read: {fault}")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice")
     return Table(tuple(header), _csv_rows(reader, lines, header))
 
 
-def divided(path: str, columns: Sequence[str], missing: Sequence[str] = ()) -> str:
-    """Why a .csv has one column alone, or not those that are `missing`: another sign than a comma divides its header.
+def _delimiter(header: str) -> str:
+    """What divides the names of a .csv's header: spreadsheets write semicolons where commas are for numbers."""
+    outside = re.sub('"[^"]*"', "", header)
+    return "," if "," in outside else max(",", *_SIGNS, key=outside.count)
 
-    A comma may stand in it all the same; "" where no other sign is to blame.
+
+def divided(path: str, columns: Sequence[str], missing: Sequence[str]) -> str:
+    """Why a .csv has not the columns that are `missing`: its header has commas, and another sign divides its names.
+
+    "" where no other sign is to blame.
     """
     stem, ending = os.path.splitext(path.lower())
     if not (stem if ending in COMPRESSED else path.lower()).endswith(".csv"):
         return ""
-    alone, header = len(columns) == 1, ",".join(columns)
-    signs = [sign for sign in _SIGNS if sign in header]
-    sign = next((sign for sign in signs if alone or {*missing} & {*re.split(f"[,{re.escape(sign)}]", header)}), "")
-    mend = "let its name end in .tsv" if sign == "\t" else "write it anew with commas"
-    return f"{path}: its fields are divided by {_SIGNS[sign]}, those of a .csv by commas; {mend}" if sign else ""
+    header = ",".join(columns)
+    sign = next((sign for sign in _SIGNS if {*missing} & {*re.split(f"[,{re.escape(sign)}]", header)}), "")
+    return (
+        f"{path}: {_SIGNS[sign]} divide its fields, and its header has commas; let commas divide them" if sign else ""
+    )
 
 
 def _csv_rows(reader: Any, lines: Lines, header: list[str]) -> Iterator[Row]:

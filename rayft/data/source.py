@@ -171,8 +171,7 @@ def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list
     first = list(islice(table_of(fragment, set(columns), rows).rows, rows))
     found = [row.values for row in first if not row.fault]
     if first and not found:
-        bad = BadRow(fragment.path, first[0].number, first[0].fault, first[0].line)
-        raise DataError(formats.divided(fragment.path, columns) or str(bad))
+        raise DataError(str(BadRow(fragment.path, first[0].number, first[0].fault, first[0].line)))
     names = list(dict.fromkeys([*columns, *(name for values in found for name in values)]))
     return names, {name: [values.get(name) for values in found] for name in names}
 
@@ -212,7 +211,7 @@ def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.T
     if fragment.format == classes.FORMAT:
         return classes.read(fragment.path, fragment.part or (0, 0), "label" in wanted)
     readers: dict[str, Callable[[str], formats.Table]] = {
-        "csv": lambda path: formats.read_csv(path, ","),
+        "csv": lambda path: formats.read_csv(path, None),
         "tsv": lambda path: formats.read_csv(path, "\t"),
         "jsonl": json_rows.read_jsonl,
         "json": json_rows.read_json,

@@ -219,10 +219,16 @@ def half_precision_needs_gpus(dtype: str, gpus: int) -> Faults:
         yield Fault("model.dtype", "float16 needs GPUs", show(dtype), fits)
 
 
-def flash_attention_needs_gpus(attention: str | None, gpus: int) -> Faults:
-    if attention and attention.startswith("flash_attention") and gpus == 0:
+def flash_attention_needs_gpus_and_16_bits(attention: str | None, gpus: int, dtype: str) -> Faults:
+    if not attention or not attention.startswith("flash_attention"):
+        return
+    if gpus == 0:
         fits = "`eager` or `sdpa` fits without GPUs (cluster.gpus_per_worker is 0)"
         yield Fault("model.attention", "flash attention needs GPUs", show(attention), fits)
+    elif dtype == "float32":
+        fits = "`sdpa` fits, or `bfloat16` in model.dtype"
+        what = "flash attention computes in 16 bits, and model.dtype has 32"
+        yield Fault("model.attention", what, show(attention), fits)
 
 
 def workers_have_one_gpu(gpus: int) -> Faults:
@@ -306,7 +312,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Faults]], ...] = (
     (("model.compile", "deepspeed.zero_stage", "deepspeed.offload"), compiling_needs_whole_weights),
     (("deepspeed.extra",), extra_leaves_ours_alone),
     (("model.dtype", "cluster.gpus_per_worker"), half_precision_needs_gpus),
-    (("model.attention", "cluster.gpus_per_worker"), flash_attention_needs_gpus),
+    (("model.attention", "cluster.gpus_per_worker", "model.dtype"), flash_attention_needs_gpus_and_16_bits),
     (("cluster.gpus_per_worker",), workers_have_one_gpu),
     (("data.columns",), columns_go_to_different_names),
     (("storage", "model.path", "data.train", "data.validation", "data.test"), no_secrets),

@@ -140,7 +140,7 @@ class Model(Section):
     dropout: Share | None = None
     """Overrides every dropout probability of the model's config; null: they stay."""
     attention: Text | None = None
-    """How attention is computed: eager, sdpa, flash_attention_2 (on GPUs), …; null: as transformers chooses."""
+    """How attention is computed: eager, sdpa, flash_attention_2 (GPUs, 16 bits), …; null: as transformers chooses."""
     batch_norm_rows: Annotated[int, Field(strict=True, ge=2)] | None = None
     """Rows of which BatchNorm takes its statistics, as a model from nothing needs. Null: it keeps those that it has."""
     gradient_checkpointing: Flag = False

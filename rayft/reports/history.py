@@ -1,7 +1,7 @@
 """What there is to show of a storage and of one run, as plain data: read from the folders that runs write.
 
 Each function takes the `Files` that it reads through; keep it, and what has not changed is not read again. Numbers are
-those of the files. Sweeps are in `trials.py`.
+those of the files. Sweeps are in `overview.py`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import jsonschema
 import pytest
 import yaml
 
-from manifests import CLUSTER, ROOT, document, documents, locked, nested
+from kuberay_schema import schema
+from manifests import CLUSTER, document, documents, locked, nested
 
-CRD = ROOT.parent / "shared" / "kuberay" / "ray.io_rayclusters.yaml"
 FILES = sorted(path.name for path in (CLUSTER / "kuberay").glob("*.yaml"))
 RAY = document("kuberay/raycluster.yaml", "RayCluster")
 HEAD = RAY["spec"]["headGroupSpec"]["template"]["spec"]
@@ -25,32 +25,9 @@ CONTAINERS = {name: pod["containers"][0] for name, pod in PODS.items()} | {
 }
 
 
-def closed(schema: Any) -> Any:
-    """An OpenAPI schema as the API server reads it strictly: what is not named is refused."""
-    if isinstance(schema, list):
-        return [closed(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    strict = {key: closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "type" in schema:
-        strict.setdefault("additionalProperties", False)
-    if schema.get("x-kubernetes-int-or-string"):
-        strict["type"] = ["integer", "string"]
-        strict.pop("anyOf", None)
-    return strict
-
-
 @pytest.fixture(scope="module")
 def validator() -> jsonschema.Draft202012Validator:
-    if not CRD.is_file():
-        pytest.fail(
-            f"{CRD} is missing: put KubeRay 1.7's resource definitions there "
-            "(ray-operator/config/crd/bases of its repository)",
-            pytrace=False,
-        )
-    versions = yaml.safe_load(CRD.read_text())["spec"]["versions"]
-    schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
-    return jsonschema.Draft202012Validator(closed(schema))
+    return jsonschema.Draft202012Validator(schema("rayclusters"))
 
 
 def test_the_cluster_fits_kuberays_schema(validator: jsonschema.Draft202012Validator) -> None:

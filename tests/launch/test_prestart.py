@@ -68,7 +68,7 @@ def test_workers_of_a_trial_with_an_environment_of_its_own_take_them_too() -> No
 def test_workers_of_a_job_with_an_environment_and_a_folder_take_them_too(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: of-the-job\n", encoding="utf-8")
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    own["PYTHONPATH"] = str(Path(__file__).parents[1])
+    own["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-c", JOB, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=own)
     assert done.returncode == 0, done.stderr

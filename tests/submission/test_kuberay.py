@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
-from test_kubernetes_rules import KUBERNETES, PASSED, SELECTOR, recipe_with
 
+from kuberay_schema import schema
 from rayft import __version__
 from rayft.errors import RecipeError
 from rayft.recipe import Recipe
 from rayft.submission import kuberay
 from rayft.submission.kuberay import job_name, manifests, to_yaml
 from rayft.submission.kubernetes_rules import amount
+from test_kubernetes_rules import KUBERNETES, PASSED, SELECTOR, recipe_with
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "kuberay"
-DEFINITION = ROOT.parent / "shared" / "kuberay" / "ray.io_rayjobs.yaml"
 
 FULL: dict[str, Any] = {
     "name": "Teams/Llama_7B",
@@ -264,61 +263,8 @@ def test_manifests_are_the_same_each_time_and_share_nothing() -> None:
 # --- what the API server and the operator would say
 
 
-@cache
-def schema() -> dict[str, Any]:
-    """The schema of a RayJob, as strict as the API server is with strict field validation."""
-    if not DEFINITION.exists():
-        pytest.fail(
-            f"{DEFINITION} is missing: KubeRay 1.7's custom resource definition of RayJobs, by which these tests "
-            "check what is rendered (ray-operator/config/crd/bases/ray.io_rayjobs.yaml in KubeRay's sources)"
-        )
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    definition = yaml.load(DEFINITION.read_text(encoding="utf-8"), loader)
-    versions = {version["name"]: version for version in definition["spec"]["versions"]}
-    found: dict[str, Any] = strict(versions["v1"]["schema"]["openAPIV3Schema"])
-    texts = {"type": "object", "additionalProperties": {"type": "string"}}
-    found["properties"]["metadata"] = {  # the definition leaves it open: the API server knows it by itself
-        "type": "object",
-        "properties": {
-            "name": {"type": "string"},
-            "namespace": {"type": "string"},
-            "labels": texts,
-            "annotations": texts,
-        },
-        "required": ["name"],
-        "additionalProperties": False,
-    }
-    return found
-
-
-RANGES = {"int32": 2**31 - 1, "int64": 2**63 - 1}
-
-
-def strict(node: dict[str, Any]) -> dict[str, Any]:
-    """A structural schema of Kubernetes in JSON Schema's words."""
-    made = {key: value for key, value in node.items() if not key.startswith("x-kubernetes-") and key != "nullable"}
-    for key in ("properties", "patternProperties"):
-        if key in node:
-            made[key] = {name: strict(below) for name, below in node[key].items()}
-    for key in ("items", "additionalProperties", "not"):
-        if isinstance(node.get(key), dict):
-            made[key] = strict(node[key])
-    for key in ("allOf", "anyOf", "oneOf"):
-        if key in node:
-            made[key] = [below if not below.keys() & {"properties", "items"} else strict(below) for below in node[key]]
-    if node.get("x-kubernetes-int-or-string"):
-        made["type"] = ["integer", "string"]
-    elif node.get("type") == "object" and "additionalProperties" not in node:
-        made["additionalProperties"] = bool(node.get("x-kubernetes-preserve-unknown-fields"))
-    if node.get("format") in RANGES:
-        made["maximum"] = RANGES[node["format"]]
-    if node.get("nullable") is True and isinstance(made.get("type"), str):
-        made["type"] = [made["type"], "null"]
-    return made
-
-
 def objections(job: dict[str, Any]) -> list[str]:
-    found = Draft202012Validator(schema()).iter_errors(job)
+    found = Draft202012Validator(schema("rayjobs")).iter_errors(job)
     return [f"{error.json_path}: {error.message[:200]}" for error in found]
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from test_kubernetes_rules import KUBERNETES, recipe_with
 
 from kube_api import TOKEN, KubeApi, kubeconfig, serving
 from rayft import retry, storage
@@ -26,6 +25,7 @@ from rayft.submission import following, jobs, kubernetes_api
 from rayft.submission.kuberay import job_name, manifests
 from rayft.submission.kubernetes_api import Kubernetes
 from rayft.submit import apply
+from test_kubernetes_rules import KUBERNETES, recipe_with
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "secret-of-the-environment"

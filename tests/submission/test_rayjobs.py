@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_kubernetes_rules import recipe_with
 
 from rayft.submission.kuberay import attempt_of, digest, job_name, manifests
 from rayft.submission.rayjobs import QUEUE, plain, status_of
+from test_kubernetes_rules import recipe_with
 
 
 @pytest.mark.parametrize(
