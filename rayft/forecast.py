@@ -1,7 +1,8 @@
 """What a sweep will cost: parameters, memory and seconds of a trial at each freezing depth, and of all of them.
 
 One batch is timed on the resources of a worker, whole and up to each depth; the rest is arithmetic. A backward pass
-goes down to the lowest block that learns, and stored output of frozen blocks is not computed again (`sweeps/depths.py`).
+goes down to the lowest block that learns, and stored output of frozen blocks is not computed again: as in
+`sweeps/depths.py`.
 """
 
 from __future__ import annotations

@@ -187,12 +187,13 @@ class _Check:
             if have["CPU"] and reachable:
                 self._data(len(nodes))
             memory = placement.worker_memory(placed)
+            machines = placement.memories(placed, gpu=False) if placed.gpus_per_worker else []
             if self.recipe.tune is not None and self.facts is not None and self.prepared:
                 with self._gathering():
                     self._sweep(memory)
         self._tell_data()
         if self.facts is not None and self.processor is not None:
-            self._tell_cost(self.facts, memory)
+            self._tell_cost(self.facts, memory, machines)
 
     def _data(self, machines: int) -> None:
         """Prepares the rows, or where that fails at least finds the facts of the training rows."""
@@ -300,7 +301,7 @@ class _Check:
         alone = decided(recipe, placed.max_workers, plan.parameters(recipe, base, facts, self.processor, 1))
         self.report["sweep"] = forecast.forecast(alone, self.prepared, counted, pace, at_once(recipe))
 
-    def _tell_cost(self, facts: dict[str, Any], memory: int | None) -> None:
+    def _tell_cost(self, facts: dict[str, Any], memory: int | None, machines: list[tuple[int, int]]) -> None:
         """Parameters, and the memory that they need."""
         from rayft.training import plan
         from rayft.training.assembly import pretrained
@@ -329,6 +330,8 @@ class _Check:
                     f"has {size(memory)}; model.lora, model.freeze, deepspeed.offload, more workers or a higher "
                     "deepspeed.zero_stage lower that"
                 )
+            if text := placement.short_of_memory(recipe.at_stage(stage), counted, machines):
+                self.report["warnings"].append(text)
 
 
 def _split(recipe: Recipe, manifest: Any) -> Report:

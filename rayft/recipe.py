@@ -154,6 +154,10 @@ class Recipe(Section):
         """How many consecutive rows of a global batch stay together: for the task's loss, and for BatchNorm."""
         return math.lcm(self.task.coupled(), self.model.batch_norm_rows or 1)
 
+    def at_stage(self, stage: int) -> Recipe:
+        """The same with a fixed ZeRO stage."""
+        return self.model_copy(update={"deepspeed": self.deepspeed.model_copy(update={"zero_stage": stage})})
+
     def resolved(self) -> Recipe:
         """The same with local relative paths made absolute; URLs, `pkg:` and Hub ids stay."""
         data = self.dump()

@@ -199,6 +199,10 @@ def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: 
         base, facts = pretrained(recipe, model_path), prepared["train"].manifest.facts
         parameters = plan.parameters(recipe, base, facts, recipe.task.processor(base), epochs)
         footprint.keep(recipe, model_path, prepared["train"], epochs, parameters)
+    planned = decided(recipe, recipe.cluster.max_workers, parameters)
+    machines = placement.memories(recipe.cluster, gpu=False) if recipe.cluster.gpus_per_worker else []
+    if text := placement.short_of_memory(planned, parameters, machines):
+        show({"event": "warning", "text": text})
     counts = {
         f"{split}_rows" if split != "train" else "rows": data.manifest.source_rows for split, data in prepared.items()
     }
@@ -208,7 +212,7 @@ def shown_plan(recipe: Recipe, model_path: str, prepared: dict[str, Any], show: 
             "steps": steps,
             "epochs": recipe.train.epochs,
             "workers": recipe.cluster.max_workers,
-            "zero_stage": decided(recipe, recipe.cluster.max_workers, parameters).deepspeed.zero_stage,
+            "zero_stage": planned.deepspeed.zero_stage,
             "trainable": parameters.trainable,
             "frozen": parameters.frozen,
             "global_batch_size": recipe.train.global_batch_size,
@@ -235,7 +239,7 @@ def decided(recipe: Recipe, workers: int, parameters: Any) -> Recipe:
     alone = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"workers": workers})})
     automatic = recipe.deepspeed.zero_stage == "auto"
     stage = parameters.zero_stage(alone, placement.worker_memory(alone.cluster) if automatic else None)
-    return alone.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"zero_stage": stage})})
+    return alone.at_stage(stage)
 
 
 @dataclass

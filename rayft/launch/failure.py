@@ -49,9 +49,10 @@ _FAILED = (
     "unspecified launch failure",
 )  # fmt: skip
 _MEMORY = (
-    "can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "'out of memory'",
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "running low on memory", "std::bad_alloc",
+    "CUDA out of memory", "CUDA error: out of memory", "'out of memory'",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+_OWN_MEMORY = ("can't allocate memory", "running low on memory", "std::bad_alloc")  # that of the machine
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ def cause(error: BaseException, places: list[Place], recipe: Recipe) -> RayftErr
     own = [one for one in causes.values() if isinstance(one, RayftError)]
     if own:
         return own[0]
-    if any(_out_of_memory(one) for one in causes.values()):
+    short = [one for one in causes.values() if _out_of_memory(one)]
+    if short and recipe.cluster.gpus_per_worker and all(_of_the_machine(one) for one in short):
+        return OutOfMemory(f"a worker's machine ran out of its own memory, not of its GPUs'; {_machine_advice(recipe)}")
+    if short:
         return OutOfMemory(f"a worker ran out of memory; {advice(recipe)}")
     who = {place.rank: place for place in places}
     passing = _WAITED + (_COLLECTIVE if any(_died(one) for one in causes.values()) else ())
@@ -131,6 +135,20 @@ def advice(recipe: Recipe) -> str:
     return "try " + ", or ".join(offers) if offers else "more or larger workers are what is left"
 
 
+def _machine_advice(recipe: Recipe) -> str:
+    """What would need less memory of a machine with GPUs: there lie weights on their way, and what is offloaded."""
+    deepspeed, whole = recipe.deepspeed, recipe.model.compile or recipe.model.quantize
+    means = [
+        (deepspeed.offload != "none", "deepspeed.offload=none (same model)"),
+        (
+            deepspeed.zero_stage != 3 and not whole,
+            "deepspeed.zero_stage=3 (same model; one worker alone reads it whole)",
+        ),
+        (True, "machines with more of it, or with fewer workers each"),
+    ]
+    return "try " + ", or ".join(text for missing, text in means if missing)
+
+
 def _root(error: BaseException) -> BaseException:
     """The exception that the worker raised, below Ray's wrappers."""
     for name in ("_base_exc", "cause", "_original", "failure", "health_check_failure"):
@@ -155,7 +173,13 @@ def _lost(error: BaseException) -> bool:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or _says(error, _MEMORY)
+    return type(error).__name__ == "OutOfMemoryError" or _of_the_machine(error) or _says(error, _MEMORY)
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    import ray.exceptions as known
+
+    return isinstance(error, known.OutOfMemoryError | MemoryError) or _says(error, _OWN_MEMORY)
 
 
 def _says(error: BaseException, signs: tuple[str, ...]) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 from rayft import storage
 from rayft.errors import ClusterError
 from rayft.recipe import Cluster, Recipe
-from rayft.text import counted
+from rayft.text import counted, size
+from rayft.training.footprint import Parameters
 
 ANSWER_S = 60.0  # for a node to say how much memory it has
 KNOCK_S = 2.0  # for a node to take a connection
@@ -215,34 +216,55 @@ def passing(recipe: Recipe) -> str | None:
 
 
 def worker_memory(cluster: Cluster) -> int | None:
-    """Bytes that a worker may use where it will have the least: its GPU's, or its share of a machine's. None: unknown.
+    """Bytes that a worker has where it has the least: its GPU's, or its share of a machine's; None where unknown."""
+    gpus = cluster.gpus_per_worker > 0
+    return min((found if gpus else found // workers for found, workers in memories(cluster, gpus)), default=None)
 
-    Every machine that can hold a worker is asked. It is taken to hold as many as fit, as when workers are packed.
+
+def short_of_memory(recipe: Recipe, parameters: Parameters, machines: list[tuple[int, int]]) -> str | None:
+    """What to say where one of the `machines`, as of `memories`, has too little of its own beside its GPUs'.
+
+    `recipe` has its ZeRO stage. None without GPUs: there `worker_memory` says it.
+    """
+    if recipe.cluster.gpus_per_worker == 0:
+        return None
+    wanted = [(parameters.machine_bytes(recipe, workers), there, workers) for there, workers in machines]
+    needed, there, workers = max(wanted, key=lambda one: one[0] - one[1], default=(0, 0, 0))
+    if needed <= there:
+        return None
+    return (
+        f"memory: to read the model, to hold what is offloaded and to export, {counted(workers, 'worker')} of one "
+        f"machine need{'s' * (workers == 1)} about {size(needed)} beside the GPUs', and it has {size(there)}; "
+        "deepspeed.zero_stage=3, no deepspeed.offload, fewer workers on a machine, or more memory mend that"
+    )
+
+
+def memories(cluster: Cluster, gpu: bool) -> list[tuple[int, int]]:
+    """(bytes, workers) of every machine that can hold a worker and says its memory: its own, or its smallest GPU's.
+
+    A machine is taken to hold as many workers as fit, as when they are packed.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     hosts = [(node, spots(cluster, node)) for node in living_nodes() if spots(cluster, node)]
     if [node["NodeID"] for node, _ in hosts] == [ray.get_runtime_context().get_node_id()]:
-        return _memory(cluster.gpus_per_worker > 0, min(hosts[0][1], cluster.max_workers))
-    ask = ray.remote(num_cpus=0, max_retries=0)(_memory)
-    asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            cluster.gpus_per_worker > 0, min(count, cluster.max_workers)
-        )
-        for node, count in hosts
-    ]
-    try:
-        answers = ray.get(asked, timeout=ANSWER_S)
-    except ray.exceptions.RayError:  # GetTimeoutError is one
-        return None
-    return min((answer for answer in answers if answer), default=None)
+        answers = [_memory(gpu)]
+    else:
+        ask = ray.remote(num_cpus=0, max_retries=0)(_memory)
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node, _ in hosts]
+        try:
+            answers = ray.get([ask.options(scheduling_strategy=on).remote(gpu) for on in places], timeout=ANSWER_S)
+        except ray.exceptions.RayError:  # GetTimeoutError is one
+            return []
+    workers = (min(count, cluster.max_workers) for _, count in hosts)
+    return [(answer, held) for answer, held in zip(answers, workers, strict=True) if answer]
 
 
-def _memory(gpu: bool, workers: int) -> int | None:
-    """On a node: the memory of its smallest GPU, or its own divided among `workers`."""
+def _memory(gpu: bool) -> int | None:
+    """On a node: the memory of its smallest GPU, or its own."""
     if not gpu:
-        return host_memory() // workers
+        return host_memory()
     # In a process of its own: Ray hides the devices from tasks that hold none.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(

@@ -66,6 +66,18 @@ def frozen_width(recipe: Recipe, stage: int) -> int:
     return 2 if recipe.model.dtype != "float32" and stage < 3 else 4
 
 
+def machine_bytes(recipe: Recipe, stage: int, trainable: int, total: int, workers: int) -> int:
+    """Bytes of a machine's own memory that `workers` of it with GPUs take at most, by the weights alone.
+
+    Each builds the model there before its GPU has it, at stage 3 one alone, and one does to export it. What is
+    offloaded stays there: masters, moments and gradients on their way, in float32 (Rajbhandari et al. 2021).
+    """
+    world, offload = recipe.cluster.max_workers, recipe.deepspeed.offload
+    width = 2 if recipe.model.lora is not None and recipe.model.dtype != "float32" else 4
+    offloaded = {"none": 0, "optimizer": 16 * trainable, "parameters": 16 * trainable + width * (total - trainable)}
+    return width * total * (workers if stage < 3 else 1) + offloaded[offload] * workers // world
+
+
 @dataclass(frozen=True)
 class Parameters:
     """`trainable` learn in the first epoch, `most` in the last (gradual unfreezing); `total` are all, adapters too, and
@@ -86,6 +98,10 @@ class Parameters:
     def state_bytes(self, recipe: Recipe, stage: int) -> int:
         """Bytes of weights, gradients and optimizer state per worker, at the end of the run."""
         return state_bytes(recipe, stage, self.most, self._frozen_at_end(recipe))
+
+    def machine_bytes(self, recipe: Recipe, workers: int) -> int:
+        """Bytes of a machine's own memory, where `workers` of it have GPUs, at the recipe's ZeRO stage."""
+        return machine_bytes(recipe, int(recipe.deepspeed.zero_stage), self.most, self.total, workers)
 
     def zero_stage(self, recipe: Recipe, memory: int | None) -> int:
         """The stage of the whole run, for workers that have `memory` bytes each."""

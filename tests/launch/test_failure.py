@@ -151,6 +151,27 @@ def test_the_cause_among_what_workers_raised(
     assert says in str(found)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ray.exceptions.OutOfMemoryError("killed, the node is running low on memory"), User(MemoryError())],
+    ids=["killed", "refused"],
+)
+def test_a_machine_with_gpus_that_is_short_of_its_own_memory_is_not_told_to_spare_that_of_gpus(
+    error: BaseException,
+) -> None:
+    fields = {"cluster": {"gpus_per_worker": 1}, "deepspeed": {"offload": "optimizer", "zero_stage": 2}}
+    told = str(cause(Wrapped({0: User(PEER), 1: error}), PLACES, recipe(**fields)))
+    assert told == (
+        "a worker's machine ran out of its own memory, not of its GPUs'; try deepspeed.offload=none (same model), or "
+        "deepspeed.zero_stage=3 (same model; one worker alone reads it whole), or machines with more of it, or with "
+        "fewer workers each"
+    )
+    compiled = recipe(cluster={"gpus_per_worker": 1}, model={"path": "m", "compile": True})
+    assert "; try machines with more of it" in str(cause(Wrapped({0: error}), PLACES, compiled))
+    of_gpus = Wrapped({0: error, 1: User(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))})
+    assert "a worker ran out of memory; try train.micro_batch_size=" in str(cause(of_gpus, PLACES, recipe(**fields)))
+
+
 def broken(text: str, kind: type[Exception] = torch.distributed.DistBackendError) -> BaseException:
     return User(kind(text))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from rayft.launch import placement
 from rayft.training import footprint
 from rayft.training.footprint import Parameters
 from test_loop import recipe
@@ -40,6 +41,29 @@ def test_frozen_parameters_count_in_the_precision_they_are_stored_in() -> None:
         4000,
         2000,
     ]
+
+
+def test_a_machine_with_gpus_needs_memory_of_its_own_for_weights_on_their_way() -> None:
+    """1 B parameters of float32, 4 workers on a machine: 16 GB at stage 2, 4 GB at stage 3, where one alone reads."""
+    whole = Parameters(trainable=10**9, most=10**9, total=10**9)
+    own = {"cluster__workers": 8, "cluster__gpus_per_worker": 1}
+    of = {stage: recipe(deepspeed__zero_stage=stage, **own) for stage in (0, 2, 3)}
+    assert [whole.machine_bytes(of[stage], 4) / 1e9 for stage in (0, 2, 3)] == [16, 16, 4]
+    offloaded = recipe(deepspeed__zero_stage=2, deepspeed__offload="optimizer", **own)
+    assert whole.machine_bytes(offloaded, 4) / 1e9 == 16 + 16 / 2
+    adapters = recipe(deepspeed__zero_stage=0, model__lora={"r": 8}, model__dtype="bfloat16", **own)
+    assert Parameters(trainable=10**6, most=10**6, total=10**9).machine_bytes(adapters, 4) / 1e9 == 8
+
+
+def test_machines_with_too_little_memory_beside_their_gpus_are_told_of() -> None:
+    whole, gib = Parameters(trainable=10**9, most=10**9, total=10**9), 1 << 30
+    gpus = recipe(deepspeed__zero_stage=2, cluster__workers=8, cluster__gpus_per_worker=1)
+    assert placement.short_of_memory(gpus, whole, [(64 * gib, 4), (16 * gib, 4)]) is None
+    told = placement.short_of_memory(gpus, whole, [(64 * gib, 4), (8 * gib, 4)])
+    assert told is not None
+    assert "4 workers of one machine need about 16.0 GB beside the GPUs', and it has 8.6 GB" in told
+    assert placement.short_of_memory(gpus, whole, []) is None
+    assert placement.short_of_memory(recipe(deepspeed__zero_stage=2), whole, [(1, 2)]) is None
 
 
 # --- counted once
