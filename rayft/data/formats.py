@@ -192,19 +192,47 @@ def parquet_groups(path: str) -> list[tuple[int, int]]:
         return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int) -> Table:
+def holds_contents(path: str, columns: Sequence[Sequence[str]]) -> bool:
+    """Whether a Parquet file has the contents of all pictures or sounds in `columns`, and so no row names a file.
+
+    Of the names that each column may have the first that there is counts. Told by the file's footer alone.
+    """
+    with _parquet(path) as file:
+        there, groups = file.schema_arrow, range(file.metadata.num_row_groups)
+        leaves = {file.schema.column(place).path: place for place in range(len(file.schema))}
+
+        def held(names: Sequence[str]) -> bool:
+            name = next((name for name in names if name in there.names), None)
+            if name is None or _is_bytes(there.field(name).type):
+                return name is not None
+            place = leaves.get(f"{name}.bytes")
+            if place is None:
+                return False
+            counts = [file.metadata.row_group(group).column(place).statistics for group in groups]
+            return all(known is not None and known.has_null_count and not known.null_count for known in counts)
+
+        return all(map(held, columns))
+
+
+def read_parquet(
+    path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int, contents: bool = True
+) -> Table:
     """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`.
 
-    Class labels come as their names, where the file says them: as `datasets` writes it.
+    Class labels come as their names, where the file says them: as `datasets` writes it. Without `contents` a
+    {"bytes", "path"} is {"path"}, and its bytes are not read.
     """
     with _parquet(path) as file:
         columns = tuple(file.schema_arrow.names)
+        read = [name for name in columns if name in wanted]
+        if not contents:
+            read = [f"{name}.path" if _is_file(file.schema_arrow.field(name).type) else name for name in read]
         known = class_labels.names_in(file.schema_arrow.metadata)
 
     def rows() -> Iterator[Row]:
         number = first_row
         with _parquet(path) as file:
-            options = {"row_groups": list(range(*part)), "columns": [name for name in columns if name in wanted]}
+            options = {"row_groups": list(range(*part)), "columns": read}
             for batch in file.iter_batches(batch_size, **options):
                 # A batch without columns has rows all the same.
                 for values in batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows)):
@@ -212,6 +240,17 @@ def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[s
                     number += 1
 
     return Table(columns, rows())
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_file(kind: Any) -> bool:
+    """Whether an Arrow type is that of {"bytes", "path"}, as `datasets` keeps a picture or a sound."""
+    return {kind.field(place).name for place in range(kind.num_fields)} == {"bytes", "path"}
 
 
 def _named(number: int, values: dict[str, Any], known: dict[str, list[str]]) -> Row:

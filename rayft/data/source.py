@@ -124,15 +124,17 @@ def read(
     names: dict[str, str],
     columns: Sequence[str],
     batch_size: int = 1024,
+    contents: bool = True,
 ) -> Iterator[Rows]:
     """The rows of `fragment` that `source.where` lets through, streamed in batches of `batch_size` rows, good and bad.
 
     `names` maps their column names to ours; a file that lacks a mapped column is asked for ours itself. A column that a
-    table lacks as a whole is a DataError with the nearest names; in JSON each row that lacks it is bad.
+    table lacks as a whole is a DataError with the nearest names; in JSON each row that lacks it is bad. Without
+    `contents` a Parquet file's pictures and sounds come as their paths alone.
     """
-    theirs = {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in columns}
-    wanted = {name for candidates in theirs.values() for name in candidates} | set(source.where)
-    table = table_of(fragment, wanted, batch_size)
+    theirs = candidates(names, columns)
+    wanted = {name for known in theirs.values() for name in known} | set(source.where)
+    table = table_of(fragment, wanted, batch_size, contents)
     folder = _folder(fragment.path)
     chosen: dict[str, str] = {}  # our columns -> theirs, where every row has them
     if table.columns is not None:
@@ -152,6 +154,11 @@ def read(
             batch = Rows({ours: [] for ours in columns})
     if batch.numbers or batch.bad:
         yield batch
+
+
+def candidates(names: dict[str, str], columns: Sequence[str]) -> dict[str, list[str]]:
+    """Our columns -> the names that a file may have for them, of which the first that there is counts."""
+    return {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in columns}
 
 
 def distinct(fragments: Sequence[Fragment], column: str) -> list[Any]:
@@ -186,8 +193,8 @@ def _append(batch: Rows, row: formats.Row, chosen: dict[str, str]) -> None:
 def _add(batch: Rows, row: formats.Row, theirs: dict[str, list[str]], path: str, folder: str | None) -> None:
     """Appends the row's columns under our names, or the row to the bad ones."""
     values = {}
-    for ours, candidates in theirs.items():
-        name = next((name for name in candidates if name in row.values), None)
+    for ours, known in theirs.items():
+        name = next((name for name in known if name in row.values), None)
         if name is not None:
             value = row.values[name]
             values[ours] = _resolved(folder, value) if folder and name == FILE_NAME else value
@@ -203,9 +210,10 @@ def _add(batch: Rows, row: formats.Row, theirs: dict[str, list[str]], path: str,
     batch.lines.append(row.line)
 
 
-def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.Table:
+def table_of(fragment: Fragment, wanted: set[str], batch_size: int, contents: bool = True) -> formats.Table:
     if fragment.format == "parquet":
-        return formats.read_parquet(fragment.path, fragment.part or (0, 0), fragment.first_row, wanted, batch_size)
+        part, first = fragment.part or (0, 0), fragment.first_row
+        return formats.read_parquet(fragment.path, part, first, wanted, batch_size, contents)
     if fragment.format == "hf":
         return hub.read_hub(fragment.path, fragment.part or (0, 1))
     if fragment.format == classes.FORMAT:
