@@ -30,6 +30,7 @@ from rayft.data.splits import (
     blob_of,
     facts_key,
     groups_of,
+    passed_over,
     processor_hash,
     rows_of,
     shards_of,
@@ -233,7 +234,10 @@ def _make(
         for split in splits:
             if split.evaluation:
                 _check_references(recipe, split.name, folders[split.name], tallies[split.name])
-        manifests = {name: _manifest(name, plans[name], folders[name], tallies[name], known) for name in plans}
+        manifests = {
+            split.name: _manifest(split, plans[split.name], folders[split.name], tallies[split.name], known)
+            for split in splits
+        }
         # From here on an attempt's manifest may be there, even where writing it seemed to fail.
         return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
     except BaseException:
@@ -337,11 +341,11 @@ def _check_references(recipe: Recipe, split: str, folder: str, tally: _Tally) ->
         raise DataError(f"{_named(recipe, split)}: {fault}") from None
 
 
-def _manifest(split: str, plan: Plan, folder: str, tally: _Tally, known: Scan) -> Manifest:
+def _manifest(split: Split, plan: Plan, folder: str, tally: _Tally, known: Scan) -> Manifest:
     counts, written = tally.counts, sorted(tally.written, key=lambda shard: shard.number)
     return Manifest(
         key=folder.rpartition("/")[2],
-        split=split,
+        split=split.name,
         order="source" if plan.in_order else "hash",
         rows=sum(shard.entry["rows"] for shard in written),
         source_rows=counts.source_rows,
@@ -354,6 +358,7 @@ def _manifest(split: str, plan: Plan, folder: str, tally: _Tally, known: Scan) -
         facts=known.facts,
         shards=[shard.entry for shard in written],
         cut=known.cut if plan.threshold is not None else 0,
+        passed_over={} if split.cut else passed_over(split.pieces),
     )
 
 

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ class Fragment:
     rows       how many rows it holds, where that is known without reading it
     part       Parquet: row groups [start, stop); Hub data: (shard, shards); files in folders: [start, stop) of them;
                None: the whole file
+    passed_over  in the first fragment of a source: (ending, how many) of the files there that give no rows
     """
 
     path: str
@@ -58,6 +60,7 @@ class Fragment:
     first_row: int = 0
     rows: int | None = None
     part: tuple[int, int] | None = None
+    passed_over: tuple[tuple[str, int], ...] = ()
 
 
 def work(pieces: Iterable[Fragment]) -> int:
@@ -285,8 +288,11 @@ def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
     entries = storage.expand(storage.absolute(path))
     _refuse_others(path, entries)
     chosen = _chosen(entries)
-    if not chosen and (named := classes.media(entries)):
-        return _classes(storage.absolute(path), named)
+    named = classes.media(entries)
+    if not chosen and named:
+        given = {entry.path for entry in named}
+        others = [entry for entry in entries if entry.path not in given]
+        return _passing(_classes(storage.absolute(path), named), others)
     if not chosen:
         endings, packed = ", ".join(f".{ending}" for ending in FORMATS), " or ".join(formats.COMPRESSED)
         if not entries:
@@ -298,7 +304,14 @@ def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
             f"({' or '.join(METADATA)}), a picture or a sound"
         )
     pieces = mapped(_pieces, range(len(chosen)), chosen)
-    return [piece for some in pieces for piece in some]
+    described = _described(chosen)
+    beside = [entry for entry in named if described and not entry.path.startswith(described)]
+    return _passing([piece for some in pieces for piece in some], beside)
+
+
+def _passing(pieces: list[Fragment], others: list[Entry]) -> list[Fragment]:
+    """The fragments of a source, of which the first tells what other files there were."""
+    return [replace(piece, passed_over=classes.endings(others)) for piece in pieces[:1]] + pieces[1:]
 
 
 def _refuse_others(path: str, entries: list[Entry]) -> None:
@@ -306,6 +319,11 @@ def _refuse_others(path: str, entries: list[Entry]) -> None:
     names = {os.path.basename(entry.path) for entry in entries}
     if names & {"dataset_dict.json", "state.json"} and any(entry.path.endswith(".arrow") for entry in entries):
         raise DataError(f"{path} was written by `save_to_disk` of the datasets library; hf://{path} reads it")
+    listed = Counter(_described(entries))
+    if twice := next((folder for folder, count in listed.items() if count > 1), None):
+        raise DataError(
+            f"{twice[:-1]} has a {' and a '.join(METADATA)}, whose rows would count twice; keep one of them"
+        )
     for entry in entries:
         stem, ending = os.path.splitext(entry.path.lower())
         if ending in _UNREAD and _format(stem) in TABLES:
@@ -319,9 +337,9 @@ def _chosen(entries: list[Entry]) -> list[Entry]:
     What lies in the folder of a metadata file is what it describes; a text beside tables, pictures or sounds is a note
     about them.
     """
-    described = tuple(f"{folder}/" for entry in entries if (folder := _folder(entry.path)) is not None)
+    described = _described(entries)
     if described:
-        others = [entry for entry in entries if not entry.path.startswith(described) and _format(entry.path)]
+        others = [entry for entry in entries if not entry.path.startswith(described) and _format(entry.path) in TABLES]
         return sorted(
             [*(entry for entry in entries if _folder(entry.path) is not None), *others], key=lambda entry: entry.path
         )
@@ -329,6 +347,11 @@ def _chosen(entries: list[Entry]) -> list[Entry]:
     if not tables and classes.media(entries):
         return []
     return tables or [entry for entry in entries if _format(entry.path)]
+
+
+def _described(entries: list[Entry]) -> tuple[str, ...]:
+    """The folders that metadata files among `entries` describe, with a slash at their end."""
+    return tuple(f"{folder}/" for entry in entries if (folder := _folder(entry.path)) is not None)
 
 
 def _format(path: str) -> str | None:

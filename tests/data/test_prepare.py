@@ -406,6 +406,19 @@ def test_dropped_and_truncated_rows_are_counted(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_files_that_give_no_rows_are_told_of_the_split_that_was_named(place: Path) -> None:
+    folder = place / "data"
+    (folder / "listed").mkdir(parents=True)
+    (place / "train.csv").rename(folder / "listed" / "metadata.csv")
+    (folder / "a.png").touch()
+    found = made(place, train=str(folder))
+    assert {name: split.manifest.passed_over for name, split in found.items()} == {
+        "train": {".png": 1},
+        "validation": {},  # cut from train
+    }
+
+
+@pytest.mark.usefixtures("ray_local")
 def test_weights_repeat_rows_in_places_of_their_own(place: Path) -> None:
     sources = [{"path": str(place / "train.csv"), "weight": 2.25}, {"path": str(place / "test.csv"), "weight": 0.5}]
     prepared = made(place, Words(window=100), train=sources, validation=str(place / "test.csv"))["train"]
