@@ -79,6 +79,58 @@ class Lines:
         return fault
 
 
+@dataclass
+class TabbedLines(Lines):
+    """The lines of a table that tabs divide, with the quotes that its writer may have left out.
+
+    Some writers quote the fields that hold a tab, a quote or a line's end, others quote none, and a text may begin with
+    a quotation mark. A line that has its `fields` by tabs alone was written without quotes where quotes make other
+    fields of it, or would join it with a line that has its fields too.
+    """
+
+    fields: int = field(default=0, init=False)  # 0: the header is still to come
+
+    def __iter__(self) -> Iterator[str]:
+        rest = super().__iter__()
+        line, inside = next(rest, None), False
+        while line is not None:
+            ahead: list[str | None] = []
+            found = _fields(f'"{line}' if inside else line) if inside or '"' in line else self.fields
+            if found != self.fields > 1 and not inside and self._whole(line):
+                if found is None:
+                    ahead.append(self._peek(rest))
+                if found is not None or ahead[0] is None or self._whole(ahead[0]):
+                    line, found = _quoted(line), self.fields
+            inside = found is None
+            yield line
+            if ahead:
+                self.number, self.fault = self.number + (ahead[0] is not None), self._fault_ahead or self.fault
+            line = ahead[0] if ahead else next(rest, None)
+
+    def _whole(self, line: str) -> bool:
+        return line.count("\t") + 1 == self.fields
+
+    def _peek(self, rest: Iterator[str]) -> str | None:
+        """The next line, of which neither `number` nor `fault` tells yet."""
+        number, fault = self.number, self.take_fault()
+        ahead, self._fault_ahead = next(rest, None), self.take_fault()
+        self.number, self.fault = number, fault
+        return ahead
+
+
+def _fields(line: str) -> int | None:
+    """How many fields tabs and quotes make of a line; None where a quote stays open, 0 where quotes are broken."""
+    try:
+        return len(next(csv.reader([line], delimiter="\t", strict=True), []))
+    except csv.Error as error:
+        return None if "end of data" in str(error) else 0
+
+
+def _quoted(line: str) -> str:
+    fields = (text.replace('"', '""') for text in line.rstrip("\r\n").split("\t"))
+    return "\t".join(f'"{text}"' for text in fields) + "\n"
+
+
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[Any]:
     """The file's bytes, decompressed where its name ends in one of COMPRESSED."""
@@ -109,10 +161,11 @@ def _opened(raw: Any, kind: str) -> Any:
 def read_csv(path: str, delimiter: str | None) -> Table:
     """A header, then rows of as many fields; all values are strings, an empty field is "". Blank lines are no rows.
 
-    Without a `delimiter` its header says it: a comma, or where it has none a semicolon, a tab or a bar.
+    Without a `delimiter` its header says it: a comma, or where it has none a semicolon, a tab or a bar. Where a tab is
+    given, quotes may be left out, as TabbedLines says.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    lines = Lines(path)
+    lines = TabbedLines(path) if delimiter == "\t" else Lines(path)
     rest = iter(lines)
     first = next((line for line in rest if line.strip()), "")
     # Strict: a stray quote is a fault with a place, where the lenient reader would guess.
@@ -127,6 +180,8 @@ def read_csv(path: str, delimiter: str | None) -> Table:
         raise DataError(f"{path} line {lines.number}: the header can't be read: {fault}")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice")
+    if isinstance(lines, TabbedLines):
+        lines.fields = len(header)
     return Table(tuple(header), _csv_rows(reader, lines, header))
 
 
