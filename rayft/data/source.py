@@ -22,7 +22,7 @@ from rayft.data import classes, formats, hub, json_rows
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.storage import Entry
-from rayft.tasks.cells import short
+from rayft.tasks.cells import quoted, short
 from rayft.tasks.texts import broken
 
 TABLES = ("csv", "tsv", "json", "jsonl", "parquet")
@@ -33,6 +33,8 @@ PART_BYTES = 64 << 20  # uncompressed; a Parquet file is read in runs of row gro
 _RATIO = 4  # text packs to about a quarter; only sizes of work and shards hang on it
 _FETCHED = 4  # a small file takes as long to ask for as to read and decode, or longer
 _THREADS = 16
+_SHOWN = 12  # names that a message lists
+_LOOKED = 8  # pieces that are looked at for what a column holds
 _UNREAD = (".xz", ".lz4", ".zip", ".7z", ".br", ".lzma", ".snappy")
 
 
@@ -172,6 +174,20 @@ def distinct(fragments: Sequence[Fragment], column: str) -> list[Any]:
     return list(dict.fromkeys(value for value in values if isinstance(value, str)))
 
 
+def unmatched(fragments: Sequence[Fragment], sources: Sequence[Source]) -> str:
+    """What the columns hold instead of what `where` asks for, to end a sentence with; "" where no text tells."""
+    told = []
+    for index, source in enumerate(sources):
+        pieces = [piece for piece in fragments if piece.source == index][:_LOOKED]
+        for column, value in source.where.items():
+            found = distinct(pieces, column)
+            if found and not any(_matches(one, value) for one in found):
+                more = ", …" if len(found) > _SHOWN else ""
+                held = ", ".join(map(quoted, found[:_SHOWN])) + more
+                told.append(f"; `where` asks for {quoted(value)} in `{column}`, which holds {held}")
+    return "".join(dict.fromkeys(told))
+
+
 def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list[Any]]]:
     """The columns, and by column the values of the good ones of the first `rows` rows; None where a row lacks one.
 
@@ -245,9 +261,9 @@ def _present(path: str, there: Sequence[str], theirs: dict[str, list[str]], sour
 def _unknown(name: str, there: Iterable[str]) -> str:
     known = [str(one) for one in there]
     near = difflib.get_close_matches(name, known, 1) or [one for one in known if one.lower() == name.lower()]
-    listed = ", ".join(map(short, known[:12])) or "none"
+    listed = ", ".join(map(short, known[:_SHOWN])) or "none"
     text = f"column {name!r} is missing; there {'are' if len(known) != 1 else 'is'} {listed}"
-    return text + (", …" if len(known) > 12 else "") + (f"; did you mean {near[0]!r}?" if near else "")
+    return text + (", …" if len(known) > _SHOWN else "") + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _matches(value: Any, wanted: Any) -> bool:
@@ -324,9 +340,10 @@ def _refuse_others(path: str, entries: list[Entry]) -> None:
         raise DataError(
             f"{twice[:-1]} has a {' and a '.join(METADATA)}, whose rows would count twice; keep one of them"
         )
+    there = {entry.path.lower() for entry in entries}
     for entry in entries:
         stem, ending = os.path.splitext(entry.path.lower())
-        if ending in _UNREAD and _format(stem) in TABLES:
+        if ending in _UNREAD and _format(stem) in TABLES and stem not in there:  # else the same rows lie beside it
             fits = ", ".join(formats.COMPRESSED)
             raise DataError(f"{entry.path} is compressed as {ending}, which is not read; {fits} fit")
 

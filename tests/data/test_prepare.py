@@ -361,8 +361,12 @@ def test_a_data_set_that_would_train_on_nothing_is_refused(place: Path) -> None:
     empty.write_text("text,label\n")
     with pytest.raises(DataError, match=r"data.train has no rows"):
         made(place, train=str(empty), validation=test)
-    with pytest.raises(DataError, match=r"data.train has no rows"):
-        made(place, train=[{"path": test, "where": {"label": "c"}}], validation=test)
+    asked = [{"path": str(place / "train.csv"), "where": {"label": "c"}}]
+    told = r"has no rows: .*lets none through; `where` asks for 'c' in `label`, which holds 'a', 'b'$"
+    with pytest.raises(DataError, match=rf"data.train {told}"):
+        made(place, train=asked, validation=test)
+    with pytest.raises(DataError, match=rf"data.validation {told}"):
+        made(place, validation=asked)
     with pytest.raises(DataError, match=r"data.validation has no rows"):
         made(place, validation=str(empty))
     empty.write_text("text,label\n" + ",a\n" * 5)
