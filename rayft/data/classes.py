@@ -7,6 +7,7 @@ the classes' folders has no label.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -16,13 +17,26 @@ from rayft.storage import Entry
 
 FORMAT = "files"
 COLUMNS = ("file_name", "label")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga",
+)  # fmt: skip
+SOUNDS = (
+    ".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
+)  # fmt: skip
+_NOTES = ("", ".txt", ".md", ".rst", ".pdf", ".html", ".ini", ".db", ".log")  # what lies beside data and is none
 
 
 def media(entries: Sequence[Entry]) -> list[Entry]:
     """Those of `entries` that are pictures or sounds, by their names' ends, in the same order."""
     return [entry for entry in entries if entry.path.lower().endswith((*PICTURES, *SOUNDS))]
+
+
+def endings(entries: Sequence[Entry]) -> tuple[tuple[str, int], ...]:
+    """(ending, files with it) of those of `entries` that are no notes, the most frequent first."""
+    found = Counter(os.path.splitext(entry.path.lower())[1] for entry in entries)
+    kept = [(ending, count) for ending, count in found.items() if ending not in _NOTES]
+    return tuple(sorted(kept, key=lambda pair: (-pair[1], pair[0])))
 
 
 def parts(entries: Sequence[Entry], most: int) -> Iterator[tuple[int, int]]:

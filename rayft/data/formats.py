@@ -79,6 +79,58 @@ class Lines:
         return fault
 
 
+@dataclass
+class TabbedLines(Lines):
+    """The lines of a table that tabs divide, with the quotes that its writer may have left out.
+
+    Some writers quote the fields that hold a tab, a quote or a line's end, others quote none, and a text may begin with
+    a quotation mark. A line that has its `fields` by tabs alone was written without quotes where quotes make other
+    fields of it, or would join it with a line that has its fields too.
+    """
+
+    fields: int = field(default=0, init=False)  # 0: the header is still to come
+
+    def __iter__(self) -> Iterator[str]:
+        rest = super().__iter__()
+        line, inside = next(rest, None), False
+        while line is not None:
+            ahead: list[str | None] = []
+            found = _fields(f'"{line}' if inside else line) if inside or '"' in line else self.fields
+            if found != self.fields > 1 and not inside and self._whole(line):
+                if found is None:
+                    ahead.append(self._peek(rest))
+                if found is not None or ahead[0] is None or self._whole(ahead[0]):
+                    line, found = _quoted(line), self.fields
+            inside = found is None
+            yield line
+            if ahead:
+                self.number, self.fault = self.number + (ahead[0] is not None), self._fault_ahead or self.fault
+            line = ahead[0] if ahead else next(rest, None)
+
+    def _whole(self, line: str) -> bool:
+        return line.count("\t") + 1 == self.fields
+
+    def _peek(self, rest: Iterator[str]) -> str | None:
+        """The next line, of which neither `number` nor `fault` tells yet."""
+        number, fault = self.number, self.take_fault()
+        ahead, self._fault_ahead = next(rest, None), self.take_fault()
+        self.number, self.fault = number, fault
+        return ahead
+
+
+def _fields(line: str) -> int | None:
+    """How many fields tabs and quotes make of a line; None where a quote stays open, 0 where quotes are broken."""
+    try:
+        return len(next(csv.reader([line], delimiter="\t", strict=True), []))
+    except csv.Error as error:
+        return None if "end of data" in str(error) else 0
+
+
+def _quoted(line: str) -> str:
+    fields = (text.replace('"', '""') for text in line.rstrip("\r\n").split("\t"))
+    return "\t".join(f'"{text}"' for text in fields) + "\n"
+
+
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[Any]:
     """The file's bytes, decompressed where its name ends in one of COMPRESSED."""
@@ -109,10 +161,11 @@ def _opened(raw: Any, kind: str) -> Any:
 def read_csv(path: str, delimiter: str | None) -> Table:
     """A header, then rows of as many fields; all values are strings, an empty field is "". Blank lines are no rows.
 
-    Without a `delimiter` its header says it: a comma, or where it has none a semicolon, a tab or a bar.
+    Without a `delimiter` its header says it: a comma, or where it has none a semicolon, a tab or a bar. Where a tab is
+    given, quotes may be left out, as TabbedLines says.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    lines = Lines(path)
+    lines = TabbedLines(path) if delimiter == "\t" else Lines(path)
     rest = iter(lines)
     first = next((line for line in rest if line.strip()), "")
     # Strict: a stray quote is a fault with a place, where the lenient reader would guess.
@@ -127,6 +180,8 @@ def read_csv(path: str, delimiter: str | None) -> Table:
         raise DataError(f"{path} line {lines.number}: the header can't be read: {fault}")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice")
+    if isinstance(lines, TabbedLines):
+        lines.fields = len(header)
     return Table(tuple(header), _csv_rows(reader, lines, header))
 
 
@@ -192,19 +247,47 @@ def parquet_groups(path: str) -> list[tuple[int, int]]:
         return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int) -> Table:
+def holds_contents(path: str, columns: Sequence[Sequence[str]]) -> bool:
+    """Whether a Parquet file has the contents of all pictures or sounds in `columns`, and so no row names a file.
+
+    Of the names that each column may have the first that there is counts. Told by the file's footer alone.
+    """
+    with _parquet(path) as file:
+        there, groups = file.schema_arrow, range(file.metadata.num_row_groups)
+        leaves = {file.schema.column(place).path: place for place in range(len(file.schema))}
+
+        def held(names: Sequence[str]) -> bool:
+            name = next((name for name in names if name in there.names), None)
+            if name is None or _is_bytes(there.field(name).type):
+                return name is not None
+            place = leaves.get(f"{name}.bytes")
+            if place is None:
+                return False
+            counts = [file.metadata.row_group(group).column(place).statistics for group in groups]
+            return all(known is not None and known.has_null_count and not known.null_count for known in counts)
+
+        return all(map(held, columns))
+
+
+def read_parquet(
+    path: str, part: tuple[int, int], first_row: int, wanted: set[str], batch_size: int, contents: bool = True
+) -> Table:
     """Row groups part[0] up to part[1], whose first row is number `first_row`; only the columns in `wanted`.
 
-    Class labels come as their names, where the file says them: as `datasets` writes it.
+    Class labels come as their names, where the file says them: as `datasets` writes it. Without `contents` a
+    {"bytes", "path"} is {"path"}, and its bytes are not read.
     """
     with _parquet(path) as file:
         columns = tuple(file.schema_arrow.names)
+        read = [name for name in columns if name in wanted]
+        if not contents:
+            read = [f"{name}.path" if _is_file(file.schema_arrow.field(name).type) else name for name in read]
         known = class_labels.names_in(file.schema_arrow.metadata)
 
     def rows() -> Iterator[Row]:
         number = first_row
         with _parquet(path) as file:
-            options = {"row_groups": list(range(*part)), "columns": [name for name in columns if name in wanted]}
+            options = {"row_groups": list(range(*part)), "columns": read}
             for batch in file.iter_batches(batch_size, **options):
                 # A batch without columns has rows all the same.
                 for values in batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows)):
@@ -212,6 +295,17 @@ def read_parquet(path: str, part: tuple[int, int], first_row: int, wanted: set[s
                     number += 1
 
     return Table(columns, rows())
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_file(kind: Any) -> bool:
+    """Whether an Arrow type is that of {"bytes", "path"}, as `datasets` keeps a picture or a sound."""
+    return {kind.field(place).name for place in range(kind.num_fields)} == {"bytes", "path"}
 
 
 def _named(number: int, values: dict[str, Any], known: dict[str, list[str]]) -> Row:

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rayft import storage
-from rayft.data.source import METADATA, TABLES, Fragment, read
+from rayft.data.formats import holds_contents
+from rayft.data.source import METADATA, TABLES, Fragment, candidates, read
 from rayft.recipe import Source
 
 _THREADS = 16
@@ -24,16 +25,23 @@ def identity(
     """A hash of the contents of all files that the `columns` name; "" where none do.
 
     The files beside a metadata file are part of what identifies that, and so are those in folders by class. Of
-    addresses on the web only the name counts: whether they have changed is a question to each.
+    addresses on the web only the name counts: whether they have changed is a question to each. The contents that a
+    Parquet file holds itself are not read, so that in one that has only some of them every path counts.
     """
-    paths: set[str] = set()
-    for piece in pieces:
-        if columns and piece.format in TABLES and os.path.basename(piece.path) not in METADATA:
-            for rows in read(piece, sources[piece.source], names, columns):
-                paths.update(path for column in columns for path in _paths(rows.columns[column]))
-    if not paths:
+    if not columns:
         return ""
+    tables = [piece for piece in pieces if piece.format in TABLES and os.path.basename(piece.path) not in METADATA]
+    paths: set[str] = set()
     with ThreadPoolExecutor(_THREADS) as pool:
+        packed = list(dict.fromkeys(piece.path for piece in tables if piece.format == "parquet"))
+        wanted = list(candidates(names, columns).values())
+        held = dict(zip(packed, pool.map(lambda path: holds_contents(path, wanted), packed), strict=True))
+        for piece in tables:
+            if not held.get(piece.path):
+                for rows in read(piece, sources[piece.source], names, columns, contents=False):
+                    paths.update(path for column in columns for path in _paths(rows.columns[column]))
+        if not paths:
+            return ""
         found = sorted(pair for pairs in pool.map(_contents, _by_folder(paths)) for pair in pairs)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 

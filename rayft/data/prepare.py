@@ -22,7 +22,7 @@ from rayft.data.prepared import Manifest, Prepared
 from rayft.data.read import columns
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
-from rayft.data.source import work
+from rayft.data.source import unmatched, work
 from rayft.data.splits import (
     BLOB_BYTES,
     OWN_BLOB_BYTES,
@@ -30,6 +30,7 @@ from rayft.data.splits import (
     blob_of,
     facts_key,
     groups_of,
+    passed_over,
     processor_hash,
     rows_of,
     shards_of,
@@ -225,15 +226,18 @@ def _make(
         counts = {name: tallies[name].counts for name in plans}
         # Where reading ended early, only splits with bad rows are known to be at fault.
         early = recipe.data.on_bad_row == "error" and any(count.bad >= ENOUGH_BAD for count in counts.values())
-        judged = {name: count for name, count in counts.items() if count.bad or not early}
-        refused = [sentence for name, count in judged.items() for sentence in _faults(recipe, name, count)]
+        judged = [split for split in splits if counts[split.name].bad or not early]
+        refused = [sentence for split in judged for sentence in _faults(recipe, split, counts[split.name])]
         if refused:
             raise DataError("\n".join(refused))
         _gather(plans, tallies, show)
         for split in splits:
             if split.evaluation:
                 _check_references(recipe, split.name, folders[split.name], tallies[split.name])
-        manifests = {name: _manifest(name, plans[name], folders[name], tallies[name], known) for name in plans}
+        manifests = {
+            split.name: _manifest(split, plans[split.name], folders[split.name], tallies[split.name], known)
+            for split in splits
+        }
         # From here on an attempt's manifest may be there, even where writing it seemed to fail.
         return {name: _commit(folders[name], attempts.pop(name), manifest) for name, manifest in manifests.items()}
     except BaseException:
@@ -290,9 +294,9 @@ def _expected(split: Split, known: Scan) -> int | None:
     return known.rows - known.cut if split.name == "train" and known.rows else rows_of(split.pieces)
 
 
-def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
+def _faults(recipe: Recipe, split: Split, counts: Counts) -> list[str]:
     """Why the split can't be used: bad rows (or more of them than may be skipped), or no features."""
-    what = _named(recipe, split)
+    what = _named(recipe, split.name)
     first = "\n".join(f"  {sentence}" for *_, sentence in counts.examples)
     rows = counts.source_rows + counts.bad
     if counts.bad and recipe.data.on_bad_row == "error":
@@ -301,10 +305,11 @@ def _faults(recipe: Recipe, split: str, counts: Counts) -> list[str]:
     if counts.bad > MOST_BAD * rows:
         return [f"{what}: {counts.bad:,} of {rows:,} rows are bad, and at most {MOST_BAD:.0%} are skipped\n{first}"]
     if not counts.source_rows:
-        return [f"{what} has no rows: its files are empty, or `where` lets none through"]
+        asked = unmatched(split.pieces, split.sources)
+        return [f"{what} has no rows: its files are empty, or `where` lets none through{asked}"]
     if not counts.lengths:
         reasons = "".join(f"\n  {count:,} rows: {reason}" for reason, count in sorted(counts.dropped.items()))
-        use = "train on" if split == "train" else "score"
+        use = "train on" if split.name == "train" else "score"
         return [f"{what}: none of its {counts.source_rows:,} rows leaves anything to {use}{reasons}"]
     return []
 
@@ -337,11 +342,11 @@ def _check_references(recipe: Recipe, split: str, folder: str, tally: _Tally) ->
         raise DataError(f"{_named(recipe, split)}: {fault}") from None
 
 
-def _manifest(split: str, plan: Plan, folder: str, tally: _Tally, known: Scan) -> Manifest:
+def _manifest(split: Split, plan: Plan, folder: str, tally: _Tally, known: Scan) -> Manifest:
     counts, written = tally.counts, sorted(tally.written, key=lambda shard: shard.number)
     return Manifest(
         key=folder.rpartition("/")[2],
-        split=split,
+        split=split.name,
         order="source" if plan.in_order else "hash",
         rows=sum(shard.entry["rows"] for shard in written),
         source_rows=counts.source_rows,
@@ -354,6 +359,7 @@ def _manifest(split: str, plan: Plan, folder: str, tally: _Tally, known: Scan) -
         facts=known.facts,
         shards=[shard.entry for shard in written],
         cut=known.cut if plan.threshold is not None else 0,
+        passed_over={} if split.cut else passed_over(split.pieces),
     )
 
 

@@ -22,6 +22,7 @@ class Manifest(BaseModel):
     bad          {"count", "examples"} of the rows that were skipped
     shards       [{"path" below the prepared folder, "rows", "row_groups": rows of each, "bytes" in memory, "checksum"}]
     cut          rows that were cut from train for validation, told in both splits
+    passed_over  ending -> files beside the rows' files that gave no rows
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +41,7 @@ class Manifest(BaseModel):
     facts: dict[str, Any]
     shards: list[dict[str, Any]]
     cut: int = 0
+    passed_over: dict[str, int] = {}
 
     def notes(self, split: str) -> list[str]:
         """What a user should know about how the rows became what they are."""
@@ -51,6 +53,9 @@ class Manifest(BaseModel):
         found += [f"{split}: {_rows(count)} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
         if self.bad["count"]:
             found.append(f"{split}: {_rows(self.bad['count'], kind='bad ')} skipped, such as {self.bad['examples'][0]}")
+        if self.passed_over:
+            files = ", ".join(f"{count:,} {ending}" for ending, count in self.passed_over.items())
+            found.append(f"{split}: files there that give no rows were passed over: {files}")
         return found
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft import storage
 from rayft.data import places
-from rayft.data.source import BadRow, Fragment, read, row_id
+from rayft.data.source import BadRow, Fragment, read, row_id, unmatched
 from rayft.data.spread import READ_BYTES, processors, sooner_here, spread
 from rayft.errors import DataError
 from rayft.recipe import Source
@@ -73,7 +73,7 @@ def scan(
             if part["rows"] and columns:
                 yield part["columns"]
         if not rows:
-            raise DataError(nothing("data.train", bad, examples))
+            raise DataError(nothing("data.train", bad, examples, unmatched(pieces, sources)))
 
     given = batches()
     facts = task.facts(given)
@@ -87,10 +87,10 @@ def scan(
     return Scan(facts=facts, rows=rows, threshold=int(np.sort(hashes)[size - 1]), cut=size)
 
 
-def nothing(what: str, bad: int, examples: Sequence[BadRow]) -> str:
-    """The sentence for a split without a row."""
+def nothing(what: str, bad: int, examples: Sequence[BadRow], asked: str) -> str:
+    """The sentence for a split without a row; `asked` is what `unmatched` says of it."""
     if not bad:
-        return f"{what} has no rows; where it names files, they are empty or `where` lets none through"
+        return f"{what} has no rows: its files are empty, or `where` lets none through{asked}"
     listed = "".join(f"\n  {row}" for row in examples)
     return f"{what} has no usable row; {bad:,} {'are' if bad > 1 else 'is'} bad:{listed}"
 

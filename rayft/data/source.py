@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from rayft.data import classes, formats, hub, json_rows
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.storage import Entry
-from rayft.tasks.cells import short
+from rayft.tasks.cells import quoted, short
 from rayft.tasks.texts import broken
 
 TABLES = ("csv", "tsv", "json", "jsonl", "parquet")
@@ -32,6 +33,8 @@ PART_BYTES = 64 << 20  # uncompressed; a Parquet file is read in runs of row gro
 _RATIO = 4  # text packs to about a quarter; only sizes of work and shards hang on it
 _FETCHED = 4  # a small file takes as long to ask for as to read and decode, or longer
 _THREADS = 16
+_SHOWN = 12  # names that a message lists
+_LOOKED = 8  # pieces that are looked at for what a column holds
 _UNREAD = (".xz", ".lz4", ".zip", ".7z", ".br", ".lzma", ".snappy")
 
 
@@ -47,6 +50,7 @@ class Fragment:
     rows       how many rows it holds, where that is known without reading it
     part       Parquet: row groups [start, stop); Hub data: (shard, shards); files in folders: [start, stop) of them;
                None: the whole file
+    passed_over  in the first fragment of a source: (ending, how many) of the files there that give no rows
     """
 
     path: str
@@ -58,6 +62,7 @@ class Fragment:
     first_row: int = 0
     rows: int | None = None
     part: tuple[int, int] | None = None
+    passed_over: tuple[tuple[str, int], ...] = ()
 
 
 def work(pieces: Iterable[Fragment]) -> int:
@@ -124,15 +129,17 @@ def read(
     names: dict[str, str],
     columns: Sequence[str],
     batch_size: int = 1024,
+    contents: bool = True,
 ) -> Iterator[Rows]:
     """The rows of `fragment` that `source.where` lets through, streamed in batches of `batch_size` rows, good and bad.
 
     `names` maps their column names to ours; a file that lacks a mapped column is asked for ours itself. A column that a
-    table lacks as a whole is a DataError with the nearest names; in JSON each row that lacks it is bad.
+    table lacks as a whole is a DataError with the nearest names; in JSON each row that lacks it is bad. Without
+    `contents` a Parquet file's pictures and sounds come as their paths alone.
     """
-    theirs = {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in columns}
-    wanted = {name for candidates in theirs.values() for name in candidates} | set(source.where)
-    table = table_of(fragment, wanted, batch_size)
+    theirs = candidates(names, columns)
+    wanted = {name for known in theirs.values() for name in known} | set(source.where)
+    table = table_of(fragment, wanted, batch_size, contents)
     folder = _folder(fragment.path)
     chosen: dict[str, str] = {}  # our columns -> theirs, where every row has them
     if table.columns is not None:
@@ -154,12 +161,31 @@ def read(
         yield batch
 
 
+def candidates(names: dict[str, str], columns: Sequence[str]) -> dict[str, list[str]]:
+    """Our columns -> the names that a file may have for them, of which the first that there is counts."""
+    return {ours: [*(own for own, name in names.items() if name == ours), ours] for ours in columns}
+
+
 def distinct(fragments: Sequence[Fragment], column: str) -> list[Any]:
     """The texts in a column, as they first come; of more than PART_BYTES, those of each file's first rows."""
     few = sum(piece.size for piece in fragments) > PART_BYTES
     rows = (row for piece in fragments for row in islice(table_of(piece, {column}, 1024).rows, 100 if few else None))
     values = (row.values.get(column) for row in rows if not row.fault)
     return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+
+
+def unmatched(fragments: Sequence[Fragment], sources: Sequence[Source]) -> str:
+    """What the columns hold instead of what `where` asks for, to end a sentence with; "" where no text tells."""
+    told = []
+    for index, source in enumerate(sources):
+        pieces = [piece for piece in fragments if piece.source == index][:_LOOKED]
+        for column, value in source.where.items():
+            found = distinct(pieces, column)
+            if found and not any(_matches(one, value) for one in found):
+                more = ", …" if len(found) > _SHOWN else ""
+                held = ", ".join(map(quoted, found[:_SHOWN])) + more
+                told.append(f"; `where` asks for {quoted(value)} in `{column}`, which holds {held}")
+    return "".join(dict.fromkeys(told))
 
 
 def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list[Any]]]:
@@ -186,8 +212,8 @@ def _append(batch: Rows, row: formats.Row, chosen: dict[str, str]) -> None:
 def _add(batch: Rows, row: formats.Row, theirs: dict[str, list[str]], path: str, folder: str | None) -> None:
     """Appends the row's columns under our names, or the row to the bad ones."""
     values = {}
-    for ours, candidates in theirs.items():
-        name = next((name for name in candidates if name in row.values), None)
+    for ours, known in theirs.items():
+        name = next((name for name in known if name in row.values), None)
         if name is not None:
             value = row.values[name]
             values[ours] = _resolved(folder, value) if folder and name == FILE_NAME else value
@@ -203,9 +229,10 @@ def _add(batch: Rows, row: formats.Row, theirs: dict[str, list[str]], path: str,
     batch.lines.append(row.line)
 
 
-def table_of(fragment: Fragment, wanted: set[str], batch_size: int) -> formats.Table:
+def table_of(fragment: Fragment, wanted: set[str], batch_size: int, contents: bool = True) -> formats.Table:
     if fragment.format == "parquet":
-        return formats.read_parquet(fragment.path, fragment.part or (0, 0), fragment.first_row, wanted, batch_size)
+        part, first = fragment.part or (0, 0), fragment.first_row
+        return formats.read_parquet(fragment.path, part, first, wanted, batch_size, contents)
     if fragment.format == "hf":
         return hub.read_hub(fragment.path, fragment.part or (0, 1))
     if fragment.format == classes.FORMAT:
@@ -234,9 +261,9 @@ def _present(path: str, there: Sequence[str], theirs: dict[str, list[str]], sour
 def _unknown(name: str, there: Iterable[str]) -> str:
     known = [str(one) for one in there]
     near = difflib.get_close_matches(name, known, 1) or [one for one in known if one.lower() == name.lower()]
-    listed = ", ".join(map(short, known[:12])) or "none"
+    listed = ", ".join(map(short, known[:_SHOWN])) or "none"
     text = f"column {name!r} is missing; there {'are' if len(known) != 1 else 'is'} {listed}"
-    return text + (", …" if len(known) > 12 else "") + (f"; did you mean {near[0]!r}?" if near else "")
+    return text + (", …" if len(known) > _SHOWN else "") + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _matches(value: Any, wanted: Any) -> bool:
@@ -277,8 +304,11 @@ def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
     entries = storage.expand(storage.absolute(path))
     _refuse_others(path, entries)
     chosen = _chosen(entries)
-    if not chosen and (named := classes.media(entries)):
-        return _classes(storage.absolute(path), named)
+    named = classes.media(entries)
+    if not chosen and named:
+        given = {entry.path for entry in named}
+        others = [entry for entry in entries if entry.path not in given]
+        return _passing(_classes(storage.absolute(path), named), others)
     if not chosen:
         endings, packed = ", ".join(f".{ending}" for ending in FORMATS), " or ".join(formats.COMPRESSED)
         if not entries:
@@ -290,7 +320,14 @@ def _files(path: str, mapped: Callable[..., Iterable[Any]]) -> list[Fragment]:
             f"({' or '.join(METADATA)}), a picture or a sound"
         )
     pieces = mapped(_pieces, range(len(chosen)), chosen)
-    return [piece for some in pieces for piece in some]
+    described = _described(chosen)
+    beside = [entry for entry in named if described and not entry.path.startswith(described)]
+    return _passing([piece for some in pieces for piece in some], beside)
+
+
+def _passing(pieces: list[Fragment], others: list[Entry]) -> list[Fragment]:
+    """The fragments of a source, of which the first tells what other files there were."""
+    return [replace(piece, passed_over=classes.endings(others)) for piece in pieces[:1]] + pieces[1:]
 
 
 def _refuse_others(path: str, entries: list[Entry]) -> None:
@@ -298,9 +335,15 @@ def _refuse_others(path: str, entries: list[Entry]) -> None:
     names = {os.path.basename(entry.path) for entry in entries}
     if names & {"dataset_dict.json", "state.json"} and any(entry.path.endswith(".arrow") for entry in entries):
         raise DataError(f"{path} was written by `save_to_disk` of the datasets library; hf://{path} reads it")
+    listed = Counter(_described(entries))
+    if twice := next((folder for folder, count in listed.items() if count > 1), None):
+        raise DataError(
+            f"{twice[:-1]} has a {' and a '.join(METADATA)}, whose rows would count twice; keep one of them"
+        )
+    there = {entry.path.lower() for entry in entries}
     for entry in entries:
         stem, ending = os.path.splitext(entry.path.lower())
-        if ending in _UNREAD and _format(stem) in TABLES:
+        if ending in _UNREAD and _format(stem) in TABLES and stem not in there:  # else the same rows lie beside it
             fits = ", ".join(formats.COMPRESSED)
             raise DataError(f"{entry.path} is compressed as {ending}, which is not read; {fits} fit")
 
@@ -311,9 +354,9 @@ def _chosen(entries: list[Entry]) -> list[Entry]:
     What lies in the folder of a metadata file is what it describes; a text beside tables, pictures or sounds is a note
     about them.
     """
-    described = tuple(f"{folder}/" for entry in entries if (folder := _folder(entry.path)) is not None)
+    described = _described(entries)
     if described:
-        others = [entry for entry in entries if not entry.path.startswith(described) and _format(entry.path)]
+        others = [entry for entry in entries if not entry.path.startswith(described) and _format(entry.path) in TABLES]
         return sorted(
             [*(entry for entry in entries if _folder(entry.path) is not None), *others], key=lambda entry: entry.path
         )
@@ -321,6 +364,11 @@ def _chosen(entries: list[Entry]) -> list[Entry]:
     if not tables and classes.media(entries):
         return []
     return tables or [entry for entry in entries if _format(entry.path)]
+
+
+def _described(entries: list[Entry]) -> tuple[str, ...]:
+    """The folders that metadata files among `entries` describe, with a slash at their end."""
+    return tuple(f"{folder}/" for entry in entries if (folder := _folder(entry.path)) is not None)
 
 
 def _format(path: str) -> str | None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,14 @@ def rows_of(pieces: Sequence[Fragment]) -> int | None:
     """How many rows the fragments hold, where all of them say so."""
     counts = [piece.rows for piece in pieces if piece.rows is not None]
     return sum(counts) if len(counts) == len(pieces) else None
+
+
+def passed_over(pieces: Sequence[Fragment]) -> dict[str, int]:
+    """Ending -> files beside those of the rows that give none, the most frequent first."""
+    found = Counter[str]()
+    for piece in pieces:
+        found.update(dict(piece.passed_over))
+    return dict(found.most_common())
 
 
 def units_of(pieces: Sequence[Fragment]) -> list[list[Fragment]]:

@@ -20,7 +20,7 @@ from pydantic import field_validator
 from rayft.errors import DataError
 from rayft.tasks.cells import quoted
 from rayft.tasks.charts import confusion_matrix
-from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, pixels
+from rayft.tasks.images import NARROWING, Augment, as_wide, augmented, load_image_processor, normalised, pixels
 from rayft.tasks.labels import LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config
@@ -213,3 +213,6 @@ class ImageClassification(Task):
 
     def pipeline(self) -> str | None:
         return "image-classification"
+
+    def usage(self) -> str:
+        return NARROWING

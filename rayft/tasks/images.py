@@ -25,6 +25,13 @@ SIZES = ((32, 48), (64, 40))  # pictures of which a processor has to make one si
 # What a processor does behind resizing and cutting: left to `normalised`, so that it isn't done twice.
 LATER = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
 ROUNDING = 2 / 255  # of the whole range: two steps of 8 bits
+LEAST_WIDE = 1 << 12  # 16 bits that stay below are 12 or fewer: cameras and scanners keep these in files of 16
+_BITS, _MOST = 258, 281  # TIFF's BitsPerSample and MaxSampleValue
+NARROWING = (
+    "Of grey pictures with more than 8 bits, as scans are, the upper 8 were trained on: values of 16 bits were divided "
+    'by 256, those of a TIFF file that says 12 bits by 16. Pillow\'s `convert("RGB")`, which pipelines call, cuts all '
+    "above 255 off instead, so narrow such pictures before."
+)
 
 
 class Augment(BaseModel):
@@ -109,20 +116,33 @@ def opened(column: str, value: Any) -> Any:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = ImageOps.exif_transpose(file)
-            wide = picture.mode.startswith(("I", "F"))
+            wide, bits = picture.mode.startswith(("I", "F")), _said_bits(file)
             picture = picture if wide else picture.convert("RGB")
     except Image.DecompressionBombWarning:
         raise ValueError(f"`{column}`: {file_name(value)} has too many pixels for a picture to train on") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         reason = next(iter(str(fault).splitlines()), type(fault).__name__).split(" <")[0].rstrip(".")
         raise ValueError(f"`{column}`: {file_name(value)} is no whole picture: {reason}") from None
-    return _narrowed(picture, f"`{column}`: {file_name(value)}") if wide else picture
+    return _narrowed(picture, bits, f"`{column}`: {file_name(value)}") if wide else picture
 
 
-def _narrowed(picture: Any, name: str) -> Any:
-    """The upper 8 of the 16 bits that a grey value has, as in scans; ValueError where values are none of 16 bits.
+def _said_bits(file: Any) -> int | None:
+    """How many bits a file says its grey values use; None where it only says in how many they are kept.
 
-    Pillow's own `convert` would cut everything above 255 off.
+    A MaxSampleValue that is no depth's highest value is a statistic of the one picture.
+    """
+    tags = getattr(file, "tag_v2", {})
+    kept, most = max(tags.get(_BITS) or (16,)), max(tags.get(_MOST) or (0,))
+    if most in {(1 << bits) - 1 for bits in range(8, 17)}:
+        return int(most).bit_length()
+    return kept if kept < 16 else None
+
+
+def _narrowed(picture: Any, bits: int | None, name: str) -> Any:
+    """The upper 8 of the `bits` that a grey value has, as in scans; ValueError where values are none of 16 bits.
+
+    Pillow's own `convert` would cut everything above 255 off. Where the file says no `bits` they are 16, and values
+    that use the lowest part of these alone are refused: 12 bits would come out nearly black.
     """
     from PIL import Image
 
@@ -132,7 +152,15 @@ def _narrowed(picture: Any, name: str) -> Any:
             f"{name} has grey values from {values.min():g} to {values.max():g} "
             f"({'fractions' if picture.mode == 'F' else '32 bits'}); whole numbers of 8 or 16 bits fit"
         )
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    most = int(values.max())
+    if bits is None and 0 < most < LEAST_WIDE:
+        raise ValueError(
+            f"{name} has grey values up to {most} in 16 bits, nearly black, and doesn't say that it uses fewer bits; "
+            "rescale such pictures to 8 bits, or to all of 16"
+        )
+    if bits is not None and most >> bits:
+        raise ValueError(f"{name} has grey values up to {most}, and says that it uses {bits} bits")
+    return Image.fromarray((values >> ((bits or 16) - 8)).astype(np.uint8)).convert("RGB")
 
 
 def picture_shape(processor: Any) -> tuple[int, ...]:

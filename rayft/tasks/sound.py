@@ -15,6 +15,9 @@ from rayft.tasks.files import file_bytes, file_name
 
 FRAME_S = 0.02  # what the length of a sound is counted in: no model here makes its frames shorter
 DECODED = "WAV, FLAC, OGG and MP3 fit"
+SPARE_S = 0.1  # a decoder's delay, or a header that is a few bytes off: more than that is missing where a file was cut
+_STREAMED = 0x7FFFF000  # from here on a WAV's size is one that a pipe's writer couldn't know
+_NO_TAG = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)  # an ID3 tag that says nothing
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,16 @@ def read_sound(value: Any, wanted: Wanted) -> Sound:
     content = file_bytes(wanted.column, value)
     name = f"`{wanted.column}`: {file_name(value)}"
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+        with soundfile.SoundFile(io.BytesIO(_recognised(content))) as file:
             rate, channels, total = file.samplerate, file.channels, file.frames
-            found = file.read(min(total, math.ceil(wanted.seconds * rate)), dtype="float32", always_2d=True)
+            asked = min(round(total * _promised(content)), math.ceil(wanted.seconds * rate))
+            found = file.read(min(total, asked), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as fault:
         raise ValueError(f"{name} can't be decoded as sound ({fault.error_string.rstrip('.')}); {DECODED}") from None
     if not len(found):
         raise ValueError(f"{name} holds no samples; it needs a sound")
+    if asked - len(found) > SPARE_S * rate:
+        raise ValueError(f"{name} was cut: it ends after {len(found) / rate:.2f} s, and its header promises more")
     if not wanted.convert and (channels, rate) != (1, wanted.rate):
         raise ValueError(
             f"{name} has {channels} channel{'s' * (channels > 1)} at {rate} Hz; 1 channel at {wanted.rate} Hz fits, "
@@ -81,3 +87,23 @@ def read_sound(value: Any, wanted: Wanted) -> Sound:
     most = round(wanted.seconds * wanted.rate)
     samples = np.clip(np.rint(mono[:most] * 32768), -32768, 32767).astype(np.int16)
     return Sound(samples, total / rate)
+
+
+def _recognised(content: bytes) -> bytes:
+    """The content of a file, such that its decoder knows what it is: an MP3 in memory by its tag alone."""
+    bare = len(content) > 1 and content[0] == 0xFF and content[1] & 0xE0 == 0xE0 and content[1] & 0x06
+    return _NO_TAG + content if bare else content
+
+
+def _promised(content: bytes) -> float:
+    """How many times the samples that a WAV file holds its header promises: 1 where they are all there.
+
+    The decoder takes what is there for the whole. 1 for other kinds of files, whose decoders tell.
+    """
+    place = 12 if content[:4] == b"RIFF" and content[8:12] == b"WAVE" else len(content)
+    while place + 8 < len(content):
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        if content[place : place + 4] == b"data":
+            return max(1.0, size / (len(content) - place - 8)) if size < _STREAMED else 1.0
+        place += 8 + size + size % 2
+    return 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -55,6 +56,41 @@ def test_csv_faults_have_row_and_line_and_end_nothing(tmp_path: Path) -> None:
         (4, 6, "broken quotes: ',' expected after '\"'"),
         (6, 8, "broken quotes: unexpected end of data"),
     ]
+
+
+def test_a_tsv_without_quoting_keeps_its_lines_apart(tmp_path: Path) -> None:
+    """As those of GLUE, whose texts may begin with a quotation mark that another line closes."""
+    texts = ['"Hello there', 'I am fine"', '"odd" tail', 'he said "x', '"', '"a" or "b"', '"last']
+    content = b"text\tlabel\n" + "".join(f"{text}\t{number}\r\n" for number, text in enumerate(texts)).encode()
+    rows = list(read_csv(written(tmp_path, content), "\t").rows)
+    assert rows == [Row(place, place + 2, {"text": text, "label": str(place)}) for place, text in enumerate(texts)]
+    turned = "label\ttext\n" + "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
+    assert [row.values["text"] for row in read_csv(written(tmp_path, turned), "\t").rows] == texts
+    pairs = read_csv(written(tmp_path, 'one\tother\tlabel\n"Hello\tthere"\t1\n'), "\t")
+    assert [row.values for row in pairs.rows] == [{"one": '"Hello', "other": 'there"', "label": "1"}]
+
+
+@pytest.mark.parametrize("columns", [["text", "label"], ["label", "text"], ["text"]])
+def test_a_tsv_with_quoting_is_read_as_it_was_written(tmp_path: Path, columns: list[str]) -> None:
+    """As spreadsheets and pandas write it: quotes around what holds a tab, a quote or a line's end."""
+    texts = ["plain", "a\ttab", 'a "quote"', '"whole"', "two\nlines", "three\n\nlines", 'the "\nend', "last\n"]
+    given = [dict.fromkeys(columns, str(place)) | {"text": text} for place, text in enumerate(texts)]
+    with (tmp_path / "rows").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t")
+        writer.writeheader()
+        writer.writerows(given)
+    rows = list(read_csv(str(tmp_path / "rows"), "\t").rows)
+    assert [row.values for row in rows] == given
+    assert [row.line for row in rows] == [2, 3, 4, 5, 6, 8, 11, 13]
+
+
+def test_a_fault_behind_an_open_quote_is_told_of_its_own_line(tmp_path: Path) -> None:
+    path = written(tmp_path, b'text\tlabel\n"open\t1\nb\xe9te\t2\ngood\t3\n')
+    rows = list(read_csv(path, "\t").rows)
+    assert [(row.number, row.line, bool(row.fault)) for row in rows] == [(0, 2, False), (1, 3, True), (2, 4, False)]
+    path = written(tmp_path, b'label\ttext\n1\t"b\xe9te\ngoes on"\n2\tgood\n')
+    rows = list(read_csv(path, "\t").rows)
+    assert [(row.number, row.line, bool(row.fault)) for row in rows] == [(0, 2, True), (1, 4, False)]
 
 
 @pytest.mark.parametrize(

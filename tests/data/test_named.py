@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayft import storage
 from rayft.data.named import identity
 from rayft.data.source import fragments
+from rayft.errors import DataError
 from rayft.recipe import Source
 
 
@@ -49,3 +53,40 @@ def test_objects_are_known_by_what_their_storage_says_of_them(tmp_path: Path, s3
     assert base == known(table, "image")
     storage.write_text(urls[-1], "other")
     assert known(table, "image") != base
+
+
+def embedded(path: Path, cells: list[dict[str, Any] | None]) -> Path:
+    """A Parquet file as `datasets` writes one, whose pictures can't be read: their bytes are overwritten."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(cells, kind), "n": range(len(cells))}), path, compression="none")
+    held = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    assert held.path_in_schema == "image.bytes"
+    start = held.dictionary_page_offset or held.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + held.total_compressed_size] = b"\xff" * held.total_compressed_size
+    path.write_bytes(content)
+    return path
+
+
+def test_pictures_that_a_parquet_file_holds_are_not_read_to_find_that_none_is_named(tmp_path: Path) -> None:
+    """Or each start would read and decode all of the source."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"a")
+    whole = embedded(tmp_path / "whole.parquet", [{"bytes": b"a", "path": str(picture)}, {"bytes": b"b", "path": None}])
+    assert known(whole, "image") == ""
+    some = [{"bytes": b"b", "path": "b.png"}, {"bytes": None, "path": str(picture)}, None]
+    named = embedded(tmp_path / "some.parquet", some)
+    before = known(named, "image")
+    picture.write_bytes(b"other")
+    assert "" != known(named, "image") != before
+    with pytest.raises(DataError, match="column 'file_name' is missing"):
+        known(whole, "file_name")
+
+
+def test_a_parquet_file_may_hold_plain_bytes_or_paths(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"a")
+    pq.write_table(pa.table({"picture": [b"a", None]}), tmp_path / "bytes.parquet")
+    pq.write_table(pa.table({"picture": [str(picture)]}), tmp_path / "paths.parquet")
+    assert known(tmp_path / "bytes.parquet", "image") == ""
+    assert known(tmp_path / "paths.parquet", "image") != ""

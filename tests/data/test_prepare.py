@@ -361,8 +361,12 @@ def test_a_data_set_that_would_train_on_nothing_is_refused(place: Path) -> None:
     empty.write_text("text,label\n")
     with pytest.raises(DataError, match=r"data.train has no rows"):
         made(place, train=str(empty), validation=test)
-    with pytest.raises(DataError, match=r"data.train has no rows"):
-        made(place, train=[{"path": test, "where": {"label": "c"}}], validation=test)
+    asked = [{"path": str(place / "train.csv"), "where": {"label": "c"}}]
+    told = r"has no rows: .*lets none through; `where` asks for 'c' in `label`, which holds 'a', 'b'$"
+    with pytest.raises(DataError, match=rf"data.train {told}"):
+        made(place, train=asked, validation=test)
+    with pytest.raises(DataError, match=rf"data.validation {told}"):
+        made(place, validation=asked)
     with pytest.raises(DataError, match=r"data.validation has no rows"):
         made(place, validation=str(empty))
     empty.write_text("text,label\n" + ",a\n" * 5)
@@ -403,6 +407,19 @@ def test_dropped_and_truncated_rows_are_counted(place: Path) -> None:
         f"train: {manifest.truncated:,} of 1,003 rows were truncated to what fits",
         "train: 3 rows were dropped: no words",
     ]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_files_that_give_no_rows_are_told_of_the_split_that_was_named(place: Path) -> None:
+    folder = place / "data"
+    (folder / "listed").mkdir(parents=True)
+    (place / "train.csv").rename(folder / "listed" / "metadata.csv")
+    (folder / "a.png").touch()
+    found = made(place, train=str(folder))
+    assert {name: split.manifest.passed_over for name, split in found.items()} == {
+        "train": {".png": 1},
+        "validation": {},  # cut from train
+    }
 
 
 @pytest.mark.usefixtures("ray_local")

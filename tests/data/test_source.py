@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from datetime import date
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from rayft import storage
 from rayft.data import classes, source
-from rayft.data.source import Fragment, Rows, distinct, fragments, identity, peek, read, row_id, work
+from rayft.data.source import Fragment, Rows, distinct, fragments, identity, peek, read, row_id, unmatched, work
 from rayft.errors import DataError
 from rayft.recipe import Source
 
@@ -172,6 +173,28 @@ def test_what_was_looked_for_is_said_where_nothing_is(tmp_path: Path, name: str,
         written(tmp_path / file, "{}")
     with pytest.raises(DataError, match=sentence):
         fragments([Source(path=str(tmp_path / name))])
+
+
+def test_a_packed_file_beside_its_unpacked_one_is_passed_over(tmp_path: Path) -> None:
+    """As Kaggle's downloads leave them."""
+    written(tmp_path / "train.csv", "text\none\n")
+    written(tmp_path / "train.csv.zip", "PK")
+    assert everything(tmp_path).columns["text"] == ["one"]
+
+
+def test_what_a_column_holds_is_told_where_nothing_in_it_is_asked_for(tmp_path: Path) -> None:
+    """Class labels count as their names, so that a number matches none."""
+    features = {"label": {"names": ["ham", "spam"], "_type": "ClassLabel"}}
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    def told(**where: Any) -> str:
+        sources = [Source(path=str(tmp_path / "a.parquet"), where=where)]
+        return unmatched(fragments(sources), sources)
+
+    assert told(label=1, text="a") == "; `where` asks for 1 in `label`, which holds 'ham', 'spam'"
+    assert told(label="spam") == ""
 
 
 def test_identity_is_the_content_the_order_the_filter_and_the_weight_and_never_a_path(tmp_path: Path) -> None:

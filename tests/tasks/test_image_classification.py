@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from rayft.errors import DataError, ModelError
+from rayft.tasks.face_recognition import FaceRecognition
 from rayft.tasks.image_classification import ImageClassification
 from rayft.tasks.images import Augment, augmented
 from rayft.tasks.task import Pretrained
@@ -62,10 +64,20 @@ def png(picture: Image.Image, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def tiff(picture: Image.Image) -> bytes:
+def tiff(picture: Image.Image, **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "tiff")
+    picture.save(file, "tiff", **options)
     return file.getvalue()
+
+
+def packed_tiff(values: np.ndarray) -> bytes:
+    """A TIFF file of 12-bit grey values, three bytes for two, which Pillow reads and doesn't write."""
+    height, width = values.shape
+    content = int("".join(f"{value:012b}" for value in values.flat), 2).to_bytes(values.size * 3 // 2, "big")
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(content)}
+    listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = struct.pack("<I", 8 + len(content))
+    return b"II*\0" + start + content + struct.pack("<H", len(tags)) + listed + bytes(4)
 
 
 def test_the_model_sees_what_its_pipeline_shows_it(folder: str) -> None:
@@ -128,6 +140,39 @@ def test_grey_values_of_16_bits_keep_their_shades(folder: str) -> None:
     assert not made.bad
     assert len(set(made.features["pixels"])) == 1
     assert len(set(made.features["pixels"][0])) > 32
+
+
+def test_grey_values_of_12_bits_keep_their_shades_where_the_file_says_so(folder: str) -> None:
+    """X-rays and microscopes give these; by their upper 8 of 16 bits they would be nearly black."""
+    shades = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    narrow = shades.astype(np.uint16) * 16 + 15
+    highest = {281: 4095}
+    cells = [png(Image.fromarray(shades)), packed_tiff(narrow), tiff(Image.fromarray(narrow), tiffinfo=highest)]
+    cells.append(tiff(Image.fromarray(shades.astype(np.uint16) * 256), tiffinfo={281: 50_000}))  # a statistic
+    made = encoded(folder, cells)
+    assert not made.bad
+    assert len(set(made.features["pixels"])) == 1
+    assert encoded(folder, [tiff(Image.fromarray(narrow * 2), tiffinfo=highest)]).bad == {
+        0: "`file_name`: it has grey values up to 8094, and says that it uses 12 bits"
+    }
+
+
+@pytest.mark.parametrize("made", [png, tiff])
+def test_grey_values_that_leave_the_upper_bits_empty_are_named_and_black_is_not(folder: str, made: Any) -> None:
+    """Nothing in the file tells 12 bits from a picture that is nearly black."""
+    values = [np.full((8, 8), most, np.uint16) for most in (255, 4095, 4096, 0)]
+    told = "in 16 bits, nearly black, and doesn't say that it uses fewer bits; rescale such pictures to 8 bits, or to"
+    assert encoded(folder, [made(Image.fromarray(value)) for value in values]).bad == {
+        0: f"`file_name`: it has grey values up to 255 {told} all of 16",
+        1: f"`file_name`: it has grey values up to 4095 {told} all of 16",
+    }
+    dark = tiff(Image.fromarray(values[0]), tiffinfo={281: 65535})
+    assert not encoded(folder, [dark]).bad
+
+
+def test_the_model_card_says_how_wide_grey_values_are_narrowed() -> None:
+    assert "divided by 256" in ImageClassification().usage()
+    assert "divided by 256" in FaceRecognition().usage()
 
 
 def test_wider_grey_values_are_named(folder: str) -> None:

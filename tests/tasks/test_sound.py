@@ -18,10 +18,14 @@ WANTED = Wanted("audio", 16_000, 10.0, convert=True)
 STRICT = Wanted("audio", 16_000, 10.0, convert=False)
 
 
-def wav(samples: Any, rate: int = 16_000, subtype: str = "PCM_16") -> bytes:
+def wav(samples: Any, rate: int = 16_000, subtype: str | None = "PCM_16", kind: str = "WAV") -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, np.asarray(samples), rate, format="WAV", subtype=subtype)
+    soundfile.write(file, np.asarray(samples), rate, format=kind, subtype=subtype)
     return file.getvalue()
+
+
+def mp3(samples: Any, rate: int = 16_000) -> bytes:
+    return wav(samples, rate, None, "MP3")
 
 
 def tone(rate: int, seconds: float = 1.0, pitch: float = 440.0) -> Any:
@@ -65,6 +69,33 @@ def test_a_recording_comes_as_bytes_or_path_alike() -> None:
 def test_only_what_is_wanted_of_a_long_sound_is_read() -> None:
     found = read_sound(wav(tone(8_000, 3.0), 8_000), Wanted("audio", 16_000, 1.5, convert=True))
     assert (len(found.samples), found.seconds) == (24_000, 3.0)
+
+
+@pytest.mark.parametrize("tag", [b"", b"ID3\x03\0\0\0\0\0\x0a" + bytes(10)], ids=["bare", "tagged"])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_an_mp3_is_read_with_a_tag_and_without(tag: bytes, rate: int) -> None:
+    """In memory the decoder knows one by its tag alone."""
+    found = read_sound(tag + mp3(tone(rate), rate), WANTED)
+    assert (len(found.samples), found.seconds) == (16_000, 1.0)
+
+
+@pytest.mark.parametrize("made", [wav, mp3])
+def test_a_file_that_was_cut_is_named_and_its_text_not_learnt_from_half_of_the_sound(made: Any) -> None:
+    content = made(tone(16_000, 4.0))
+    for wanted in (WANTED, Wanted("audio", 16_000, 3.0, convert=True)):
+        with pytest.raises(
+            ValueError, match=r"`audio`: it was cut: it ends after [12]\.\d\d s, and its header promises more"
+        ):
+            read_sound(content[: len(content) // 2], wanted)
+    assert len(read_sound(content[: len(content) // 2], Wanted("audio", 16_000, 1.0, convert=True)).samples) == 16_000
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x80000000, 0x7FFFF000, 32_000 + 44])
+def test_a_wav_whose_header_is_a_pipe_s_or_a_few_bytes_off_is_whole(size: int) -> None:
+    content = bytearray(wav(tone(16_000)))
+    place = content.find(b"data") + 4
+    content[place : place + 4] = size.to_bytes(4, "little")
+    assert len(read_sound(bytes(content), WANTED).samples) == 16_000
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,16 @@ from rayft.models import without_weights
 from rayft.tasks.cells import quoted
 from rayft.tasks.charts import roc
 from rayft.tasks.face_recognition import arcface, verification
-from rayft.tasks.images import Augment, as_wide, augmented, load_image_processor, normalised, picture_shape, pixels
+from rayft.tasks.images import (
+    NARROWING,
+    Augment,
+    as_wide,
+    augmented,
+    load_image_processor,
+    normalised,
+    picture_shape,
+    pixels,
+)
 from rayft.tasks.labels import in_order, label_name
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained
@@ -200,7 +209,7 @@ class FaceRecognition(Task):
         return "image-feature-extraction"
 
     def usage(self) -> str:
-        return USAGE
+        return f"{USAGE}\n\n{NARROWING}"
 
     def export(self, folder: str, model: torch.nn.Module, processor: Any, facts: dict[str, Any]) -> None:
         """Writes ArcFace's directions, from which training goes on; transformers doesn't read them."""
