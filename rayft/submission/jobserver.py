@@ -51,7 +51,11 @@ def address_of(given: str | None, recipe: Submit | None = None) -> str:
 
 
 def _of_environment() -> str | None:
-    return next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
+    """RAY_ADDRESS may be a job server's URL; within a cluster Ray sets it to the cluster's own address."""
+    of_server, of_either = (os.environ.get(name) for name in _ADDRESSES)
+    if of_server or not of_either or of_either.startswith(("http://", "https://")):
+        return of_server or of_either
+    raise ClusterError(f"RAY_ADDRESS names the cluster itself; give --address http://HEAD:{_PORT}")
 
 
 def _url(address: str) -> str:

@@ -69,6 +69,18 @@ def test_what_is_no_job_server_is_refused_without_repeating_a_secret(given: str)
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("cluster", ["10.254.0.1:6379", "auto", "local", "ray://head:10001"])
+def test_the_address_of_a_cluster_is_not_taken_for_that_of_its_job_server(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    with pytest.raises(ClusterError, match="RAY_ADDRESS names the cluster itself; give --address http://HEAD:8265"):
+        address_of(None)
+    assert address_of("http://a:1") == "http://a:1"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head")
+    assert address_of(None) == "http://head:8265"
+
+
 def test_no_address_is_refused_with_the_ways_to_give_one() -> None:
     with pytest.raises(ClusterError, match=r"--address .*submit.address.*RAY_API_SERVER_ADDRESS"):
         address_of(None, Submit())
@@ -83,7 +95,7 @@ def test_no_address_is_refused_with_the_ways_to_give_one() -> None:
         (None, " --address http://head:8265"),
         ("http://other:8265", " --address http://head:8265"),
         ("ray://head:10001", " --address http://head:8265"),
-        ("head", ""),  # the same server
+        ("http://head", ""),  # the same server
     ],
 )
 def test_the_next_command_leads_to_the_same_server(
