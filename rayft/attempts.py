@@ -47,6 +47,12 @@ def accepts(run: str) -> tuple[int, set[str]] | None:
     return number, set(storage.read_json(_path(run, number))["accepts"])
 
 
+def current(run: str) -> Attempt | None:
+    """The newest claim; None where none was ever made."""
+    number = newest(run)
+    return Attempt(**storage.read_json(_path(run, number))) if number else None
+
+
 def claim(run: str, found: list[str], after: int) -> int:
     """Claims the attempt that follows `after` (the newest that the claimer knows of) and returns its number.
 

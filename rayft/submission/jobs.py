@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from rayft import document, storage
+from rayft import attempts, document, storage
 from rayft.errors import RunRefused, StorageError, TrainingError
 from rayft.launch import stopping
 from rayft.submission.servers import TERMINAL, Job, Server
 from rayft.text import last_line
+from rayft.training import checkpoints
 
 Show = Callable[[dict[str, Any]], None]
 Told = dict[str, Any]
@@ -101,7 +102,7 @@ def _of_run(folder: str, running: bool) -> Told:
         last = steps[-1]
         found |= {name: last.get(name) for name in ("step", "epoch", "loss")}
         if running:
-            found["left_s"] = _left(folder, last, time.time() - float(known.get("started") or time.time()))
+            found["left_s"] = _left(folder, last)
     scores = [row for row in rows if "loss" not in row]
     if scores:
         metric = next((name for name in scores[-1] if name.startswith("eval_") and name != "eval_loss"), None)
@@ -109,8 +110,14 @@ def _of_run(folder: str, running: bool) -> Told:
     return found
 
 
-def _left(folder: str, last: dict[str, Any], seconds: float) -> float | None:
-    """By the pace of the attempt so far; None where the recipe's end is not to be known from its epochs or steps."""
+def _left(folder: str, last: dict[str, Any]) -> float | None:
+    """Seconds, by the pace of the newest attempt since the step from which it goes on.
+
+    None where it has made no step yet, or the recipe's end is not to be known from its epochs or steps.
+    """
+    attempt = attempts.current(folder)
+    if attempt is None:
+        return None
     train = (document.read(storage.read_text(storage.join(folder, "recipe.yaml"))).value or {}).get("train") or {}
     shares = [
         last[name] / train[whole]
@@ -118,7 +125,9 @@ def _left(folder: str, last: dict[str, Any], seconds: float) -> float | None:
         if last.get(name) and train.get(whole)
     ]
     done = max(shares, default=0.0)
-    return round(seconds * (1 - done) / done, 1) if 0 < done <= 1 else None
+    begun = max(map(checkpoints.step_of, attempt.accepts), default=0)
+    own = done * (1 - begun / last["step"]) if done else 0.0
+    return round((time.time() - attempt.since) * (1 - done) / own, 1) if own > 0 and done <= 1 else None
 
 
 def stop(server: Server, name: str, show: Show) -> Told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
 import re
@@ -18,8 +19,11 @@ from rayft.fields.faults import show
 from rayft.launch import tokens
 from rayft.recipe import Submit
 from rayft.submission.servers import PATIENCE_S, TERMINAL, Job, Unreachable
+from rayft.text import last_line
 
 LOOK_S = 1.0
+CONNECT_S, READ_S = 10.0, 60.0
+SILENT_S = 30.0  # a job that prints nothing for so long is asked for: a head that has vanished does not hang up
 PREFIX = "rayft-"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _PORT = 8265
@@ -47,7 +51,11 @@ def address_of(given: str | None, recipe: Submit | None = None) -> str:
 
 
 def _of_environment() -> str | None:
-    return next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
+    """RAY_ADDRESS may be a job server's URL; within a cluster Ray sets it to the cluster's own address."""
+    of_server, of_either = (os.environ.get(name) for name in _ADDRESSES)
+    if of_server or not of_either or of_either.startswith(("http://", "https://")):
+        return of_server or of_either
+    raise ClusterError(f"RAY_ADDRESS names the cluster itself; give --address http://HEAD:{_PORT}")
 
 
 def _url(address: str) -> str:
@@ -89,12 +97,10 @@ class JobServer:
             ) from None
 
     def _connected(self) -> Any:
-        from ray.job_submission import JobSubmissionClient
-
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
         with _given_address_counts():
-            return JobSubmissionClient(self.address, headers=tokens.headers())
+            return _client()(self.address, headers=tokens.headers())
 
     def _asked(self, question: Callable[[], T]) -> T:
         """What the server answers; ClusterError says why it doesn't."""
@@ -111,9 +117,16 @@ class JobServer:
                 f"{urlsplit(self.address).port or _PORT} reachable from here?"
             ) from None
 
+    def _answered(self, question: Callable[[], T]) -> T:
+        """As `_asked`, where nothing but a fault of the server's own keeps it from answering."""
+        try:
+            return self._asked(question)
+        except RuntimeError as error:
+            raise Unreachable(f"{self.address} can't answer now: {last_line(str(error))}") from None
+
     def jobs(self, prefix: str = PREFIX) -> list[Job]:
         """Jobs that were submitted with an id that begins with `prefix`, the newest first."""
-        found = [job for job in self._asked(self._client.list_jobs) if (job.submission_id or "").startswith(prefix)]
+        found = [job for job in self._answered(self._client.list_jobs) if (job.submission_id or "").startswith(prefix)]
         return [_plain(job) for job in sorted(found, key=lambda job: -(job.start_time or 0))]
 
     def job(self, submission_id: str) -> Job | None:
@@ -135,13 +148,21 @@ class JobServer:
 
     def stop(self, submission_id: str) -> None:
         """Ends a job's processes; Ray gives them three seconds."""
-        self._asked(lambda: self._client.stop_job(submission_id))
+        self._answered(lambda: self._client.stop_job(submission_id))
 
     def waits(self, submission_id: str) -> None:
         """Ray says all that it knows in the job's message."""
 
     def logs(self, submission_id: str) -> str:
-        found: str = self._asked(lambda: self._client.get_job_logs(submission_id))
+        """What a job has printed; ClusterError where the machine that has it is gone."""
+        try:
+            found: str = self._asked(lambda: self._client.get_job_logs(submission_id))
+        except RuntimeError:  # the head asks the machine that runs the job's command, and that does not answer
+            job = self.job(submission_id)
+            why = last_line(job.message) if job else "the cluster no longer knows it"
+            raise _OutputGone(
+                f"the output of {submission_id} lay on a machine that is gone" + (f": {why}" if why else "")
+            ) from None
         return found
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> Job:
@@ -164,7 +185,10 @@ class JobServer:
                     raise TrainingError(f"the cluster at {self.address} no longer knows the job {submission_id}")
                 heard = time.monotonic()
                 if job.status in TERMINAL:
-                    take(self.logs(submission_id), 0)
+                    try:
+                        take(self.logs(submission_id), 0)
+                    except _OutputGone as error:  # how the job has ended is known all the same
+                        write(f"{error}\n")
                     return job
                 if job.status == "RUNNING":
                     asyncio.run(self._tail(submission_id, take))
@@ -177,14 +201,36 @@ class JobServer:
             time.sleep(LOOK_S)
 
     async def _tail(self, submission_id: str, take: Callable[[str, int], int]) -> None:
+        """Passes on what comes, until the connection is gone or nothing has come for SILENT_S.
+
+        Whether the job goes on, and whether the server is there, shows when it is asked again.
+        """
         import aiohttp
 
-        received = 0
+        received, messages = 0, self._client.tail_job_logs(submission_id)
         try:
-            async for text in self._client.tail_job_logs(submission_id):
-                received = take(text, received)
-        except (RuntimeError, OSError, aiohttp.ClientError):
-            return  # the connection is gone: whether the server is, shows when it is asked again
+            while True:
+                received = take(await asyncio.wait_for(anext(messages), SILENT_S), received)
+        except (StopAsyncIteration, RuntimeError, OSError, aiohttp.ClientError):  # a TimeoutError is an OSError
+            return
+
+
+class _OutputGone(ClusterError):
+    """The job is known, and the machine that has its output does not answer."""
+
+
+def _client() -> Any:
+    """Ray's client, which would wait for ever for a server that is silent."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None, **more: Any) -> Any:
+            """What is sent as one piece has to be gone within CONNECT_S; a package goes in pieces, READ_S for each."""
+            first = CONNECT_S if data is None else READ_S
+            body: Any = None if data is None else io.BytesIO(data)
+            return super()._do_request(method, endpoint, data=body, timeout=(first, READ_S), **more)
+
+    return Client
 
 
 def _plain(job: Any) -> Job:

@@ -55,7 +55,7 @@ class Kubernetes:
             "list",
             "rayjobs",
             lambda: self._objects.list_namespaced_custom_object(
-                **RAY_JOBS, namespace=self.namespace, label_selector=selector
+                **RAY_JOBS, namespace=self.namespace, label_selector=selector, **_WAIT
             ),
         )
         return [plain(job) for job in sorted(found["items"], key=age, reverse=True)]

@@ -45,7 +45,7 @@ def status_of(job: Manifest) -> str:
     deployment, ray = status.get("jobDeploymentStatus") or "", status.get("jobStatus") or ""
     if deployment == "Complete":
         return "SUCCEEDED" if ray not in TERMINAL else ray
-    if deployment == "Failed":
+    if deployment in ("Failed", "ValidationFailed"):  # the operator never looks again at one that it finds invalid
         return "STOPPED" if ray == "STOPPED" else "FAILED"
     if deployment == "Suspended" and job["spec"].get("suspend") and QUEUE not in job["metadata"].get("labels", {}):
         return "STOPPED"

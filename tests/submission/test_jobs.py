@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rayft import storage
+from rayft import attempts, storage
 from rayft.errors import RunRefused, TrainingError
 from rayft.submission import jobs
 from rayft.submission.servers import Job
@@ -88,3 +89,29 @@ def test_a_run_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     assert jobs.told(server.known[0])["status"] == "stopped"
     with pytest.raises(RunRefused, match="rayft-one-a2 has ended already: stopped"):
         jobs.stop(server, "one", lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("begun", "step", "left"),
+    [
+        (0, 50, 100.0),  # 50 steps in 100 s, 50 to go
+        (90, 95, 100.0),  # of the whole run 95 steps are done, of this attempt 5 in 100 s
+        (90, 90, None),
+        (90, 80, None),  # on an object store what the attempt has done is not to be seen yet
+    ],
+)
+@pytest.mark.parametrize("train", [{"max_steps": 100}, {"epochs": 10}])
+def test_the_time_left_goes_by_the_attempts_own_pace(
+    train: dict[str, int], begun: int, step: int, left: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(tmp_path / "run")
+    attempts.claim(run, [], 0)
+    attempts.claim(run, [f"step-{number:06d}-a1" for number in (begun // 2, begun) if number], 1)
+    claimed = attempts.current(run)
+    assert claimed is not None
+    monkeypatch.setattr(jobs.time, "time", lambda: claimed.since + 100.0)
+    storage.write_json(storage.join(run, "run.json"), {"status": "running", "attempt": 2, "started": claimed.since})
+    storage.write_json(storage.join(run, "recipe.yaml"), {"train": train})
+    row = {"step": step, "epoch": step / 10, "loss": 0.5}
+    storage.write_text(storage.join(run, "metrics.jsonl"), json.dumps(row) + "\n")
+    assert jobs.told(Job("one", "RUNNING", "one", run=run))["left_s"] == left

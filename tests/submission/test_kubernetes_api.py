@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from job_api import silence
 from kube_api import TOKEN, KubeApi, kubeconfig, serving
 from rayft import retry, storage
 from rayft.answer import Answer
@@ -356,6 +357,7 @@ def test_lines_come_once_over_dropped_connections_and_the_code_is_the_jobs(
     [
         ("Failed", "FAILED", "Job failed with exit code 1, last logs:\nerror: NaN\n", 1, "exit code 1: error: NaN"),
         ("Failed", "", "Job submission has failed. Reason: BackoffLimit", 1, "exit code 1: Job submission has failed."),
+        ("ValidationFailed", "", "spec is invalid: no entrypoint", 1, "exit code 1: spec is invalid: no entrypoint"),
         ("Failed", "FAILED", "Job failed with exit code 130, …", 130, "has been stopped: exit code 130"),
         ("Complete", "STOPPED", "stopped", 130, "has been stopped: exit code 130"),
     ],
@@ -478,6 +480,27 @@ def test_a_job_that_is_deleted_and_a_server_that_goes_away_end_the_following(
     monkeypatch.setenv("KUBECONFIG", nobody(Path(os.environ["KUBECONFIG"]).parent))
     with pytest.raises(TrainingError, match=r"has not answered for 0\.05 s; the job may go on"):
         Kubernetes("default").follow("any", print)
+
+
+def test_an_api_server_that_accepts_and_stays_silent_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(kubernetes_api._WAIT, "_request_timeout", (10.0, 0.05))
+    with silence() as url:
+        monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path, url))
+        server = Kubernetes("default")
+        config_map, ray_job = manifests(recipe_with({}))
+        questions: list[Callable[[], Any]] = [
+            server.jobs,
+            lambda: server.job("one"),
+            lambda: server.submit(config_map, ray_job),
+            lambda: server.stop("one"),
+            lambda: server.last_try("one"),
+            lambda: server.waits("one"),
+        ]
+        for question in questions:
+            with pytest.raises(ClusterError, match=rf"no Kubernetes API server answers at {url} \(ReadTimeoutError\)"):
+                question()
 
 
 # --- looking and stopping

@@ -31,6 +31,7 @@ from test_kubernetes_rules import recipe_with
         ("Failed", "FAILED", False, False, "FAILED"),
         ("Failed", "", False, False, "FAILED"),
         ("Failed", "RUNNING", False, False, "FAILED"),
+        ("ValidationFailed", "", False, False, "FAILED"),
     ],
 )
 def test_the_operator_decides_whether_a_job_is_over(
