@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from rayft import __version__
+from rayft import __version__, document
 from rayft.errors import RecipeError
 from rayft.recipe import Recipe, Submit
 from rayft.record import JOB
@@ -365,7 +365,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = "|" if "\n" in value else '"' if re.match(r"[-+.\d]|[yYnN]$", value) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    return document.scalar(dumper, value, style)
 
 
 _Dumper.add_representer(str, _text)
