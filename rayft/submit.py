@@ -20,6 +20,7 @@ from typing import Any
 import rayft
 from rayft import preflight, storage
 from rayft.errors import RunRefused, StorageError
+from rayft.paths import local_paths
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.submission import kuberay, reach
@@ -59,7 +60,7 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     recipe = recipe.resolved()
     here = reach.is_here(server.address)
     if upload or not (here or recipe.cluster.shared_storage):
-        reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
+        reach.refuse_out_of_reach(recipe, local_paths(recipe), upload)
     run = storage.join(storage.absolute(recipe.storage), recipe.name)
     prefix, wanted = job_prefix(recipe.name, run), digest(recipe)
     jobs = server.jobs(prefix)
@@ -94,7 +95,7 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
     can't be looked at from here.
     """
     if upload and not recipe.cluster.shared_storage:
-        reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
+        reach.refuse_out_of_reach(recipe, local_paths(recipe), upload)
         recipe = reach.uploaded(recipe, show)
     kuberay.manifests(recipe, source=source)  # whatever can't run there is refused first
     run, wanted = recipe.folder, kuberay.digest(recipe)

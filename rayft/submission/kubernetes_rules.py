@@ -16,8 +16,8 @@ from typing import Any
 from rayft.errors import Fault
 from rayft.fields.faults import show
 from rayft.filesystems import is_local
+from rayft.paths import places
 from rayft.recipe import Recipe, Submit
-from rayft.submission.reach import places
 
 Faults = Iterator[Fault]
 

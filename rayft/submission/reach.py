@@ -6,57 +6,19 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from rayft import storage
 from rayft.errors import DataError, RunRefused
+from rayft.paths import Place, local_paths
 from rayft.recipe import Recipe
 from rayft.text import size
 
 LIMIT_BYTES = 256 << 20  # of what --upload takes
 FOLDER = "inputs"  # below storage
 _WILD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A path in a recipe: `field` is its dotted name, `where` the keys that lead to it in the recipe's plain form."""
-
-    field: str
-    where: tuple[str | int, ...]
-    path: str
-
-    @property
-    def model(self) -> bool:
-        return self.field.endswith("model.path")
-
-
-def places(recipe: Recipe) -> Iterator[Place]:
-    """Every path that a run of the recipe reads or writes: storage, rows and model, and a sweep's choices of them."""
-    yield Place("storage", ("storage",), recipe.storage)
-    for split in ("train", "validation", "test"):
-        for number, source in enumerate(getattr(recipe.data, split) or ()):
-            yield Place(f"data.{split}", ("data", split, number, "path"), source.path)
-    yield Place("model.path", ("model", "path"), recipe.model.path)
-    for field, space in recipe.tune.search.items() if recipe.tune else ():
-        if field in ("model.path", "data.train", "data.validation", "data.test"):
-            key = "choice" if space.choice else "grid"
-            for number, value in enumerate(space.choices):
-                yield from _chosen(f"tune.search.{field}", ("tune", "search", field, key, number), value)
-
-
-def _chosen(field: str, where: tuple[str | int, ...], value: Any) -> Iterator[Place]:
-    """The paths of one choice, which is as free in its form as the field: a path, a source with its own, or several."""
-    if isinstance(value, str):
-        yield Place(field, where, value)
-    elif isinstance(value, dict):
-        yield from _chosen(field, (*where, "path"), value.get("path"))
-    elif isinstance(value, list | tuple):
-        for number, one in enumerate(value):
-            yield from _chosen(field, (*where, number), one)
 
 
 def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str, Any]], None]) -> Recipe:
@@ -71,7 +33,7 @@ def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str
         return uploaded(recipe, show)
     plain = recipe.dump()
     for one in local_paths(recipe):
-        _set(plain, one.where, os.path.abspath(_bare(one.path)))
+        _set(plain, one.where, storage.absolute(one.path))
     return Recipe.parse(plain, recipe.name)
 
 
@@ -84,15 +46,6 @@ def uploaded(recipe: Recipe, show: Callable[[dict[str, Any]], None]) -> Recipe:
             show({"event": "stage", "name": f"uploading {one.field}"})
             _set(plain, one.where, _uploaded(one.path, storage.join(recipe.storage, FOLDER)))
     return Recipe.parse(plain, recipe.name)
-
-
-def local_paths(recipe: Recipe) -> list[Place]:
-    """The recipe's paths on this machine: storage, rows, and models where they are folders."""
-    return [
-        one
-        for one in places(recipe)
-        if storage.is_local(one.path) and (not one.model or os.path.isdir(_bare(one.path)))
-    ]
 
 
 def refuse_out_of_reach(recipe: Recipe, local: list[Place], upload: bool) -> None:
@@ -118,10 +71,6 @@ def is_here(address: str) -> bool:
 
     own = {one.address.partition("%")[0] for each in psutil.net_if_addrs().values() for one in each}
     return any(ip.startswith("127.") or ip == "::1" or ip in own for ip in map(str, found))
-
-
-def _bare(path: str) -> str:
-    return os.path.expanduser(path.removeprefix("file://"))
 
 
 def _set(plain: dict[str, Any], where: tuple[str | int, ...], value: str) -> None:
@@ -161,11 +110,11 @@ def _uploaded(path: str, home: str) -> str:
         for entry in entries:
             storage.upload(entry.path, storage.join(folder, names[entry.path]))
         storage.commit(folder, {"files": len(entries)})
-    return storage.join(folder, os.path.relpath(os.path.abspath(_bare(path)), base))
+    return storage.join(folder, os.path.relpath(storage.absolute(path), base))
 
 
 def _fixed(path: str) -> str:
     """The folder above what `path` names: above its first wildcard, or above the file or folder itself."""
-    parts = os.path.abspath(_bare(path)).split(os.sep)
+    parts = storage.absolute(path).split(os.sep)
     wild = next((number for number, part in enumerate(parts) if _WILD.search(part)), len(parts) - 1)
     return os.sep.join(parts[:wild]) or os.sep
