@@ -109,6 +109,7 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
     attempt = max(same, default=0) + 1
     if not recipe.cluster.shared_storage:
         preflight.refuse_from_here(recipe, show)
+        reach.refuse_files_of_rows(recipe)
     with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
         Record(run).standing(recipe)
     config_map, ray_job = kuberay.manifests(recipe, attempt, source)
