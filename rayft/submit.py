@@ -96,8 +96,9 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
     """
     if upload and not recipe.cluster.shared_storage:
         reach.refuse_out_of_reach(recipe, local_paths(recipe), upload)
+        kuberay.refuse(recipe, source, uploading=True)  # or a refused recipe would leave its inputs in storage
         recipe = reach.uploaded(recipe, show)
-    kuberay.manifests(recipe, source=source)  # whatever can't run there is refused first
+    kuberay.refuse(recipe, source)  # whatever can't run there is refused first
     run, wanted = recipe.folder, kuberay.digest(recipe)
     jobs = [job for job in server.jobs(kuberay.selector(recipe)) if job.run == run]
     same = [kuberay.attempt_of(job.id, wanted) for job in jobs if job.recipe_hash == wanted]

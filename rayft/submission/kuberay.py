@@ -77,10 +77,15 @@ def manifests(recipe: Recipe, attempt: int = 1, source: str = "recipe") -> list[
     `attempt` (from 1) tells a job from an earlier one of the same recipe that has ended, and is part of its name only.
     Raises RecipeError with everything in the recipe that can't run on Kubernetes; `source` is what it speaks of.
     """
-    wrong = faults(recipe)
+    refuse(recipe, source)
+    return [_config_map(recipe, attempt), _ray_job(recipe, attempt)]
+
+
+def refuse(recipe: Recipe, source: str, uploading: bool = False) -> None:
+    """RecipeError with everything in the recipe that can't run on Kubernetes; `uploading` as in `faults`."""
+    wrong = faults(recipe, uploading)
     if wrong:
         raise RecipeError(source, tuple(wrong))
-    return [_config_map(recipe, attempt), _ray_job(recipe, attempt)]
 
 
 def to_yaml(documents: list[Manifest]) -> str:

@@ -50,13 +50,14 @@ _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _OPERATORS = ("Equal", "Exists")
 
 
-def faults(recipe: Recipe) -> list[Fault]:
-    """All that keeps `recipe` from running as a RayJob; nothing where it can.
+def faults(recipe: Recipe, uploading: bool = False) -> list[Fault]:
+    """All that keeps `recipe` from running as a RayJob, with `uploading` before its local inputs are uploaded.
 
     Besides the recipe only the local file system is asked: whether `model.path` is a folder here or an id of the Hub.
     """
     asked = recipe.submit or Submit()
-    return [fault for rule in RULES for fault in rule(recipe, asked)]
+    rules = [rule for rule in RULES if not (uploading and rule is paths_reach_pods)]
+    return [fault for rule in rules for fault in rule(recipe, asked)]
 
 
 def amount(quantity: str) -> Decimal | None:
