@@ -46,7 +46,7 @@ _MACHINES = re.compile(
     r"|karpenter\.k8s\.aws/instance-.+"
 )
 
-_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")  # an empty one stands for all
 _OPERATORS = ("Equal", "Exists")
 
 
@@ -198,7 +198,7 @@ def selector_is_valid(recipe: Recipe, asked: Submit) -> Faults:
         where = f"submit.kubernetes.node_selector.{label}"
         if not _qualified(label):
             yield Fault(where, "not a label's key", show(label), _KEY_FITS)
-        if not _WORD.fullmatch(value):
+        if value and not _WORD.fullmatch(value):  # a role of nodes is a label without a value
             yield Fault(where, "not a label's value", show(value), _WORD_FITS)
 
 
@@ -236,7 +236,7 @@ def _wrong_in(toleration: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "value", "impossible with `operator: Exists`", "`operator: Equal` fits, or no value"
     elif value != "" and not (isinstance(value, str) and _WORD.fullmatch(value)):
         yield "value", "not a taint's value", f"text fits: {_WORD_FITS}"
-    if effect is not None and effect not in _EFFECTS:
+    if effect is not None and effect not in (*_EFFECTS, ""):
         yield "effect", "not a known choice", f"{', '.join(f'`{one}`' for one in _EFFECTS)} fit"
     seconds = toleration.get("tolerationSeconds")
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int)):
