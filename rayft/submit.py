@@ -58,6 +58,7 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     from here, and where a job runs this run with another recipe.
     """
     recipe = recipe.resolved()
+    upload = upload and not recipe.cluster.shared_storage  # what every machine has need not be brought
     here = reach.is_here(server.address)
     if upload or not (here or recipe.cluster.shared_storage):
         reach.refuse_out_of_reach(recipe, local_paths(recipe), upload)
