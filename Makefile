@@ -17,11 +17,12 @@ help:
 
 install: $(STAMP)
 
-# The stamp is written last, so an installation that was interrupted starts again.
+# The stamp is written last, so an installation that was interrupted starts again. An environment that was half made then
+# has Python and no pip, which is added: nothing in it is deleted, since it may be a link to one that others use.
 $(STAMP): cluster/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rayft needs Python 3.11 or later")'
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo 'Python cannot make virtual environments here; on Debian: apt-get install python3.11-venv' >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r cluster/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

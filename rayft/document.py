@@ -23,6 +23,7 @@ _FLOAT = re.compile(
 )
 _BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_BREAKS = re.compile("[\x85\u2028\u2029]")  # YAML 1.1 ends a line at these; of YAML 1.2 they are plain characters
 
 # Mappings whose keys are names with dots of their own: an override's rest is one key there.
 _DOTTED_KEYS = frozenset({"tune.search", "data.columns"})
@@ -50,6 +51,14 @@ class _Dumper(yaml.SafeDumper):
 for _name, _pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN), ("null", _NULL)):
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, None)
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, None)
+
+
+def scalar(dumper: yaml.SafeDumper, text: str, style: str | None = None) -> yaml.ScalarNode:
+    """`text` in a style of PyYAML's, or in double quotes where it would not be read back as it is."""
+    return dumper.represent_scalar(_TAG + "str", text, style='"' if _BREAKS.search(text) else style)
+
+
+_Dumper.add_representer(str, scalar)
 
 
 @dataclass

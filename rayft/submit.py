@@ -20,6 +20,7 @@ from typing import Any
 import rayft
 from rayft import preflight, storage
 from rayft.errors import RunRefused, StorageError
+from rayft.paths import local_paths
 from rayft.recipe import Recipe
 from rayft.record import Record
 from rayft.submission import kuberay, reach
@@ -57,9 +58,10 @@ def submit(recipe: Recipe, server: JobServer, *, upload: bool, show: Show) -> Su
     from here, and where a job runs this run with another recipe.
     """
     recipe = recipe.resolved()
+    upload = upload and not recipe.cluster.shared_storage  # what every machine has need not be brought
     here = reach.is_here(server.address)
     if upload or not (here or recipe.cluster.shared_storage):
-        reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
+        reach.refuse_out_of_reach(recipe, local_paths(recipe), upload)
     run = storage.join(storage.absolute(recipe.storage), recipe.name)
     prefix, wanted = job_prefix(recipe.name, run), digest(recipe)
     jobs = server.jobs(prefix)
@@ -94,9 +96,10 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
     can't be looked at from here.
     """
     if upload and not recipe.cluster.shared_storage:
-        reach.refuse_out_of_reach(recipe, reach.local_paths(recipe), upload)
+        reach.refuse_out_of_reach(recipe, local_paths(recipe), upload)
+        kuberay.refuse(recipe, source, uploading=True)  # or a refused recipe would leave its inputs in storage
         recipe = reach.uploaded(recipe, show)
-    kuberay.manifests(recipe, source=source)  # whatever can't run there is refused first
+    kuberay.refuse(recipe, source)  # whatever can't run there is refused first
     run, wanted = recipe.folder, kuberay.digest(recipe)
     jobs = [job for job in server.jobs(kuberay.selector(recipe)) if job.run == run]
     same = [kuberay.attempt_of(job.id, wanted) for job in jobs if job.recipe_hash == wanted]
@@ -108,6 +111,7 @@ def apply(recipe: Recipe, server: Kubernetes, *, upload: bool, show: Show, sourc
     attempt = max(same, default=0) + 1
     if not recipe.cluster.shared_storage:
         preflight.refuse_from_here(recipe, show)
+        reach.refuse_files_of_rows(recipe)
     with contextlib.suppress(StorageError):  # from here it may be out of reach; the cluster looks again
         Record(run).standing(recipe)
     config_map, ray_job = kuberay.manifests(recipe, attempt, source)

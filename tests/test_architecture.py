@@ -60,6 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks",
         "fields.task_section",
         "recipe",
+        "paths",
     ),
     (
         "data",

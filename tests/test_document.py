@@ -57,6 +57,16 @@ def test_text_stays_text_when_written_and_read(value: str) -> None:
     assert document.read(document.write({"key": value})).value == {"key": value}
 
 
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("text", ["spam{}", "{}spam", "{}", "a{}b", "a {} b", "a\n{}b"])
+def test_the_breaks_of_other_alphabets_stay_what_they_are(text: str, character: str) -> None:
+    value = text.format(character)
+    for one_line in (False, True):
+        written = document.write({value: [value]}, one_line)
+        assert document.read(written).value == {value: [value]}
+        assert character not in written  # which a reader of YAML 1.1 and one of 1.2 take for two different things
+
+
 def test_lines_are_those_of_the_keys() -> None:
     read = document.read("a: 1\nb:\n  c:\n    - x\n    - d: 2\n\ne: 3\n")
     assert read.lines == {"a": 1, "b": 2, "b.c": 3, "b.c.0": 4, "b.c.1": 5, "b.c.1.d": 5, "e": 7}

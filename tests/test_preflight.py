@@ -280,6 +280,22 @@ def test_local_paths_on_several_machines_are_refused_unless_they_share_them(tmp_
     assert not placement.faults(Recipe.parse(plain), two[:1])
 
 
+@pytest.mark.parametrize("written", ["file://{}", "~/{}", "{}"])
+def test_no_way_to_write_a_path_hides_it_from_several_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = written.format("model" if "~" in written else tmp_path / "model")
+    plain = small.recipe(tmp_path, path) | {"storage": "s3://bucket/runs", "data": {"train": "s3://bucket/train.csv"}}
+    two = nodes({"CPU": 4}, {"CPU": 4})
+    (fault,) = placement.faults(Recipe.parse(plain), two)
+    assert f"and model.path ({path}) may exist on this one alone" in fault
+    choices = {"tune": {"search": {"model.path": {"choice": ["org/name", path]}}, "trials": 2}}
+    (fault,) = placement.faults(Recipe.parse({**plain, "model": {"path": "org/name"}, **choices}), two)
+    assert f"and tune.search.model.path ({path}) may exist on this one alone" in fault
+
+
 # --- parameters, from an outline of the model
 
 

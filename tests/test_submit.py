@@ -98,3 +98,12 @@ def test_a_succeeded_job_is_attached_to_unless_its_result_is_known_to_be_gone(
     server: Any = Server(address, [job])
     sent = submit(recipe, server, upload=False, show=lambda event: None)
     assert (sent.attached, sent.attempt, len(server.sent)) == ((False, 2, 1) if again else (True, 1, 0))
+
+
+def test_what_all_machines_share_is_not_uploaded(plain: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.parse({**plain, "cluster": {"workers": 1, "shared_storage": True}})
+    server: Any = Server("http://head.invalid:8265", [])
+    events: list[dict[str, Any]] = []
+    assert submit(recipe, server, upload=True, show=events.append).run == str(tmp_path / "runs" / "small")
+    assert len(server.sent) == 1
+    assert not [event for event in events if str(event.get("name")).startswith("uploading")]

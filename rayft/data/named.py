@@ -1,4 +1,4 @@
-"""What identifies the pictures and sounds that the rows of a plain table name, which are read from where they lie."""
+"""The pictures and sounds that rows name, which are read from where they lie: what identifies them, which lie here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from rayft import storage
 from rayft.data.formats import holds_contents
-from rayft.data.source import METADATA, TABLES, Fragment, candidates, read
+from rayft.data.source import FILE_NAME, METADATA, TABLES, Fragment, candidates, fragments, peek, read
 from rayft.recipe import Source
 
 _THREADS = 16
@@ -44,6 +44,29 @@ def identity(
             return ""
         found = sorted(pair for pairs in pool.map(_contents, _by_folder(paths)) for pair in pairs)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def left_behind(path: str, names: dict[str, str], columns: Sequence[str], copied: set[str]) -> str | None:
+    """A file of this machine that the first rows at `path` name, and that isn't read from where `copied` files go.
+
+    None where they name none. `names` and `columns` are as in `read`.
+    """
+    piece = fragments([Source(path=path)])[0]
+    if not columns or piece.format not in TABLES:
+        return None
+    _, cells = peek(piece)
+    asked = [name for those in candidates(names, columns).values() for name in those]
+    named = [cell for name in asked for cell in cells.get(name, ())]
+    here = [storage.absolute(one) for one in _paths(named) if storage.is_local(one)]
+    folder, name = os.path.split(piece.path)
+    if name in METADATA and FILE_NAME in asked and storage.is_local(piece.path):
+        beside = [storage.join(folder, cell) for cell in cells.get(FILE_NAME, ()) if _is_relative(cell)]
+        here += [one for one in beside if one not in copied]
+    return next((one for one in here if os.path.exists(one)), None)
+
+
+def _is_relative(cell: Any) -> bool:
+    return isinstance(cell, str) and bool(cell) and not cell.startswith("/") and "://" not in cell
 
 
 def _paths(cells: Iterable[Any]) -> Iterator[str]:

@@ -104,7 +104,7 @@ class Kubernetes(Section):
     """The account of every pod, such as one that has a cloud's role; null: the namespace's own."""
     image_pull_secrets: tuple[Text, ...] = ()
     """Secrets that a private registry gives the image for."""
-    node_selector: dict[str, Text] = Field(default={})
+    node_selector: dict[str, Annotated[str, Field(strict=True)]] = Field(default={})
     """Labels that a pod's node must have; with GPUs those that name a kind of machine are for the workers' alone."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Taints that every pod tolerates, as Kubernetes writes them: key, operator, value, effect, tolerationSeconds."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from rayft import storage
 from rayft.errors import ClusterError
+from rayft.paths import local_paths
 from rayft.recipe import Cluster, Recipe
 from rayft.text import counted, size
 from rayft.training.footprint import Parameters
@@ -193,16 +194,13 @@ def spots(cluster: Cluster, node: dict[str, Any]) -> int:
 
 
 def unshared(recipe: Recipe) -> list[str]:
-    """The recipe's fields whose paths lie on one machine alone, with the path."""
+    """The recipe's fields whose paths lie on one machine alone, with the first such path."""
     if recipe.cluster.shared_storage:
         return []
-    sources = {name: getattr(recipe.data, name) or () for name in ("train", "validation", "test")}
-    found = {"storage": [recipe.storage]} | {
-        f"data.{name}": [one.path for one in given] for name, given in sources.items()
-    }
-    if os.path.isdir(recipe.model.path):
-        found["model.path"] = [recipe.model.path]
-    return [f"{name} ({paths[0]})" for name, paths in found.items() if any(storage.is_local(path) for path in paths)]
+    first: dict[str, str] = {}
+    for one in local_paths(recipe):
+        first.setdefault(one.field, one.path)
+    return [f"{field} ({path})" for field, path in first.items()]
 
 
 def passing(recipe: Recipe) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from rayft import __version__
+from rayft import __version__, document
 from rayft.errors import RecipeError
 from rayft.recipe import Recipe, Submit
 from rayft.record import JOB
@@ -77,10 +77,15 @@ def manifests(recipe: Recipe, attempt: int = 1, source: str = "recipe") -> list[
     `attempt` (from 1) tells a job from an earlier one of the same recipe that has ended, and is part of its name only.
     Raises RecipeError with everything in the recipe that can't run on Kubernetes; `source` is what it speaks of.
     """
-    wrong = faults(recipe)
+    refuse(recipe, source)
+    return [_config_map(recipe, attempt), _ray_job(recipe, attempt)]
+
+
+def refuse(recipe: Recipe, source: str, uploading: bool = False) -> None:
+    """RecipeError with everything in the recipe that can't run on Kubernetes; `uploading` as in `faults`."""
+    wrong = faults(recipe, uploading)
     if wrong:
         raise RecipeError(source, tuple(wrong))
-    return [_config_map(recipe, attempt), _ray_job(recipe, attempt)]
 
 
 def to_yaml(documents: list[Manifest]) -> str:
@@ -365,7 +370,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = "|" if "\n" in value else '"' if re.match(r"[-+.\d]|[yYnN]$", value) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    return document.scalar(dumper, value, style)
 
 
 _Dumper.add_representer(str, _text)

@@ -16,8 +16,8 @@ from typing import Any
 from rayft.errors import Fault
 from rayft.fields.faults import show
 from rayft.filesystems import is_local
+from rayft.paths import places
 from rayft.recipe import Recipe, Submit
-from rayft.submission.reach import places
 
 Faults = Iterator[Fault]
 
@@ -46,17 +46,18 @@ _MACHINES = re.compile(
     r"|karpenter\.k8s\.aws/instance-.+"
 )
 
-_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")  # an empty one stands for all
 _OPERATORS = ("Equal", "Exists")
 
 
-def faults(recipe: Recipe) -> list[Fault]:
-    """All that keeps `recipe` from running as a RayJob; nothing where it can.
+def faults(recipe: Recipe, uploading: bool = False) -> list[Fault]:
+    """All that keeps `recipe` from running as a RayJob, with `uploading` before its local inputs are uploaded.
 
     Besides the recipe only the local file system is asked: whether `model.path` is a folder here or an id of the Hub.
     """
     asked = recipe.submit or Submit()
-    return [fault for rule in RULES for fault in rule(recipe, asked)]
+    rules = [rule for rule in RULES if not (uploading and rule is paths_reach_pods)]
+    return [fault for rule in rules for fault in rule(recipe, asked)]
 
 
 def amount(quantity: str) -> Decimal | None:
@@ -197,7 +198,7 @@ def selector_is_valid(recipe: Recipe, asked: Submit) -> Faults:
         where = f"submit.kubernetes.node_selector.{label}"
         if not _qualified(label):
             yield Fault(where, "not a label's key", show(label), _KEY_FITS)
-        if not _WORD.fullmatch(value):
+        if value and not _WORD.fullmatch(value):  # a role of nodes is a label without a value
             yield Fault(where, "not a label's value", show(value), _WORD_FITS)
 
 
@@ -235,7 +236,7 @@ def _wrong_in(toleration: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "value", "impossible with `operator: Exists`", "`operator: Equal` fits, or no value"
     elif value != "" and not (isinstance(value, str) and _WORD.fullmatch(value)):
         yield "value", "not a taint's value", f"text fits: {_WORD_FITS}"
-    if effect is not None and effect not in _EFFECTS:
+    if effect is not None and effect not in (*_EFFECTS, ""):
         yield "effect", "not a known choice", f"{', '.join(f'`{one}`' for one in _EFFECTS)} fit"
     seconds = toleration.get("tolerationSeconds")
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int)):

@@ -6,57 +6,23 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from rayft import storage
-from rayft.errors import DataError, RunRefused
+from rayft.data.named import left_behind
+from rayft.data.source import METADATA
+from rayft.errors import DataError, RunRefused, StorageError
+from rayft.paths import Place, local_paths, places
 from rayft.recipe import Recipe
+from rayft.storage import Entry
 from rayft.text import size
 
 LIMIT_BYTES = 256 << 20  # of what --upload takes
 FOLDER = "inputs"  # below storage
 _WILD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A path in a recipe: `field` is its dotted name, `where` the keys that lead to it in the recipe's plain form."""
-
-    field: str
-    where: tuple[str | int, ...]
-    path: str
-
-    @property
-    def model(self) -> bool:
-        return self.field.endswith("model.path")
-
-
-def places(recipe: Recipe) -> Iterator[Place]:
-    """Every path that a run of the recipe reads or writes: storage, rows and model, and a sweep's choices of them."""
-    yield Place("storage", ("storage",), recipe.storage)
-    for split in ("train", "validation", "test"):
-        for number, source in enumerate(getattr(recipe.data, split) or ()):
-            yield Place(f"data.{split}", ("data", split, number, "path"), source.path)
-    yield Place("model.path", ("model", "path"), recipe.model.path)
-    for field, space in recipe.tune.search.items() if recipe.tune else ():
-        if field in ("model.path", "data.train", "data.validation", "data.test"):
-            key = "choice" if space.choice else "grid"
-            for number, value in enumerate(space.choices):
-                yield from _chosen(f"tune.search.{field}", ("tune", "search", field, key, number), value)
-
-
-def _chosen(field: str, where: tuple[str | int, ...], value: Any) -> Iterator[Place]:
-    """The paths of one choice, which is as free in its form as the field: a path, a source with its own, or several."""
-    if isinstance(value, str):
-        yield Place(field, where, value)
-    elif isinstance(value, dict):
-        yield from _chosen(field, (*where, "path"), value.get("path"))
-    elif isinstance(value, list | tuple):
-        for number, one in enumerate(value):
-            yield from _chosen(field, (*where, number), one)
 
 
 def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str, Any]], None]) -> Recipe:
@@ -71,28 +37,37 @@ def carried(recipe: Recipe, address: str, upload: bool, show: Callable[[dict[str
         return uploaded(recipe, show)
     plain = recipe.dump()
     for one in local_paths(recipe):
-        _set(plain, one.where, os.path.abspath(_bare(one.path)))
+        _set(plain, one.where, storage.absolute(one.path))
     return Recipe.parse(plain, recipe.name)
 
 
 def uploaded(recipe: Recipe, show: Callable[[dict[str, Any]], None]) -> Recipe:
     """The recipe with its local inputs beside its run, in a storage that is not local."""
-    plain, local = recipe.dump(), local_paths(recipe)
-    if local:
-        _refuse_large(local)
-        for one in local:
-            show({"event": "stage", "name": f"uploading {one.field}"})
-            _set(plain, one.where, _uploaded(one.path, storage.join(recipe.storage, FOLDER)))
+    plain, beside = recipe.dump(), bool(recipe.task.file_columns())
+    files = {one: _files(one.path, beside) for one in local_paths(recipe)}
+    _refuse_large(files)
+    refuse_files_of_rows(recipe)
+    for one, entries in files.items():
+        show({"event": "stage", "name": f"uploading {one.field}"})
+        _set(plain, one.where, _uploaded(one.path, entries, storage.join(recipe.storage, FOLDER)))
     return Recipe.parse(plain, recipe.name)
 
 
-def local_paths(recipe: Recipe) -> list[Place]:
-    """The recipe's paths on this machine: storage, rows, and models where they are folders."""
-    return [
-        one
-        for one in places(recipe)
-        if storage.is_local(one.path) and (not one.model or os.path.isdir(_bare(one.path)))
-    ]
+def refuse_files_of_rows(recipe: Recipe) -> None:
+    """RunRefused where rows name pictures or sounds of this machine that would stay on it, with one of each source."""
+    lines, columns = [], recipe.task.file_columns()
+    for one in places(recipe) if columns else ():
+        if one.field == "storage" or one.model or one.path.startswith("hf://"):
+            continue
+        with suppress(StorageError):  # a table that can't be read from here is left to the cluster
+            copied = {entry.path for entry in _files(one.path, True)} if storage.is_local(one.path) else set()
+            if found := left_behind(one.path, recipe.data.columns, columns, copied):
+                lines.append(f"  {one.field}: {one.path} names {found}")
+    if lines:
+        fits = (
+            "URLs fit in their place; --upload takes folders of them, one for each class or with a metadata.csv in it"
+        )
+        raise RunRefused("\n".join(["the cluster can't reach files of this machine that rows name:", *lines, fits]))
 
 
 def refuse_out_of_reach(recipe: Recipe, local: list[Place], upload: bool) -> None:
@@ -120,10 +95,6 @@ def is_here(address: str) -> bool:
     return any(ip.startswith("127.") or ip == "::1" or ip in own for ip in map(str, found))
 
 
-def _bare(path: str) -> str:
-    return os.path.expanduser(path.removeprefix("file://"))
-
-
 def _set(plain: dict[str, Any], where: tuple[str | int, ...], value: str) -> None:
     inner: Any = plain
     for key in where[:-1]:
@@ -131,26 +102,31 @@ def _set(plain: dict[str, Any], where: tuple[str | int, ...], value: str) -> Non
     inner[where[-1]] = value
 
 
-def _files(path: str) -> list[Any]:
-    found = storage.expand(path)
+def _files(path: str, beside: bool) -> list[Entry]:
+    """The files that `path` stands for; of a metadata file also those `beside` it, which its rows name."""
+    folder, name = os.path.split(storage.absolute(path))
+    found = storage.expand(folder if beside and name in METADATA else storage.absolute(path))
     if not found:
         raise DataError(f"{path}: there is nothing to upload")
     return found
 
 
-def _refuse_large(local: list[Place]) -> None:
-    sizes = {one: sum(entry.size for entry in _files(one.path)) for one in local}
-    if sum(sizes.values()) > LIMIT_BYTES:
-        listed = "\n".join(f"  {one.field}: {one.path} ({size(count)})" for one, count in sizes.items())
+def _refuse_large(files: dict[Place, list[Entry]]) -> None:
+    total = _bytes(entry for entries in files.values() for entry in entries)
+    if total > LIMIT_BYTES:
+        listed = "\n".join(f"  {one.field}: {one.path} ({size(_bytes(each))})" for one, each in files.items())
         raise RunRefused(
-            f"--upload takes {size(LIMIT_BYTES)} in all, and these are {size(sum(sizes.values()))}:\n{listed}\n"
+            f"--upload takes {size(LIMIT_BYTES)} in all, and these are {size(total)}:\n{listed}\n"
             "copy them to object storage yourself, and name the URL"
         )
 
 
-def _uploaded(path: str, home: str) -> str:
-    """Where the files that `path` names are now, below `home`: a folder of their content's name, so that it is once."""
-    entries = _files(path)
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum({entry.path: entry.size for entry in entries}.values())  # splits may share files
+
+
+def _uploaded(path: str, entries: list[Entry], home: str) -> str:
+    """Where the `entries` of `path` are now, below `home`: a folder of their content's name, so that it is once."""
     base = _fixed(path)
     names = {entry.path: os.path.relpath(entry.path, base) for entry in entries}
     total = hashlib.sha256()
@@ -161,11 +137,11 @@ def _uploaded(path: str, home: str) -> str:
         for entry in entries:
             storage.upload(entry.path, storage.join(folder, names[entry.path]))
         storage.commit(folder, {"files": len(entries)})
-    return storage.join(folder, os.path.relpath(os.path.abspath(_bare(path)), base))
+    return storage.join(folder, os.path.relpath(storage.absolute(path), base))
 
 
 def _fixed(path: str) -> str:
     """The folder above what `path` names: above its first wildcard, or above the file or folder itself."""
-    parts = os.path.abspath(_bare(path)).split(os.sep)
+    parts = storage.absolute(path).split(os.sep)
     wild = next((number for number, part in enumerate(parts) if _WILD.search(part)), len(parts) - 1)
     return os.sep.join(parts[:wild]) or os.sep

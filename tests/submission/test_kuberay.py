@@ -424,5 +424,18 @@ def test_text_that_another_reader_takes_for_something_else_is_quoted(text: str) 
     assert to_yaml([{"a": text}]).strip() in (f'a: "{text}"', f"a: '{text}'")
 
 
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+def test_the_breaks_of_other_alphabets_reach_the_cluster_as_they_are(character: str) -> None:
+    where = {"label": f"spam{character}"}
+    recipe = recipe_with({"data.train": [{"path": "s3://b/train.csv", "where": where}]})
+    documents = manifests(recipe)
+    text = to_yaml(documents)
+    assert character not in text
+    assert list(yaml.safe_load_all(text)) == documents
+    (train,) = Recipe.written(documents[0]["data"]["recipe.yaml"], "recipe.yaml").data.train
+    assert train.where == where
+    assert to_yaml([{"a": f"one\n{character}two"}]).count("\n") == 1
+
+
 def test_the_recipe_can_be_read_in_the_manifest() -> None:
     assert "  recipe.yaml: |\n    name: n\n    task:\n" in to_yaml(list(rendered("cpu")))

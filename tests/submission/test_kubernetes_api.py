@@ -20,7 +20,7 @@ from kube_api import TOKEN, KubeApi, kubeconfig, serving
 from rayft import retry, storage
 from rayft.answer import Answer
 from rayft.cli import app
-from rayft.errors import ClusterError, RunRefused, TrainingError
+from rayft.errors import ClusterError, RecipeError, RunRefused, TrainingError
 from rayft.recipe import Recipe
 from rayft.submission import following, jobs, kubernetes_api
 from rayft.submission.kuberay import job_name, manifests
@@ -235,6 +235,29 @@ def test_local_inputs_are_uploaded_and_named_in_the_recipe(api: KubeApi, home: s
 
 
 # --- refusals: nothing is left behind
+
+
+def test_what_can_not_run_there_is_refused_before_anything_is_uploaded(api: KubeApi, home: str) -> None:
+    store = storage.join(home, "kept-clean")
+    local = {"storage": store, "data.train": str(SMS / "train.csv")}
+    made = recipe(home, **local, **{f"{KUBERNETES}.cpu": "1"})
+    with pytest.raises(RecipeError) as caught:
+        apply(made, Kubernetes("default"), upload=True, show=silent, source="r.yaml")
+    assert [fault.where for fault in caught.value.faults] == [f"{KUBERNETES}.cpu"]
+    assert not storage.listing(store)
+    assert api.asked == []
+
+
+def test_rows_of_a_table_in_storage_that_name_pictures_of_this_machine_are_refused(
+    api: KubeApi, home: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    table = storage.join(home, "named.csv")
+    storage.write_text(table, f"file_name,label\n{tmp_path}/a.png,x\n")
+    plain = recipe(home).dump() | {"task": {"type": "image-classification"}, "data": {"train": table}}
+    with pytest.raises(RunRefused, match=rf"data\.train: {table} names {tmp_path}/a\.png"):
+        send(Recipe.parse(plain))
+    assert api.names() == []
 
 
 def refusal(made: Recipe) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 import small
 from rayft import storage
+from rayft.data.source import fragments, read
 from rayft.errors import RunRefused
 from rayft.recipe import Recipe
 from rayft.submission import reach
@@ -127,4 +128,83 @@ def test_more_than_the_limit_is_refused_with_sizes(
     home = storage.join(s3, "large")
     with pytest.raises(RunRefused, match=r"(?s)--upload takes 10\.0 kB in all.*data\.train: .*train\.csv \(\d"):
         reach.carried(Recipe.parse({**plain, "storage": home}), AWAY, True, silent)
+    assert not storage.listing(home)
+
+
+def test_a_file_that_several_splits_read_counts_once_against_the_limit(
+    plain: dict[str, Any], tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = plain["data"]["train"]
+    recipe = Recipe.parse({**plain, "data": {"train": table, "test": table}, "storage": storage.join(s3, "once")})
+    monkeypatch.setattr(reach, "LIMIT_BYTES", Path(table).stat().st_size + len("{}"))
+    reach.carried(recipe, AWAY, True, silent)
+
+
+def test_what_lies_beside_a_table_of_texts_stays_where_it_is(plain: dict[str, Any], tmp_path: Path, s3: str) -> None:
+    table = tmp_path / "metadata.csv"  # the name says something to tasks on pictures and sounds alone
+    Path(plain["data"]["train"]).rename(table)
+    home = storage.join(s3, "alone")
+    recipe = Recipe.parse({**plain, "model": {"path": "org/name"}, "data": {"train": str(table)}, "storage": home})
+    reach.carried(recipe, AWAY, True, silent)
+    sent = [entry.path.rpartition("/")[2] for entry in storage.listing(home)]
+    assert sorted(sent) == [storage.MARKER, "metadata.csv"]
+
+
+def pictures(plain: dict[str, Any], table: Path | str, home: str) -> Recipe:
+    """A recipe over the pictures that a table names, in a column that it calls `photo`, or those of a metadata file."""
+    columns = {"photo": "file_name"} if "rows" in str(table) else {}
+    made = {**plain, "task": {"type": "image-classification"}, "storage": home}
+    return Recipe.parse({**made, "data": {"train": str(table), "columns": columns}})
+
+
+def picture(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "a.png"
+    path.write_bytes(b"a picture")
+    return path
+
+
+@pytest.mark.parametrize("written", ["{}", "file://{}"])
+def test_pictures_of_this_machine_that_a_table_names_are_refused_before_it_is_uploaded(
+    plain: dict[str, Any], tmp_path: Path, s3: str, written: str
+) -> None:
+    home, there = storage.join(s3, "named", tmp_path.name), picture(tmp_path / "pictures")
+    table = tmp_path / "rows.csv"
+    table.write_text(f"photo,label\ns3://bucket/b.png,x\n{written.format(there)},x\n")
+    with pytest.raises(RunRefused) as raised:
+        reach.carried(pictures(plain, table, home), AWAY, True, silent)
+    assert str(raised.value).splitlines()[1:-1] == [f"  data.train: {table} names {there}"]
+    assert "a metadata.csv in it" in str(raised.value)
+    assert not storage.listing(home)
+    url = storage.join(s3, "elsewhere", "rows.csv")
+    storage.write_text(url, table.read_text())
+    with pytest.raises(RunRefused, match="names /"):
+        reach.carried(pictures(plain, url, home), AWAY, True, silent)
+    reach.carried(pictures(plain, table, str(tmp_path)), "http://localhost:8265", False, silent)
+    table.write_text("photo,label\ns3://bucket/b.png,x\n/only/there/c.png,x\n")  # a folder that the cluster may have
+    reach.carried(pictures(plain, table, home), AWAY, True, silent)
+
+
+@pytest.mark.parametrize("named", ["pictures/metadata.csv", "pictures"])
+def test_what_a_metadata_file_describes_is_uploaded_with_it(
+    plain: dict[str, Any], tmp_path: Path, s3: str, named: str
+) -> None:
+    picture(tmp_path / "pictures")
+    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,label\na.png,x\n")
+    recipe = pictures(plain, tmp_path / named, storage.join(s3, "described"))
+    (train,) = reach.carried(recipe, AWAY, True, silent).data.train
+    rows = next(read(fragments([train])[0], train, {}, ("file_name",)))
+    assert [storage.read_bytes(one) for one in rows.columns["file_name"]] == [b"a picture"]
+
+
+@pytest.mark.parametrize(("named", "cell"), [("pictures/*.csv", "a.png"), ("pictures", "../other/a.png")])
+def test_what_a_metadata_file_describes_and_an_upload_leaves_out_is_refused(
+    plain: dict[str, Any], tmp_path: Path, s3: str, named: str, cell: str
+) -> None:
+    picture(tmp_path / "pictures")
+    picture(tmp_path / "other")
+    (tmp_path / "pictures" / "metadata.csv").write_text(f"file_name,label\n{cell},x\n")
+    home = storage.join(s3, "left-out")
+    with pytest.raises(RunRefused, match=rf"names {tmp_path}/pictures/{cell}"):
+        reach.carried(pictures(plain, tmp_path / named, home), AWAY, True, silent)
     assert not storage.listing(home)
