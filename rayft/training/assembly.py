@@ -75,7 +75,7 @@ def assemble(
     if recipe.model.dtype != "float32" and stage < 3:
         freeze.store_frozen_in(network, getattr(torch, recipe.model.dtype))
     if recipe.model.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(network)
     saved = checkpoint.Checkpoint(start) if start else None
     if saved:
         saved.load_weights(network)
@@ -94,6 +94,17 @@ def assemble(
             saved.load_moments(made)
     del sharding
     return Assembled(made, blocks, norms, standing)
+
+
+def checkpoint_activations(network: Any) -> None:
+    """Has the blocks' activations computed again in the backward pass, those of frozen blocks not at all.
+
+    transformers has the embeddings' output require gradients then, for a way of checkpointing that is not used here:
+    the backward pass would go through all that is frozen.
+    """
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    if hasattr(network, "disable_input_require_grads"):
+        network.disable_input_require_grads()
 
 
 def _shard_while_loading(config: dict[str, Any]) -> Any:
