@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,22 +77,24 @@ def assemble(
         freeze.store_frozen_in(network, getattr(torch, recipe.model.dtype))
     if recipe.model.gradient_checkpointing:
         checkpoint_activations(network)
-    saved = checkpoint.Checkpoint(start) if start else None
-    if saved:
-        saved.load_weights(network)
-    freeze.train_mode(network, blocks, batch_norm=True)
-    norms = BatchNorms(network, recipe.model.batch_norm_rows)
-    groups = freeze.parameter_groups(network, learning, len(blocks.blocks), recipe.train, cohorts)
-    standing = None
-    if prefix.impossible(recipe, learning.depth) is None:
-        standing = Prefix(network, blocks, task.steady(learning.depth), first)
-    together()  # whoever reads more slowly is not waited for in a collective
-    made = engine.build(network, groups, config)
-    if recipe.model.compile:
-        made.module.compile()
-    if saved:
-        with saved:
+    with checkpoint.Checkpoint(start) if start else nullcontext() as saved:
+        if saved:
+            saved.fetch(network)
+            together()  # whoever fetches, or reads more slowly, is not waited for in a collective
+            saved.load_weights(network)
+        freeze.train_mode(network, blocks, batch_norm=True)
+        norms = BatchNorms(network, recipe.model.batch_norm_rows)
+        groups = freeze.parameter_groups(network, learning, len(blocks.blocks), recipe.train, cohorts)
+        standing = None
+        if prefix.impossible(recipe, learning.depth) is None:
+            standing = Prefix(network, blocks, task.steady(learning.depth), first)
+        together()
+        made = engine.build(network, groups, config)
+        if recipe.model.compile:
+            made.module.compile()
+        if saved:
             saved.load_moments(made)
+    together()
     del sharding
     return Assembled(made, blocks, norms, standing)
 
