@@ -1,4 +1,4 @@
-"""Local copies of folders in object storage: one per content and machine, shared by the processes that want it."""
+"""Local copies of what is in object storage: one per content and machine, shared by the processes that want it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import IO
 
 from rayft import storage
 from rayft.errors import StorageError
@@ -41,6 +42,85 @@ def local_copy(url: str, kind: str, unused_s: float | None = None) -> str | None
         raise StorageError(f"{storage.shown(url)} could not be put into the cache at {folder}")
     os.utime(folder)
     return folder
+
+
+@contextlib.contextmanager
+def borrowed(key: str, make: Callable[[str], None]) -> Iterator[str]:
+    """A local file of the content that `key` names, for the time being: the last process that lets go of it deletes it.
+
+    The first one has it made: `make(path)` writes it there, whole and looked through, or raises. Those that want it
+    meanwhile wait. Where the cache's file system has no locks, each process makes its own.
+    """
+    home = os.path.join(storage.cache_folder(), "borrowed")
+    os.makedirs(home, exist_ok=True)
+    _delete_abandoned(home)
+    with _in_use(os.path.join(home, key)) as folder:
+        copy = os.path.join(folder, "copy")
+        with _lock(os.path.join(folder, "lock")):
+            if not os.path.exists(copy):
+                part = f"{copy}.{uuid.uuid4().hex}.part"
+                make(part)
+                os.replace(part, copy)
+        yield copy
+
+
+@contextlib.contextmanager
+def _in_use(folder: str) -> Iterator[str]:
+    """The folder, which stays as long as a process is in here; where there are no locks, one of this process's own."""
+    lock, shared = _share(f"{folder}.lock")
+    folder = folder if shared else f"{folder}.{uuid.uuid4().hex}"
+    with lock:
+        try:
+            yield folder
+        finally:
+            if not shared:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                _delete_unless_used(lock, folder)
+
+
+def _share(path: str) -> tuple[IO[str], bool]:
+    """The open file, held together with others; False where the file system has no locks."""
+    while True:
+        lock = open(path, "w+")  # noqa: SIM115 # whoever asked closes it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        except OSError:
+            return lock, False
+        if _there(lock):
+            return lock, True
+        lock.close()  # who had it deleted it
+
+
+def _there(lock: IO[str]) -> bool:
+    """Is it still the file of its name?"""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+    except FileNotFoundError:
+        return False
+
+
+def _delete_unless_used(lock: IO[str], folder: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it in use
+        return
+    if _there(lock):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.unlink(lock.name)
+
+
+def _delete_abandoned(home: str) -> None:
+    """What processes had borrowed that were killed a day ago or before, and that no process wanted since."""
+    for one in os.scandir(home):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - one.stat().st_mtime <= PART_S:
+                continue
+            if one.name.endswith(".lock"):
+                with open(one.path, "r+") as lock:
+                    _delete_unless_used(lock, one.path.removesuffix(".lock"))
+            elif not os.path.exists(f"{one.path}.lock"):
+                shutil.rmtree(one.path, ignore_errors=True)
 
 
 def _make(url: str, folder: str, payload: dict[str, int]) -> None:

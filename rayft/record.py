@@ -19,6 +19,7 @@ from rayft.training import checkpoints
 BEAT_S = 5.0
 LOOK_S = 1.0  # between two looks for the heartbeat of another writer
 JOB = "RAYFT_JOB"  # the variable in which a driver on Kubernetes finds the name of its RayJob
+ENDED = ("Z", "X")  # states of a process that Linux still lists, since nobody has asked how it ended
 SILENT_S = 30.0  # a writer elsewhere that was not heard of for so long is dead
 
 
@@ -271,7 +272,7 @@ def alive(state: dict[str, Any]) -> bool:
 
 
 def process_begun(pid: int) -> str | float | None:
-    """When a process began, which tells it from a later one with its number; None where it has ended.
+    """When a process began, which tells it from a later one with its number; None where it has ended, reaped or not.
 
     On Linux that is in ticks since the boot, with the boot's id: seconds since 1970 move when the clock is set.
     """
@@ -281,7 +282,7 @@ def process_begun(pid: int) -> str | float | None:
         if not psutil.LINUX:
             return float(psutil.Process(pid).create_time())
         with open(f"/proc/{pid}/stat") as file, open("/proc/sys/kernel/random/boot_id") as boot:
-            ticks = file.read().rpartition(")")[2].split()[19]  # field 22; the name before may hold anything
-            return f"{boot.read().strip()}:{ticks}"
+            fields = file.read().rpartition(")")[2].split()  # from the third on; the name before may hold anything
+            return None if fields[0] in ENDED else f"{boot.read().strip()}:{fields[19]}"
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return None

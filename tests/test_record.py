@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -83,6 +85,22 @@ def test_a_writer_on_this_machine_is_looked_at(tmp_path: Path) -> None:
     state(tmp_path, **here, pid_started=1.0)  # another process with its number
     assert refuse(tmp_path) == []
     assert record.process_begun(2**22 + 1) is None
+
+
+def test_a_writer_that_was_killed_and_that_nobody_reaps_is_gone(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        here = {"host": socket.gethostname(), "pid": writer.pid, "pid_started": record.process_begun(writer.pid)}
+        made = state(tmp_path, **here)
+        assert record.alive(made)
+        writer.kill()
+        os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is left unreaped
+        assert psutil.Process(writer.pid).status() == psutil.STATUS_ZOMBIE
+        assert not record.alive(made)
+        assert refuse(tmp_path) == []
+    finally:
+        writer.kill()
+        writer.communicate()
 
 
 def test_a_writer_lives_on_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

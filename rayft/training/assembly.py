@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,25 +76,38 @@ def assemble(
     if recipe.model.dtype != "float32" and stage < 3:
         freeze.store_frozen_in(network, getattr(torch, recipe.model.dtype))
     if recipe.model.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    saved = checkpoint.Checkpoint(start) if start else None
-    if saved:
-        saved.load_weights(network)
-    freeze.train_mode(network, blocks, batch_norm=True)
-    norms = BatchNorms(network, recipe.model.batch_norm_rows)
-    groups = freeze.parameter_groups(network, learning, len(blocks.blocks), recipe.train, cohorts)
-    standing = None
-    if prefix.impossible(recipe, learning.depth) is None:
-        standing = Prefix(network, blocks, task.steady(learning.depth), first)
-    together()  # whoever reads more slowly is not waited for in a collective
-    made = engine.build(network, groups, config)
-    if recipe.model.compile:
-        made.module.compile()
-    if saved:
-        with saved:
+        checkpoint_activations(network)
+    with checkpoint.Checkpoint(start) if start else nullcontext() as saved:
+        if saved:
+            saved.fetch(network)
+            together()  # whoever fetches, or reads more slowly, is not waited for in a collective
+            saved.load_weights(network)
+        freeze.train_mode(network, blocks, batch_norm=True)
+        norms = BatchNorms(network, recipe.model.batch_norm_rows)
+        groups = freeze.parameter_groups(network, learning, len(blocks.blocks), recipe.train, cohorts)
+        standing = None
+        if prefix.impossible(recipe, learning.depth) is None:
+            standing = Prefix(network, blocks, task.steady(learning.depth), first)
+        together()
+        made = engine.build(network, groups, config)
+        if recipe.model.compile:
+            made.module.compile()
+        if saved:
             saved.load_moments(made)
+    together()
     del sharding
     return Assembled(made, blocks, norms, standing)
+
+
+def checkpoint_activations(network: Any) -> None:
+    """Has the blocks' activations computed again in the backward pass, those of frozen blocks not at all.
+
+    transformers has the embeddings' output require gradients then, for a way of checkpointing that is not used here:
+    the backward pass would go through all that is frozen.
+    """
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    if hasattr(network, "disable_input_require_grads"):
+        network.disable_input_require_grads()
 
 
 def _shard_while_loading(config: dict[str, Any]) -> Any:

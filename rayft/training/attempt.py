@@ -312,6 +312,8 @@ class Run:
         """The model as it was at an earlier checkpoint; anew where parameters have learned since that did not then."""
         with checkpoint.Checkpoint(path) as saved, self.watch.busy("loading the best model"):
             if saved.names >= set(checkpoint.shapes(self.engine, self.norms.statistics())):
+                saved.fetch(self.engine.module)
+                together()  # whoever fetches is not waited for in a collective
                 saved.load_weights(self.engine.module)
                 return
         self.close()

@@ -14,8 +14,8 @@ import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rayft import storage
+from rayft.copies import borrowed
 from rayft.errors import CheckpointError, Damaged, StorageError, StorageMissing
+from rayft.filesystems import local
 from rayft.training import checkpoints
 from rayft.training.engine import Piece, inner_optimizer, pieces, shape_of
 from rayft.training.loss_scale import gradient_scaler
@@ -147,25 +149,24 @@ def _sha256(file: Path) -> str:
 class Checkpoint:
     """A committed checkpoint, read by ranges. Use as a context manager: what is needed of a remote one is copied first.
 
-    A file of it that is missing or not as it was written is Damaged: the state at once, index and tensors when they are
-    first needed (what a rank doesn't need it neither copies nor checks).
+    Ranks of one machine share the copies, which go when the last of them leaves. A file of it that is missing or not as
+    it was written is Damaged: the state at once, index and tensors when they are first needed (what a rank doesn't need
+    it neither copies nor checks).
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._temporary = None if storage.is_local(path) else tempfile.TemporaryDirectory(prefix="rayft-checkpoint-")
-        self.local = self._temporary.name if self._temporary else path
         self.state: dict[str, Any] = checkpoints.state(path)
         self._checksums: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._copies = ExitStack()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.clear()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._copies.close()
 
     @cached_property
     def _pieces(self) -> dict[str, list[tuple[int, int, str, int, int]]]:
@@ -186,17 +187,28 @@ class Checkpoint:
     def _tensors(self, name: str) -> Any:
         """The open safetensors file; its content is compared with the checksum once, before anything is taken."""
         if name not in self._open:
-            file = Path(self.local) / name
-            try:
-                if self._temporary is not None:
-                    storage.fetch(storage.join(self.path, name), str(file))
-                same = _sha256(file) == self._checksums[name]
-            except (StorageMissing, FileNotFoundError):
-                raise self._damaged(name, "is missing") from None
-            if not same:
-                raise self._damaged(name, "is not as it was written (its SHA-256 differs)")
-            self._open[name] = safe_open(str(file), framework="pt")
+            file = storage.join(self.path, name)
+            if storage.is_local(self.path):
+                self._check(name, file)
+            else:
+                file = self._copies.enter_context(borrowed(self._checksums[name], partial(self._fetch, name)))
+            self._open[name] = safe_open(local(file), framework="pt")
         return self._open[name]
+
+    def _fetch(self, name: str, file: str) -> None:
+        try:
+            storage.fetch(storage.join(self.path, name), file)
+        except StorageMissing:
+            raise self._damaged(name, "is missing") from None
+        self._check(name, file)
+
+    def _check(self, name: str, file: str) -> None:
+        try:
+            same = _sha256(Path(local(file))) == self._checksums[name]
+        except FileNotFoundError:
+            raise self._damaged(name, "is missing") from None
+        if not same:
+            raise self._damaged(name, "is not as it was written (its SHA-256 differs)")
 
     def _damaged(self, name: str, what: str) -> Damaged:
         return Damaged(self.path, storage.join(self.path, name), what)
@@ -225,9 +237,16 @@ class Checkpoint:
             raise Damaged(self.path, self.path, f"{name} lacks {length - filled} of {length} elements")
         return result
 
+    def fetch(self, network: torch.nn.Module) -> None:
+        """Copies and checks what `load_weights` will read on this rank: that may take long, and no other rank waits."""
+        for name, parameter in _places(network).items():
+            if _writes(parameter):
+                for _, _, file, _, _ in self._pieces.get(name, ()):
+                    self._tensors(file)
+
     def load_weights(self, network: torch.nn.Module) -> None:
-        """Copies the stored weights into `network`, before an engine is built around it. Collective at ZeRO-3."""
-        places = dict([*network.named_parameters(), *network.named_buffers()])
+        """Copies the stored weights into `network`. Collective at ZeRO-3: after `fetch`, and when all ranks have."""
+        places = _places(network)
         unknown = self.names - set(places)
         if unknown:
             raise CheckpointError(
@@ -261,16 +280,26 @@ class Checkpoint:
             scaler.load_state_dict(self.state["loss_scale"])
 
 
+def _places(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What stored tensors are laid over, by name."""
+    return dict([*network.named_parameters(), *network.named_buffers()])
+
+
+def _writes(parameter: Any) -> bool:
+    """Does this rank write the parameter? Rank 0 alone does where it is partitioned."""
+    return not hasattr(parameter, "ds_id") or dist.get_rank() == 0
+
+
 @contextmanager
 def _whole(parameter: Any) -> Iterator[bool]:
-    """The parameter whole; True on the ranks that should write it (rank 0 alone where it is partitioned)."""
+    """The parameter whole; True on the ranks that should write it."""
     if not hasattr(parameter, "ds_id"):
         yield True
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        yield dist.get_rank() == 0
+        yield _writes(parameter)
 
 
 def loss_scale(engine: Any) -> dict[str, Any] | None:

@@ -23,6 +23,26 @@ class StepScaler:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scaler, name)
 
+    def step(self, optimizer: Any) -> None:
+        """Steps a group of parameters, unless gradients overflowed in this step.
+
+        What lies on the CPU is divided here. The scaler would copy its scale from the GPU without waiting for the copy,
+        and the optimizer's step on the CPU would read whatever was there before.
+        """
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if any(gradient.device.type != "cpu" for gradient in gradients):
+            self._scaler.step(optimizer)
+        elif not self.overflowed:
+            scale = self._scaler.get_scale()
+            for gradient in gradients:
+                gradient.div_(scale)
+            optimizer.step()
+
     def update(self) -> None:
         """After a group: the scaler forgets the group and keeps the scale."""
         self._scaler.update(self._scaler.get_scale())
@@ -52,10 +72,14 @@ def before_step(engine: Any, max_norm: float) -> None:
     scaler = gradient_scaler(engine)
     if not isinstance(scaler, StepScaler):
         return
+    device = scaler._scale.device
     held = [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
-    held += [flat.grad for flat in _masters(engine.optimizer) if flat.grad is not None]  # offloaded ones
+    offloaded = [flat.grad for flat in _masters(engine.optimizer) if flat.grad is not None]
+    if offloaded:
+        torch.get_device_module(device).synchronize(device)  # they may still be on their way from it
+    held += offloaded
     finite = all(bool(torch.isfinite(gradient).all()) for gradient in held)
-    overflows = torch.tensor(float(not finite), device=scaler._scale.device)
+    overflows = torch.tensor(float(not finite), device=device)
     torch.distributed.all_reduce(overflows, op=torch.distributed.ReduceOp.MAX)
     scaler.overflowed = bool(overflows)
     if scaler.overflowed:

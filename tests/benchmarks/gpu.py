@@ -25,6 +25,8 @@ from typing import Any
 from flops import per_token
 from speed import LANGUAGE, PACKED, Figures, data, ours, torchrun
 
+from rayft.training.timing import SETTLING
+
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12}  # dense bfloat16 FLOPs a second
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
          "num_key_value_heads": 8, "head_dim": 64}  # fmt: skip
@@ -149,11 +151,13 @@ def lines(found: dict[str, list[Figures]], llama: Llama) -> list[tuple[str, ...]
 
 
 def main(*options: str) -> None:
+    given = dict(option.split("=", 1) for option in options if "=" in option)
+    steps, rounds = int(given.get("steps", 60)), int(given.get("rounds", 1))
+    if steps <= SETTLING:
+        raise SystemExit(f"steps={steps}: rates leave out the first {SETTLING} steps; {SETTLING + 1} or more fit")
     import pyarrow.parquet as pq
     import torch
 
-    given = dict(option.split("=", 1) for option in options if "=" in option)
-    steps, rounds = int(given.get("steps", 60)), int(given.get("rounds", 1))
     chosen = given["only"].split("|") if "only" in given else list(RUNS)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((flops for known, flops in PEAK.items() if known in name), None)

@@ -71,13 +71,8 @@ def torchrun(folder: Path, script: str, config: dict[str, Any], processes: int =
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(port),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launch += ["--master-port", str(port)]
     begun, out = command([*launch, str(HERE / script), str(path)], OMP_NUM_THREADS="1")
     found = json.loads(out[out.rindex("\n{") if "\n{" in out else out.index("{") :])
     if "first_step_at" in found:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
@@ -17,7 +18,7 @@ from deepspeed.utils import groups
 from rayft import attempts, storage
 from rayft.recipe import Recipe
 from rayft.tasks.stacked import Blocks
-from rayft.training import checkpoints, engine, freeze
+from rayft.training import assembly, checkpoint, checkpoints, engine, freeze
 from rayft.training.assembly import pretrained
 from rayft.training.attempt import Run, Setting
 from rayft.training.laps import Laps
@@ -144,6 +145,29 @@ def advance(run: Run, case: dict[str, Any], until: int) -> list[float]:
             released(run)
             run._build()
     return found
+
+
+def order_of_loading(folder: str, target: str, given: dict[str, Any]) -> list[str]:
+    """On a worker: what a run that goes on from its own checkpoint does, in which order, until it is built."""
+    run = run_of(folder, given, None)
+    run._build()
+    stretch(run, "unused", 1)
+    start = save(run, target)
+    released(run)
+    told: list[str] = []
+
+    def telling(name: str, plain: Any) -> Any:
+        return lambda *arguments: (told.append(name), plain(*arguments))[1]
+
+    again = run_of(folder, given, start)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fetch", "load_weights", "load_moments"):
+            patch.setattr(checkpoint.Checkpoint, name, telling(name, getattr(checkpoint.Checkpoint, name)))
+        patch.setattr(checkpoint, "_sha256", telling("check", checkpoint._sha256))
+        patch.setattr(assembly, "together", telling("together", assembly.together))
+        again._build()
+    released(again)
+    return told
 
 
 def unfrozen_gradually(folder: str, target: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import csv
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -62,3 +63,20 @@ def test_a_rank_goes_back_to_the_best_model_only_once_rank_0_has_committed_it(mo
     monkeypatch.setattr(attempt, "together", lambda: told.append("all have"))
     assert list(run._trained(None)) == []
     assert told == ["written", "all have"]
+
+
+def test_the_best_model_is_read_once_every_rank_has_fetched_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharded weights are read in collectives, which do not wait as long as a copy from object storage may take."""
+    told: list[str] = []
+    saved = MagicMock(names={"weight"})
+    saved.__enter__.return_value = saved
+    saved.fetch.side_effect = lambda network: told.append("fetch")
+    saved.load_weights.side_effect = lambda network: told.append("load_weights")
+    run = object.__new__(Run)
+    run.watch, run.engine = Watch(None, 0), MagicMock()
+    run.norms = MagicMock()
+    monkeypatch.setattr(attempt.checkpoint, "Checkpoint", lambda path: saved)
+    monkeypatch.setattr(attempt.checkpoint, "shapes", lambda engine, statistics: {"weight": (1,)})
+    monkeypatch.setattr(attempt, "together", lambda: told.append("together"))
+    run._go_back_to("best")
+    assert told == ["fetch", "together", "load_weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from group import run_group
 from rayft import storage
 from rayft.errors import CheckpointError, Damaged
 from rayft.training import checkpoint, checkpoints
-from runs import losses_of, plain, unfrozen_gradually
+from runs import losses_of, order_of_loading, plain, unfrozen_gradually
 from test_loop import STEPS, plain_loop
 
 Place = tuple[int, int]  # (workers, ZeRO stage)
@@ -319,18 +320,88 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
             saved.load_weights(renamed)
 
 
-def test_a_remote_checkpoint_is_read_and_checked(tmp_path: Path, s3: str) -> None:
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where files from object storage lie while they are read."""
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "borrowed"
+
+
+def remote(path: Path, s3: str, name: str) -> str:
+    """The checkpoint in object storage, below `name`."""
+    url = f"{s3}/{name}/checkpoints/{path.name}"
+    storage.upload(str(path), url)
+    return url
+
+
+def test_a_remote_checkpoint_is_read_and_checked(tmp_path: Path, s3: str, copies: Path) -> None:
     network = Small()
     path = write(tmp_path, network)
-    remote = f"{s3}/checkpoint-tests/checkpoints/{path.name}"
-    storage.upload(str(path), remote)
-    with checkpoint.Checkpoint(remote) as saved:
+    url = remote(path, s3, "checkpoint-tests")
+    with checkpoint.Checkpoint(url) as saved:
         assert torch.equal(saved.read("first.bias", "master", 0, 3), network.first.bias.detach())
-        local = Path(saved.local)
-    assert not local.exists()
-    storage.write_bytes(f"{remote}/rank-00000.safetensors", (path / "rank-00000.safetensors").read_bytes()[:-9])
+        assert any(copies.iterdir())
+    assert not any(copies.iterdir())
+    storage.write_bytes(f"{url}/rank-00000.safetensors", (path / "rank-00000.safetensors").read_bytes()[:-9])
     with (
-        checkpoint.Checkpoint(remote) as saved,
-        pytest.raises(Damaged, match=f"{remote}/rank-00000.safetensors: is not as"),
+        checkpoint.Checkpoint(url) as saved,
+        pytest.raises(Damaged, match=f"{url}/rank-00000.safetensors: is not as"),
     ):
         saved.load_weights(Small())
+    assert not any(copies.iterdir())
+    storage.delete(f"{url}/rank-00000.safetensors")
+    with checkpoint.Checkpoint(url) as saved, pytest.raises(Damaged, match=r"rank-00000\.safetensors: is missing"):
+        saved.load_weights(Small())
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets the names of files that are copied, and "checked" for each whose content is compared."""
+    seen: list[str] = []
+    fetch, checksum = storage.fetch, checkpoint._sha256
+    monkeypatch.setattr(storage, "fetch", lambda url, file: (seen.append(Path(url).name), fetch(url, file)))
+    monkeypatch.setattr(checkpoint, "_sha256", lambda file: (seen.append("checked"), checksum(file))[1])
+    return seen
+
+
+def test_ranks_of_a_machine_copy_and_check_a_remote_checkpoint_once(
+    tmp_path: Path, s3: str, copies: Path, looked_at: list[str]
+) -> None:
+    network, others = Small(), [Small(), Small(), Small()]
+    url = remote(write(tmp_path, network), s3, "copied-once")
+    looked_at.clear()
+    with contextlib.ExitStack() as stack:
+        for other in others:
+            torch.nn.init.zeros_(other.first.weight)
+            stack.enter_context(checkpoint.Checkpoint(url)).load_weights(other)
+    assert sorted(looked_at) == ["checked", "checked", "rank-00000.safetensors", "rank-00001.safetensors"]
+    for other in others:
+        assert torch.equal(other.first.weight, network.first.weight)
+    assert not any(copies.iterdir())
+
+
+@pytest.mark.parametrize(("rank", "files"), [(0, 2), (1, 0)])
+def test_what_is_fetched_is_what_this_rank_reads_of_sharded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: list[str], rank: int, files: int
+) -> None:
+    """Within the collectives nothing is copied or checked any more."""
+    path = write(tmp_path, Small())
+    looked_at.clear()
+    network = Small()
+    for parameter in network.parameters():
+        parameter.ds_id = 0
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(checkpoint, "_whole", lambda parameter: contextlib.nullcontext(checkpoint._writes(parameter)))
+    with checkpoint.Checkpoint(str(path)) as saved:
+        saved.fetch(network)
+        assert looked_at == files * ["checked"]
+        saved.load_weights(network)
+    assert looked_at == files * ["checked"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_once_every_rank_has_what_it_reads(bert: str, tmp_path: Path) -> None:
+    given = plain(deepspeed__zero_stage=3)
+    first, second = run_group(order_of_loading, 2, bert, str(tmp_path / "run"), given)
+    assert first == ["fetch", "check", "check", "together", "load_weights", "together", "load_moments", "together"]
+    assert second == ["fetch", "together", "load_weights", "together", "load_moments", "check", "together"]

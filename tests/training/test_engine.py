@@ -172,7 +172,11 @@ def test_with_a_loss_scale_gradients_are_clipped_as_without(bert: str, tmp_path:
     """The scale grows by steps, not by groups of parameters; an overflow on one rank leaves the step out on all."""
     half = {"model__dtype": "float16", "cluster__gpus_per_worker": 1, "train__max_grad_norm": CLIPPED}
     for decay in (1.0, 0.9):  # one group of parameters, and several
-        cases = [plain(deepspeed__zero_stage=stage, train__layer_lr_decay=decay, **half) for stage in range(4)]
+        kinds = [(stage, "none") for stage in range(4)] + [(stage, "optimizer") for stage in (1, 2, 3)]
+        cases = [
+            plain(deepspeed__zero_stage=stage, deepspeed__offload=offload, train__layer_lr_decay=decay, **half)
+            for stage, offload in kinds
+        ]
         found = run_group(scaled_steps, 2, bert, cases)[0]
         for moments, scales, growth in found:
             assert moments == pytest.approx(0.1 * CLIPPED, rel=0.02)  # what is left of Adam's first average

@@ -101,6 +101,20 @@ def test_a_run_that_goes_on_keeps_to_stored_states_or_to_none_as_it_began(recipe
 
 
 @pytest.mark.slow
+def test_states_are_stored_below_activations_that_are_computed_again(recipes: dict[str, dict[str, Any]]) -> None:
+    fields = {"model__gradient_checkpointing": True, "deepspeed__zero_stage": 0}
+    cases = [
+        with_fields(recipes[kind], name=f"again-{kind}-{cached}", model__cache_frozen=cached, **fields)
+        for kind in ("bert", "llama")
+        for cached in ("off", "on")
+    ]
+    found = run_group(trained_all, 1, cases)[0]
+    for off, on in zip(found[::2], found[1::2], strict=True):
+        assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
+        assert on["served"] > 0
+
+
+@pytest.mark.slow
 def test_where_the_head_reads_the_first_token_no_other_is_stored_of_the_last_block(
     recipes: dict[str, dict[str, Any]],
 ) -> None:

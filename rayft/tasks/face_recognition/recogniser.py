@@ -40,8 +40,8 @@ class Recogniser(torch.nn.Module):
     def config(self) -> Any:
         return self.backbone.config
 
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        self.backbone.gradient_checkpointing_enable(options)
+    def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
+        self.backbone.activation_checkpointing_enable(options)
 
     def save_pretrained(self, folder: Any) -> None:
         self.backbone.save_pretrained(folder)

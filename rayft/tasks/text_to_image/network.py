@@ -98,7 +98,7 @@ class Diffusion(torch.nn.Module):
         beside = tuple((f"{prefix}unet.{name}", 1) for name in names if getattr(self.unet, name, None) is not None)
         return Blocks((), (f"{prefix}conditions", *down, *middle, *up), beside, fixed=1)
 
-    def gradient_checkpointing_enable(self, options: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(self, options: dict[str, Any] | None = None) -> None:
         self.unet.enable_gradient_checkpointing()
 
     def save_pretrained(self, folder: str) -> None:
