@@ -273,8 +273,8 @@ class Sweep:
             return None
         base = pretrained(self.recipe, fetch_model(self.recipe.model.path))
         task = self.recipe.task
-        network = task.load(base, self.prepared["train"].manifest.facts, task.processor(base))
-        return Warm(base, ray.put(packed(network)))
+        facts = self.prepared["train"].manifest.facts
+        return Warm(base, task, facts, ray.put(packed(task.load(base, facts, task.processor(base)))))
 
     def _blocks(self, warm: Any) -> Blocks:
         return self.recipe.task.blocks(depths.network(warm))

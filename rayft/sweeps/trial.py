@@ -233,7 +233,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     identity = _identity(recipe, path, shared)
 
     def load(how: Any, facts: dict[str, Any], processor: Any) -> Any:
-        found = shared.warm.load(how) if shared.warm is not None else None
+        found = shared.warm.load(how, recipe.task, facts) if shared.warm is not None else None
         return recipe.task.load(how, facts, processor) if found is None else found
 
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
