@@ -176,6 +176,32 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(home: Path, ray_local:
     assert result["best"]["fields"] == {RATE: 1e-3}
 
 
+def labelled(path: Path, rows: int) -> str:
+    """A CSV file whose `text` tells both the label `two` and the label `three`."""
+    words = ["alpha beta", "gamma delta", "epsilon zeta"]
+    lines = [f"{words[row % 3]} {row},{'yn'[row % 3 == 0]},{'abc'[row % 3]}" for row in range(rows)]
+    path.write_text("\n".join(["text,two,three", *lines]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_best_trial_answers_with_its_own_labels_and_rows(home: Path, ray_local: None) -> None:
+    plain = sweep(home, "labels", {"task.label": {"grid": ["two", "three"]}}, sampler="grid", metric="loss")
+    files = {split: labelled(home / f"labels-{split}.csv", rows) for split, rows in (("train", 96), ("test", 30))}
+    plain["data"] = files | {"validation": labelled(home / "labels-validation.csv", 30)}
+    plain["task"]["label"] = "three"
+    plain["train"] |= {"learning_rate": 5e-3, "epochs": 3}
+    result = tune(Recipe.parse(plain), show=lambda event: None)
+    assert result["trials"]["finished"] == 2
+    assert result["best"]["fields"] == {"task.label": "two"}  # of which two are told apart sooner than of three
+    export = Path(result["export"])
+    assert set(storage.read_json(f"{export}/config.json")["id2label"].values()) == {"y", "n"}
+    alone = run(Recipe.load(f"{result['run']}/best.yaml"), show=lambda event: None)
+    assert result["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+    keys = [storage.read_json(f"{folder}/rayft.json")["data"] for folder in (export, alone["export"])]
+    assert keys[0] == keys[1]
+
+
 @pytest.mark.slow
 def test_asha_stops_what_does_not_promise_by_rows_seen(home: Path, ray_local: None) -> None:
     search = {RATE: {"log_uniform": [1e-6, 1e-2]}, "train.global_batch_size": {"choice": [8, 16]}}

@@ -17,6 +17,7 @@ from typing import Any
 from rayft import storage
 from rayft.recipe import Recipe, set_field
 from rayft.sweeps.sampling import Fields
+from rayft.training.progress import leading_metric
 
 FOLDER = "trials"
 POINTER = "trial.json"
@@ -44,17 +45,24 @@ def folder_of(sweep: str, number: int) -> str:
 
 
 def trial_recipe(sweep: Recipe, number: int, fields: Fields) -> Recipe:
-    """The recipe of a trial, which runs alone: the sweep's with the trial's fields, under `<sweep>/trials/<number>`."""
+    """The recipe of a trial, which runs alone: the sweep's with the trial's fields, under `<sweep>/trials/<number>`.
+
+    It says by what its best model is chosen, which is the same in all trials: else early stopping could.
+    """
     data = sweep.dump()
-    metric = sweep.tune.metric if sweep.tune is not None else None
     data |= {"name": f"{sweep.name}/{FOLDER}/{number:05d}", "tune": None}
     for name, value in fields.items():
         set_field(data, name, value)
-    if metric is not None:
-        data["train"]["metric"] = metric
+    data["train"]["metric"] = f"eval_{metric_of(sweep)}"
     # A searched batch size may be smaller than what is passed through at once.
     data["train"]["micro_batch_size"] = min(data["train"]["micro_batch_size"], data["train"]["global_batch_size"])
     return Recipe.parse(data, f"trial {number}")
+
+
+def metric_of(sweep: Recipe) -> str:
+    """The metric, without `eval_`, by which the trials of a sweep are compared."""
+    metric = sweep.tune.metric if sweep.tune is not None else None
+    return metric.removeprefix("eval_") if metric is not None else leading_metric(sweep)
 
 
 def propose(sweep: str, number: int, fields: Fields) -> None:
