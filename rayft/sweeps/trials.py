@@ -61,8 +61,7 @@ def trial_recipe(sweep: Recipe, number: int, fields: Fields) -> Recipe:
 
 def metric_of(sweep: Recipe) -> str:
     """The metric, without `eval_`, by which the trials of a sweep are compared."""
-    metric = sweep.tune.metric if sweep.tune is not None else None
-    return metric.removeprefix("eval_") if metric is not None else leading_metric(sweep)
+    return ((sweep.tune.metric if sweep.tune else None) or leading_metric(sweep)).removeprefix("eval_")
 
 
 def propose(sweep: str, number: int, fields: Fields) -> None:
