@@ -204,10 +204,11 @@ def _processor(recipe: Recipe, base: Any) -> Any:
 
 def _identity(recipe: Recipe, path: str, shared: Shared) -> str:
     """What identifies the trial's base model, which lies at `path`."""
-    swept = shared.recipe
-    if (recipe.model.path, recipe.train.seed) == (swept["model"]["path"], swept["train"]["seed"]):
+    model, swept = recipe.model, shared.recipe["model"]
+    own = (model.path, model.revision, recipe.train.seed)
+    if own == (swept["path"], swept["revision"], shared.recipe["train"]["seed"]):
         return shared.identity
-    return model_identity(path, recipe.model.revision, recipe.train.seed)
+    return model_identity(path, model.revision, recipe.train.seed)
 
 
 def _here(recipe: Recipe, shared: Shared) -> Work:
