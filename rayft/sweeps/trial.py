@@ -27,7 +27,7 @@ from rayft.launch.takeover import take_over
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.sweeps.trials import folder_of, trial_recipe
+from rayft.sweeps.trials import folder_of, merit, trial_recipe
 from rayft.training import checkpoints
 
 FINISHED = "finished"
@@ -345,7 +345,7 @@ def _nested(recipe: Recipe) -> Work:
 
     thread = threading.Thread(target=drive, daemon=True)
     thread.start()
-    sign, best = -1.0 if name.removeprefix("eval_") in recipe.task.lower_is_better else 1.0, None
+    maximize, best = name.removeprefix("eval_") not in recipe.task.lower_is_better, None
     try:
         while True:
             event = events.get()
@@ -357,7 +357,7 @@ def _nested(recipe: Recipe) -> Work:
                 return
             scores = {key: value for key, value in event.items() if key.startswith("eval_")}
             value = scores[name]
-            best = value if best is None else sign * max(sign * value, sign * best)
+            best = value if best is None else max(best, value, key=lambda one: merit(one, maximize))
             yield Evaluated(event["step"], round(event["epoch"] * rows["rows"]), value, best, scores)
     finally:
         while thread.is_alive():

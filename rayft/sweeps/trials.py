@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -128,9 +129,16 @@ def end(trial: Known, status: str, last: dict[str, Any], metric: str) -> None:
 
 def best_of(trials: Iterable[Known], maximize: bool) -> Known | None:
     """The trial with the best score; of equal ones the first."""
-    scored = [trial for trial in trials if trial.value is not None and trial.status != "failed"]
-    sign = 1.0 if maximize else -1.0
-    return max(scored, key=lambda trial: (sign * float(trial.value or 0.0), -trial.number), default=None)
+    scored = [(trial.value, trial) for trial in trials if trial.value is not None and trial.status != "failed"]
+    first = max(scored, key=lambda pair: (merit(pair[0], maximize), -pair[1].number), default=None)
+    return first[1] if first is not None else None
+
+
+def merit(score: float, maximize: bool) -> float:
+    """The larger the better; what is not finite is worse than anything."""
+    if not math.isfinite(score):
+        return -math.inf
+    return score if maximize else -score
 
 
 def write_table(sweep: str, trials: Iterable[Known]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -40,3 +41,16 @@ def test_trials_that_stop_early_by_other_metrics_are_compared_by_one(
     found = [trials.trial_recipe(sweep, number, {"train.early_stopping": one}) for number, one in enumerate(stopping)]
     assert [leading_metric(trial) for trial in found] == [metric] * 2
     assert [patient_metric(trial) for trial in found] == [metric, "loss"]
+
+
+@pytest.mark.parametrize(("maximize", "best"), [(True, 3), (False, 2)])
+def test_a_trial_whose_score_is_no_number_is_behind_all_others(maximize: bool, best: int) -> None:
+    scores = [math.nan, None, 0.2, 0.9, math.inf, -math.inf, math.nan]
+    known = [trials.Known(number, {}, "", "finished", value) for number, value in enumerate(scores)]
+    for order in (known, known[::-1]):
+        found = trials.best_of(order, maximize)
+        assert found is not None
+        assert found.number == best
+    nothing = trials.best_of(known[::6], maximize)
+    assert nothing is not None
+    assert nothing.number == 0
