@@ -338,7 +338,7 @@ class Sweep:
             "export": export,
             "pipeline": self.recipe.task.pipeline(),
             "cache": cache,
-            "seconds": round(time.time() - self.begun, 3),
+            "seconds": round(self.record.before_s + time.time() - self.begun, 3),
         }
 
 

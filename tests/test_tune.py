@@ -149,7 +149,7 @@ def test_a_sweep_that_was_stopped_and_killed_ends_like_one_that_was_not(whole: d
     assert result["status"] == "stopped"
     assert result["best"]["metric"] == "eval_accuracy"
     assert yaml.safe_load(Path(folder, "best.yaml").read_text())["name"] == "broken-best"
-    before = ended(folder)
+    before, first_s = ended(folder), result["seconds"]
     assert len(before) < 6
     process = small.start("tune", path)
     small.wait_for(lambda: len(ended(folder)) > len(before), process)
@@ -160,7 +160,11 @@ def test_a_sweep_that_was_stopped_and_killed_ends_like_one_that_was_not(whole: d
     after = ended(folder)
     assert {name: after[name] for name in killed} == killed  # no finished trial ran again
     assert outcome(folder) == outcome(whole["run"])
-    assert json.loads(Path(folder, "result.json").read_text())["metrics"] == whole["metrics"]
+    result = json.loads(Path(folder, "result.json").read_text())
+    assert result["metrics"] == whole["metrics"]
+    state = json.loads(Path(folder, "run.json").read_text())
+    assert state["before_s"] > 0.9 * first_s  # of the first start, and of the one that was killed
+    assert result["seconds"] > state["before_s"]
 
 
 @pytest.mark.slow
