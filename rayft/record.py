@@ -183,6 +183,12 @@ class Record:
         return str(self._state["model"])
 
     @property
+    def before_s(self) -> float:
+        """Seconds in which earlier starts have written this run, as far as its heartbeat said so."""
+        before = self.before
+        return round(before.get("before_s", 0.0) + before["heartbeat"] - before["started"], 3) if before else 0.0
+
+    @property
     def _claimed(self) -> bool:
         return "attempt" in self._state
 
@@ -210,6 +216,7 @@ class Record:
             "pid_started": process_begun(os.getpid()),
             "started": time.time(),
             "heartbeat": time.time(),
+            "before_s": self.before_s,
             "model": model,
             "prepared": prepared,
         }

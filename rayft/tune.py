@@ -154,11 +154,9 @@ class Sweep:
     show: Show
 
     def __post_init__(self) -> None:
-        from rayft.training.progress import leading_metric
-
         assert self.recipe.tune is not None
         self.tune: Tune = self.recipe.tune
-        metric = (self.tune.metric or f"eval_{leading_metric(self.recipe)}").removeprefix("eval_")
+        metric = trials.metric_of(self.recipe)
         natural = "min" if metric in self.recipe.task.lower_is_better else "max"
         if self.tune.mode not in (None, natural):
             raise RunRefused(f"tune.mode: {self.tune.mode} is the worse end of eval_{metric}; null or {natural} fits")
@@ -197,8 +195,8 @@ class Sweep:
         from rayft.sweeps.finish import finish
 
         self.show({"event": "stage", "name": "testing and exporting the best trial"})
-        target = storage.join(self.folder, "export")
-        scores = finish(self._recipe_of(best), self.prepared, target)
+        target, answer = storage.join(self.folder, "export"), self._recipe_of(best)
+        scores = finish(answer, self._rows_of(answer), target)
         result = self._result("finished", best, target, scores)
         storage.write_json(storage.join(self.folder, "result.json"), result)
         return result
@@ -273,8 +271,8 @@ class Sweep:
             return None
         base = pretrained(self.recipe, fetch_model(self.recipe.model.path))
         task = self.recipe.task
-        network = task.load(base, self.prepared["train"].manifest.facts, task.processor(base))
-        return Warm(base, ray.put(packed(network)))
+        facts = self.prepared["train"].manifest.facts
+        return Warm(base, task, facts, ray.put(packed(task.load(base, facts, task.processor(base)))))
 
     def _blocks(self, warm: Any) -> Blocks:
         return self.recipe.task.blocks(depths.network(warm))
@@ -300,6 +298,12 @@ class Sweep:
 
     def _recipe_of(self, trial: Known) -> Recipe:
         return trials.trial_recipe(self.recipe, trial.number, trial.fields)
+
+    def _rows_of(self, trial: Recipe) -> dict[str, Any]:
+        """Every split as that trial had it: its own rows where trials differ in how rows are prepared."""
+        if not any(map(prepares, self.tune.search)):
+            return self.prepared
+        return prepared_for(trial, fetch_model(trial.model.path), self.show)
 
     def write(self) -> Known | None:
         """best.yaml and trials.parquet; the best trial, None where none has a score."""
@@ -334,7 +338,7 @@ class Sweep:
             "export": export,
             "pipeline": self.recipe.task.pipeline(),
             "cache": cache,
-            "seconds": round(time.time() - self.begun, 3),
+            "seconds": round(self.record.before_s + time.time() - self.begun, 3),
         }
 
 

@@ -207,6 +207,20 @@ def test_each_worker_group_claims_and_run_json_says_which(tmp_path: Path) -> Non
     assert storage.read_json(mine.file)["status"] == "finished"
 
 
+def test_the_seconds_of_earlier_starts_are_added_up(tmp_path: Path) -> None:
+    state(tmp_path, status="stopped", started=1000.0, heartbeat=1060.5)
+    second = Record(str(tmp_path))
+    assert second.before_s == 60.5
+    with second.writing(RECIPE, "model", {}):
+        second.claim()
+    kept = storage.read_json(second.file)
+    storage.write_json(second.file, {**kept, "started": 2000.0, "heartbeat": 2030.0})
+    third = Record(str(tmp_path))
+    assert third.before_s == 90.5
+    third.forget()
+    assert third.before_s == 0.0
+
+
 def test_who_was_superseded_hears_of_it_and_leaves_the_record_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

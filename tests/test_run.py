@@ -218,7 +218,9 @@ def as_if_killed_at_its_end(plain: dict[str, Any], result: dict[str, Any]) -> Re
     recipe = Recipe.parse(plain).resolved()
     gone = {"host": socket.gethostname(), "pid": 2**22 + 1, "pid_started": "then"}
     storage.write_text(storage.join(recipe.folder, "recipe.yaml"), recipe.to_yaml())
-    storage.write_json(storage.join(recipe.folder, "run.json"), {"status": "running", "heartbeat": 0.0, **gone})
+    storage.write_json(
+        storage.join(recipe.folder, "run.json"), {"status": "running", "started": 0.0, "heartbeat": 0.0, **gone}
+    )
     storage.write_json(storage.join(recipe.folder, "result.json"), {"status": "finished", **result})
     storage.write_text(storage.join(recipe.folder, "ray", "attempt-1", "snapshot.json"), "{}")
     return recipe

@@ -149,7 +149,7 @@ def test_a_sweep_that_was_stopped_and_killed_ends_like_one_that_was_not(whole: d
     assert result["status"] == "stopped"
     assert result["best"]["metric"] == "eval_accuracy"
     assert yaml.safe_load(Path(folder, "best.yaml").read_text())["name"] == "broken-best"
-    before = ended(folder)
+    before, first_s = ended(folder), result["seconds"]
     assert len(before) < 6
     process = small.start("tune", path)
     small.wait_for(lambda: len(ended(folder)) > len(before), process)
@@ -160,7 +160,11 @@ def test_a_sweep_that_was_stopped_and_killed_ends_like_one_that_was_not(whole: d
     after = ended(folder)
     assert {name: after[name] for name in killed} == killed  # no finished trial ran again
     assert outcome(folder) == outcome(whole["run"])
-    assert json.loads(Path(folder, "result.json").read_text())["metrics"] == whole["metrics"]
+    result = json.loads(Path(folder, "result.json").read_text())
+    assert result["metrics"] == whole["metrics"]
+    state = json.loads(Path(folder, "run.json").read_text())
+    assert state["before_s"] > 0.9 * first_s  # of the first start, and of the one that was killed
+    assert result["seconds"] > state["before_s"]
 
 
 @pytest.mark.slow
@@ -174,6 +178,32 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(home: Path, ray_local:
     assert "train.learning_rate" in failed["error"]
     assert any(event["event"] == "trial" and event.get("error") == failed["error"] for event in said)
     assert result["best"]["fields"] == {RATE: 1e-3}
+
+
+def labelled(path: Path, rows: int) -> str:
+    """A CSV file whose `text` tells both the label `two` and the label `three`."""
+    words = ["alpha beta", "gamma delta", "epsilon zeta"]
+    lines = [f"{words[row % 3]} {row},{'yn'[row % 3 == 0]},{'abc'[row % 3]}" for row in range(rows)]
+    path.write_text("\n".join(["text,two,three", *lines]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_best_trial_answers_with_its_own_labels_and_rows(home: Path, ray_local: None) -> None:
+    plain = sweep(home, "labels", {"task.label": {"grid": ["two", "three"]}}, sampler="grid", metric="loss")
+    files = {split: labelled(home / f"labels-{split}.csv", rows) for split, rows in (("train", 96), ("test", 30))}
+    plain["data"] = files | {"validation": labelled(home / "labels-validation.csv", 30)}
+    plain["task"]["label"] = "three"
+    plain["train"] |= {"learning_rate": 5e-3, "epochs": 3}
+    result = tune(Recipe.parse(plain), show=lambda event: None)
+    assert result["trials"]["finished"] == 2
+    assert result["best"]["fields"] == {"task.label": "two"}  # of which two are told apart sooner than of three
+    export = Path(result["export"])
+    assert set(storage.read_json(f"{export}/config.json")["id2label"].values()) == {"y", "n"}
+    alone = run(Recipe.load(f"{result['run']}/best.yaml"), show=lambda event: None)
+    assert result["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+    keys = [storage.read_json(f"{folder}/rayft.json")["data"] for folder in (export, alone["export"])]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.slow

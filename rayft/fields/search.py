@@ -112,8 +112,8 @@ def unsearchable(
     before = {(fault.where, fault.what) for fault in broken(data)}
     for name, space in tune.search.items():
         where = f"tune.search.{name}"
-        if any((name + ".").startswith(fixed + ".") for fixed in _FIXED):
-            yield Fault(where, "not a field that trials can differ in", fits="a field that changes the training fits")
+        if instead := _instead(name, data):
+            yield Fault(where, "not a field that trials can differ in", fits=instead)
         elif not any(True for _ in faults.at(schema, tuple(name.split(".")))):
             fits = "a dotted name such as `train.learning_rate` fits"
             yield Fault(where, "no such field in this recipe", None, fits, faults.nearest_name(name, schema))
@@ -121,6 +121,26 @@ def unsearchable(
             for value in space.values():
                 misfits = list(_misfit(where, name, value, data, schema, errors_of))
                 yield from misfits or _breaks(tune, name, value, data, broken, before)
+
+
+def _instead(name: str, data: Mapping[str, Any]) -> str | None:
+    """What fits instead of a field in which trials can't differ; None where they can."""
+    rows = data.get("data")
+    cut = isinstance(rows, Mapping) and rows.get("validation") is None
+    if _in(name, *_FIXED):
+        return "a field that changes the training fits"
+    if _in(name, "train.metric"):
+        return "`tune.metric` says by which score trials are compared"
+    if name == "data" or _in(name, "data.validation"):
+        return "scores of the same rows are compared, and `data.train` fits"
+    if cut and _in(name, "data.train"):
+        return "beside a `data.validation` it fits: else each trial is scored on a tenth of its own rows"
+    return None
+
+
+def _in(name: str, *fields: str) -> bool:
+    """Is the dotted name one of these fields, or below one?"""
+    return any((name + ".").startswith(field + ".") for field in fields)
 
 
 def _misfit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -97,9 +96,8 @@ def scored(plain: dict[str, Any], folders: dict[str, str], target: str) -> dict[
 
 def _best(run: str) -> tuple[str, int, dict[str, float]]:
     """The checkpoint of a run's best model, its step and its validation scores."""
-    newest = checkpoints.newest(storage.join(run, "checkpoints"))
-    if newest is None:
+    folder = storage.join(run, "checkpoints")
+    best = checkpoints.best(folder)
+    if best is None:
         raise CheckpointError(f"{run} has no checkpoint of its best model")
-    state = json.loads(storage.read_text(storage.join(newest, "state.json")))
-    best = state["best"]
-    return storage.join(run, "checkpoints", best["checkpoint"]), int(best["step"]), dict(best["scores"])
+    return storage.join(folder, best["checkpoint"]), int(best["step"]), dict(best["scores"])

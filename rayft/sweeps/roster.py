@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from rayft import storage
-from rayft.errors import StorageError
+from rayft.errors import Damaged, StorageError
 from rayft.fields.search import Tune
 from rayft.sweeps import sampling, trials
 from rayft.sweeps.rungs import Rungs
 from rayft.sweeps.trials import Known
+from rayft.training import checkpoints
 
 
 class Roster:
@@ -46,6 +47,7 @@ class Roster:
         found = {trial.number: trial for trial in trials.known(self.folder)}
         self.known |= {n: trial for n, trial in found.items() if n not in self.known or trial.status is not None}
         for number in self.waiting:
+            self.known[number].value = None  # which it was may be that of weights that it has no more
             if last := self._came_to(self.known[number]):
                 self._take(number, last)
 
@@ -159,14 +161,20 @@ class Roster:
         return [(round(line["epoch"] * self.source_rows), line[self.metric], line) for line in lines]
 
     def _came_to(self, trial: Known) -> dict[str, Any] | None:
-        """What a trial told last, as its folder has it; None where it was not evaluated yet."""
+        """What a trial told last, as its folder has it; None where no checkpoint of it has a best model.
+
+        One that has taken another's weights over has none until it is evaluated again, whatever it was before.
+        """
         found = self.evaluations(trial)
-        if not found:
+        try:
+            best = checkpoints.best(storage.join(trial.folder, "checkpoints"))
+        except Damaged:  # the trial goes on from the one before, and says so
+            best = None
+        if not found or best is None:
             return None
         rows, value, line = found[-1]
         scores = {name: score for name, score in line.items() if name.startswith("eval_")}
-        best = (max if self.maximize else min)(score for _, score, _ in found)
-        return {"best": best, "value": value, "step": line["step"], "rows": rows, "scores": scores}
+        return {"best": best["value"], "value": value, "step": line["step"], "rows": rows, "scores": scores}
 
     def _take(self, number: int, last: dict[str, Any]) -> None:
         """A trial that goes on later counts with what it has come to."""

@@ -9,9 +9,10 @@ So a trial is never ahead by being early: it may wait for the others, and goes o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+
+from rayft.sweeps.trials import merit
 
 REDUCTION = 3  # the best third goes on
 LAST = 0.9  # of a trial's length: who has come so far may as well end
@@ -41,7 +42,7 @@ class Rungs:
         """Takes down a trial's score after so many rows; whether it has come to a rung by that."""
         new = [seen for least, seen in zip(self.rows, self.seen, strict=True) if rows >= least and number not in seen]
         for seen in new:
-            seen[number] = score if math.isfinite(score) else (-math.inf if self.maximize else math.inf)
+            seen[number] = score
         return bool(new)
 
     def height(self, number: int) -> int:
@@ -70,5 +71,5 @@ class Rungs:
         return self._ranked(rung)[: len(self.seen[rung]) // REDUCTION]
 
     def _ranked(self, rung: int) -> list[int]:
-        sign, seen = -1.0 if self.maximize else 1.0, self.seen[rung]
-        return sorted(seen, key=lambda number: (sign * seen[number], number))
+        seen = self.seen[rung]
+        return sorted(seen, key=lambda number: (-merit(seen[number], self.maximize), number))

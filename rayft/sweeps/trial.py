@@ -27,7 +27,7 @@ from rayft.launch.takeover import take_over
 from rayft.models import model_identity
 from rayft.recipe import Recipe
 from rayft.record import Record
-from rayft.sweeps.trials import folder_of, trial_recipe
+from rayft.sweeps.trials import folder_of, merit, trial_recipe
 from rayft.training import checkpoints
 
 FINISHED = "finished"
@@ -204,10 +204,11 @@ def _processor(recipe: Recipe, base: Any) -> Any:
 
 def _identity(recipe: Recipe, path: str, shared: Shared) -> str:
     """What identifies the trial's base model, which lies at `path`."""
-    swept = shared.recipe
-    if (recipe.model.path, recipe.train.seed) == (swept["model"]["path"], swept["train"]["seed"]):
+    model, swept = recipe.model, shared.recipe["model"]
+    own = (model.path, model.revision, recipe.train.seed)
+    if own == (swept["path"], swept["revision"], shared.recipe["train"]["seed"]):
         return shared.identity
-    return model_identity(path, recipe.model.revision, recipe.train.seed)
+    return model_identity(path, model.revision, recipe.train.seed)
 
 
 def _here(recipe: Recipe, shared: Shared) -> Work:
@@ -233,7 +234,7 @@ def _here(recipe: Recipe, shared: Shared) -> Work:
     identity = _identity(recipe, path, shared)
 
     def load(how: Any, facts: dict[str, Any], processor: Any) -> Any:
-        found = shared.warm.load(how) if shared.warm is not None else None
+        found = shared.warm.load(how, recipe.task, facts) if shared.warm is not None else None
         return recipe.task.load(how, facts, processor) if found is None else found
 
     setting = Setting(load, own_trainable, _processor(recipe, base), exports=False)
@@ -344,7 +345,7 @@ def _nested(recipe: Recipe) -> Work:
 
     thread = threading.Thread(target=drive, daemon=True)
     thread.start()
-    sign, best = -1.0 if name.removeprefix("eval_") in recipe.task.lower_is_better else 1.0, None
+    maximize, best = name.removeprefix("eval_") not in recipe.task.lower_is_better, None
     try:
         while True:
             event = events.get()
@@ -356,7 +357,7 @@ def _nested(recipe: Recipe) -> Work:
                 return
             scores = {key: value for key, value in event.items() if key.startswith("eval_")}
             value = scores[name]
-            best = value if best is None else sign * max(sign * value, sign * best)
+            best = value if best is None else max(best, value, key=lambda one: merit(one, maximize))
             yield Evaluated(event["step"], round(event["epoch"] * rows["rows"]), value, best, scores)
     finally:
         while thread.is_alive():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from rayft import storage
 from rayft.recipe import Recipe, set_field
 from rayft.sweeps.sampling import Fields
+from rayft.training.progress import leading_metric
 
 FOLDER = "trials"
 POINTER = "trial.json"
@@ -44,17 +46,23 @@ def folder_of(sweep: str, number: int) -> str:
 
 
 def trial_recipe(sweep: Recipe, number: int, fields: Fields) -> Recipe:
-    """The recipe of a trial, which runs alone: the sweep's with the trial's fields, under `<sweep>/trials/<number>`."""
+    """The recipe of a trial, which runs alone: the sweep's with the trial's fields, under `<sweep>/trials/<number>`.
+
+    It says by what its best model is chosen, which is the same in all trials: else early stopping could.
+    """
     data = sweep.dump()
-    metric = sweep.tune.metric if sweep.tune is not None else None
     data |= {"name": f"{sweep.name}/{FOLDER}/{number:05d}", "tune": None}
     for name, value in fields.items():
         set_field(data, name, value)
-    if metric is not None:
-        data["train"]["metric"] = metric
+    data["train"]["metric"] = f"eval_{metric_of(sweep)}"
     # A searched batch size may be smaller than what is passed through at once.
     data["train"]["micro_batch_size"] = min(data["train"]["micro_batch_size"], data["train"]["global_batch_size"])
     return Recipe.parse(data, f"trial {number}")
+
+
+def metric_of(sweep: Recipe) -> str:
+    """The metric, without `eval_`, by which the trials of a sweep are compared."""
+    return ((sweep.tune.metric if sweep.tune else None) or leading_metric(sweep)).removeprefix("eval_")
 
 
 def propose(sweep: str, number: int, fields: Fields) -> None:
@@ -121,9 +129,16 @@ def end(trial: Known, status: str, last: dict[str, Any], metric: str) -> None:
 
 def best_of(trials: Iterable[Known], maximize: bool) -> Known | None:
     """The trial with the best score; of equal ones the first."""
-    scored = [trial for trial in trials if trial.value is not None and trial.status != "failed"]
-    sign = 1.0 if maximize else -1.0
-    return max(scored, key=lambda trial: (sign * float(trial.value or 0.0), -trial.number), default=None)
+    scored = [(trial.value, trial) for trial in trials if trial.value is not None and trial.status != "failed"]
+    first = max(scored, key=lambda pair: (merit(pair[0], maximize), -pair[1].number), default=None)
+    return first[1] if first is not None else None
+
+
+def merit(score: float, maximize: bool) -> float:
+    """The larger the better; what is not finite is worse than anything."""
+    if not math.isfinite(score):
+        return -math.inf
+    return score if maximize else -score
 
 
 def write_table(sweep: str, trials: Iterable[Known]) -> None:

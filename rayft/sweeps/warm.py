@@ -17,7 +17,7 @@ import cloudpickle
 import numpy as np
 import torch
 
-from rayft.tasks.task import Pretrained
+from rayft.tasks.task import Pretrained, Task
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,17 @@ def own_trainable(network: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Warm:
-    """The network of one way to load a model; `reference` is Ray's, to its Packed form."""
+    """The network that `task` has loaded from `base` for rows with these `facts`; `reference` is Ray's, to its Packed
+    form."""
 
     base: Pretrained
+    task: Task
+    facts: dict[str, Any]
     reference: Any
 
-    def load(self, base: Pretrained) -> torch.nn.Module | None:
-        """The network for `base`; None where that is another way, and the model has to be loaded as always."""
-        if base != self.base:
+    def load(self, base: Pretrained, task: Task, facts: dict[str, Any]) -> torch.nn.Module | None:
+        """The network that `task` would load; None where one of the three differs: it has to be loaded as always."""
+        if (base, task, facts) != (self.base, self.task, self.facts):
             return None
         import ray
 

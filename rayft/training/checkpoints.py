@@ -105,6 +105,16 @@ def state(path: str) -> dict[str, Any]:
     return found
 
 
+def best(folder: str) -> dict[str, Any] | None:
+    """The best model of the run below `<run>/checkpoints`: {"step", "metric", "value", "checkpoint", "scores"}.
+
+    None where it was not evaluated yet. Damaged where its newest checkpoint can't be read.
+    """
+    path = newest(folder)
+    found: dict[str, Any] | None = state(path)["best"] if path is not None else None
+    return found
+
+
 def prune(folder: str, keep: int) -> None:
     """Deletes all checkpoints but the newest `keep` (at least 1), the best model of each of these, and what is newer.
 

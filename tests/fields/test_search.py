@@ -12,13 +12,13 @@ from rayft.recipe import Recipe
 FREE = ("train.weight_decay", "train.warmup", "train.label_smoothing")  # that go with everything
 
 
-def tuned(search: dict[str, Any], **fields: Any) -> Recipe:
+def tuned(search: dict[str, Any], validation: str | None = "v.csv", **fields: Any) -> Recipe:
     return Recipe.parse(
         {
             "name": "n",
             "task": {"type": "text-classification"},
             "model": {"path": "m"},
-            "data": {"train": "a.csv"},
+            "data": {"train": "a.csv", "validation": validation},
             "train": {"epochs": 1},
             "tune": {"search": search, "trials": 4, **fields},
         }
@@ -62,7 +62,7 @@ def test_a_sweep_of_the_design_is_read() -> None:
         {"data.train": {"choice": ["a.csv", ["b.csv", "c.csv"]]}},
     ],
 )
-def test_any_field_of_the_recipe_may_vary(search: dict[str, Any]) -> None:
+def test_any_field_that_changes_the_training_may_vary(search: dict[str, Any]) -> None:
     tuned(search)
 
 
@@ -94,6 +94,24 @@ def test_fields_and_values_that_do_not_exist_are_refused(search: dict[str, Any],
         tuned(search)
     assert said in str(caught.value)
     assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("data.validation", "scores of the same rows are compared, and `data.train` fits"),
+        ("data", "scores of the same rows are compared, and `data.train` fits"),
+        ("data.train", "beside a `data.validation` it fits: else each trial is scored on a tenth of its own rows"),
+        ("train.metric", "`tune.metric` says by which score trials are compared"),
+    ],
+)
+def test_trials_whose_scores_could_not_be_compared_are_refused(name: str, fits: str) -> None:
+    value: Any = {"train": "b.csv"} if name == "data" else "eval_loss" if name == "train.metric" else "b.csv"
+    with pytest.raises(RecipeError) as caught:
+        tuned({name: {"choice": [value]}}, validation=None)
+    assert [str(fault) for fault in caught.value.faults] == [
+        f"tune.search.{name}: not a field that trials can differ in; {fits}"
+    ]
 
 
 @pytest.mark.parametrize(

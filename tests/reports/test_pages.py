@@ -164,6 +164,23 @@ def test_two_discrete_fields_make_a_heat_map_of_the_best_scores(browser: Any, wh
         assert drawn["z"][2] == [None, None, None]
 
 
+def test_one_trial_alone_is_drawn_at_its_value_among_those_that_the_search_lists(
+    browser: Any, where: str, tmp_path: Path
+) -> None:
+    folder = folders.write_sweep(where, "first", 0, "running")
+    folders.write_trial(folder, 0, **{"train.learning_rate": 0.001, "model.freeze.layers": 0})
+    with watched(browser, offline=True) as page:
+        opened(page, folder, tmp_path)
+        page.locator("#over select").nth(0).select_option("model.freeze.layers")
+        page.locator("#over select").nth(1).select_option("model.freeze.layers")
+        axis = page.evaluate("document.querySelector('#over .chart').layout.xaxis")
+        assert (axis["tickvals"], axis["range"]) == ([0, 2, 4], [-0.4, 4.4])
+        ticks = "#over .xtick text"
+        places = page.eval_on_selector_all(ticks, "(all) => all.map((one) => one.getBoundingClientRect().x)")
+        assert len(set(places)) == 3
+        assert page.locator("#trials .count").inner_text() == "1 trial"
+
+
 def test_values_that_begin_and_end_alike_are_categories_of_their_own(browser: Any, where: str, tmp_path: Path) -> None:
     paths = [f"/mnt/shared/models/checkpoints/m{number}/weights/of/step-001200/export" for number in range(4)]
     folder = folders.write_sweep(where, "paths", 0, "running")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
+from rayft import storage
 from rayft.fields.search import Tune
 from rayft.sweeps import scheduling, trials
 from rayft.sweeps.roster import Roster
@@ -127,6 +128,33 @@ def test_while_an_unfinished_trial_leads_the_best_that_has_ended_keeps_its_check
     assert roster.best.number == 1
     kept = [number for number in range(3) if (Path(roster.known[number].folder) / "checkpoints").exists()]
     assert kept == [1]
+
+
+def stands(of: Any, number: int, best: float | None) -> None:
+    """The newest checkpoint of a trial that waits: of another's weights where it has no best model yet."""
+    path = f"{of.roster.known[number].folder}/checkpoints/step-000001-a1"
+    saved = None if best is None else {"step": 1, "metric": METRIC, "value": best, "checkpoint": path, "scores": {}}
+    storage.write_json(f"{path}/state.json", {"step": 1, "best": saved})
+    storage.commit(path, {"step": 1, "world": 1, "best": None})
+
+
+def test_a_trial_with_anothers_weights_has_no_score_until_it_is_evaluated_with_them(tmp_path: Path) -> None:
+    of = sweep(tmp_path, "pbt", [])
+    for number, score in enumerate((0.9, 0.4)):
+        of.roster.propose()
+        path = Path(of.roster.known[number].folder, "metrics.jsonl")
+        path.write_text(json.dumps({"step": 1, "epoch": 1.0, METRIC: score}) + "\n")
+        stands(of, number, score)
+    of.roster.running.clear()
+    of.roster.read()
+    assert (of.roster.best.number, of.roster.best.value) == (0, 0.9)
+    stands(of, 0, None)
+    of.roster.read()
+    assert (of.roster.best.number, of.roster.best.value) == (1, 0.4)
+    assert of.roster.known[0].value is None
+    Path(of.roster.known[1].folder, "checkpoints/step-000001-a1/state.json").write_text("{")
+    of.roster.read()
+    assert of.roster.best is None
 
 
 def test_one_trial_comes_to_its_end_where_no_third_is_left(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rayft.errors import Damaged, Stopped
 from rayft.launch import stopping
 from rayft.models import model_identity
 from rayft.recipe import Recipe
-from rayft.sweeps.trial import Evaluated, Shared, Trial, _here
+from rayft.sweeps.trial import Evaluated, Shared, Trial, _here, _identity
 from rayft.sweeps.trials import trial_recipe
 from rayft.training import checkpoints
 
@@ -141,3 +141,12 @@ def test_a_trial_whose_rows_are_damaged_fails_and_says_so(tmp_path: Path, monkey
     made._start(made.config)
     told = made.step()
     assert (told["error"], told["done"]) == ("prepared/key/1.parquet: is missing", True)
+
+
+def test_trials_of_other_revisions_share_no_identity(tmp_path: Path) -> None:
+    """Under which the output of frozen blocks is stored."""
+    sweep = Recipe.parse(small.recipe(tmp_path, "some/model"))
+    given = Shared(sweep.dump(), {}, "the sweep's own", None)
+    fields = [{}, {"model.revision": "v1"}, {"model.revision": "v2"}]
+    found = [_identity(trial_recipe(sweep, 0, one), "some/model", given) for one in fields]
+    assert found == ["the sweep's own", "hub:some/model@v1", "hub:some/model@v2"]

@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from rayft.sweeps.warm import Warm, own_trainable, packed, unpacked
+from rayft.tasks import find
 from rayft.tasks.task import Pretrained
 
 
@@ -33,10 +34,9 @@ def test_what_is_frozen_stays_where_ray_mapped_it_and_what_learns_is_copied(
 ) -> None:
     import ray
 
-    base = Pretrained("somewhere")
-    warm = Warm(base, ray.put(packed(network().to(dtype))))
-    assert warm.load(Pretrained("elsewhere")) is None
-    first, second = warm.load(base), warm.load(base)
+    base, task, facts = Pretrained("somewhere"), find("masked-lm").model_validate({"type": "masked-lm"}), {"rows": 3}
+    warm = Warm(base, task, facts, ray.put(packed(network().to(dtype))))
+    first, second = (warm.load(base, task.model_copy(), dict(facts)) for _ in range(2))
     assert first is not None
     assert second is not None
     for model in (first, second):
@@ -49,3 +49,16 @@ def test_what_is_frozen_stays_where_ray_mapped_it_and_what_learns_is_copied(
     with torch.no_grad():
         first.get_parameter(learns).zero_()
     assert second.get_parameter(learns).any()
+
+
+def test_another_model_task_or_labels_have_no_network_there(ray_local: None) -> None:
+    import ray
+
+    base, facts = Pretrained("somewhere"), {"labels": ["ham", "spam"]}
+    task = find("text-to-image").model_validate({"type": "text-to-image"})
+    other = find("text-to-image").model_validate({"type": "text-to-image", "snr_gamma": 5.0})
+    warm = Warm(base, task, facts, ray.put(packed(network())))
+    assert warm.load(base, task, facts) is not None
+    assert warm.load(Pretrained("elsewhere"), task, facts) is None
+    assert warm.load(base, other, facts) is None
+    assert warm.load(base, task, {"labels": ["ham", "spam", "eggs"]}) is None

@@ -110,13 +110,16 @@ const charts = (() => {
   // The axis and the values of a field. Values that are no numbers are categories in their order.
   function along(axis, trials) {
     const values = trials.map((trial) => trial.fields[axis.name]);
-    if (numeric(values)) {
+    const known = [...(axis.choices || []), ...values];
+    if (numeric(known)) {
       const span = Math.log10(Math.max(...values) / Math.min(...values));
       if (axis.log) return [{ type: "log", exponentformat: "e", dtick: span >= 2 ? 1 : "D2" }, values];
-      const ticks = axis.choices ? { tickvals: axis.choices } : {};
-      return [{ exponentformat: "e", ...ticks }, values];
+      if (!axis.choices) return [{ exponentformat: "e" }, values];
+      const [low, high] = [Math.min(...known), Math.max(...known)];
+      const beside = (high - low || Math.abs(low) || 1) / 10; // with one value so far there is no width to see it by
+      return [{ exponentformat: "e", tickvals: axis.choices, range: [low - beside, high + beside] }, values];
     }
-    return [categories([...(axis.choices || []), ...values]), values.map(whole)];
+    return [categories(known), values.map(whole)];
   }
 
   function over(page, first, second) {

@@ -150,7 +150,7 @@ class Page {
 
 const indexPage = {
   build() {
-    this.table = new Table((row) => row.name, "runs");
+    this.table = new Table((row) => row.name, "run");
     this.card = this.add(new Card("runs", "Runs and sweeps", true, this.table.node));
   },
   update(data) {
@@ -183,12 +183,12 @@ const runPage = {
     this.tokens = this.add(new Chart("tokens-per-s", "Tokens per second"));
     this.final = this.add(new Card("final", "Scores of the exported model"));
     this.timing = this.add(new Card("timing", "Timing of the last attempt"));
-    this.evaluations = new Table((row) => row.step, "evaluations", { small: true });
+    this.evaluations = new Table((row) => row.step, "evaluation", { small: true });
     this.evaluated = this.add(new Card("evaluations", "Evaluations", true, this.evaluations.node));
-    this.splits = new Table((row) => row.split, "splits", { small: true });
+    this.splits = new Table((row) => row.split, "split", { small: true });
     this.data = this.add(new Card("data", "Data", true, this.splits.node));
     this.lengths = this.add(new Chart("lengths", "Lengths"));
-    this.claims = new Table((row) => row.number, "attempts", { small: true });
+    this.claims = new Table((row) => row.number, "attempt", { small: true });
     this.attempts = this.add(new Card("attempts", "Attempts", false, this.claims.node));
     this.recipe = this.add(new Text("recipe", "Recipe", "recipe.yaml, which gives the same run"));
   },

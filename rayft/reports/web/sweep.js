@@ -17,7 +17,7 @@ const sweepPage = {
     this.over.inner.before(this.tools);
     this.importance = this.add(new Chart("importance", "What each field matters"));
     this.parallel = this.add(new Chart("parallel", "All fields and the score", true, true));
-    this.table = new Table((row) => row.trial, "trials", { sort: { name: "score", down: true } });
+    this.table = new Table((row) => row.trial, "trial", { sort: { name: "score", down: true } });
     this.trials = this.add(new Card("trials", "Trials", true, this.table.node));
     this.saved = this.add(new Card("saved", "Cost saved", true));
     this.best = this.add(new Text("best-recipe", "Best recipe", "best.yaml, the recipe of the best trial"));

@@ -11,9 +11,9 @@ function el(tag, attributes, ...children) {
 
 // Column: {name, label, value(row), cell(row) -> {text, title, href, status}, number: aligned and sorted as such}.
 class Table {
-  constructor(key, nouns, { sort = null, small = false } = {}) {
+  constructor(key, noun, { sort = null, small = false } = {}) {
     this.key = key; // row -> what identifies it
-    this.nouns = nouns;
+    this.noun = noun; // of one row
     this.sort = sort; // {name, down}
     this.small = small; // nothing to filter while there are few rows
     this.rows = [];
@@ -21,7 +21,7 @@ class Table {
     this.made = new Map(); // key -> {tr, shown}
     this.head = el("tr");
     this.body = el("tbody");
-    this.filter = el("input", { type: "search", placeholder: `filter ${nouns}`, "aria-label": `filter ${nouns}` });
+    this.filter = el("input", { type: "search", placeholder: `filter ${noun}s`, "aria-label": `filter ${noun}s` });
     this.count = el("span", { class: "count" });
     this.filter.addEventListener("input", () => this.arrange());
     const table = el("table", null, el("thead", null, this.head), this.body);
@@ -79,8 +79,8 @@ class Table {
     const rows = this.sorted(this.rows.filter(fits)).map((row) => this.made.get(this.key(row)).tr);
     const there = this.body.children;
     if (rows.length !== there.length || rows.some((row, at) => row !== there[at])) this.body.replaceChildren(...rows);
-    const all = this.rows.length.toLocaleString("en");
-    this.count.textContent = wanted.length ? `${rows.length.toLocaleString("en")} of ${all} ${this.nouns}` : `${all} ${this.nouns}`;
+    const all = `${this.rows.length.toLocaleString("en")} ${this.noun}${this.rows.length === 1 ? "" : "s"}`;
+    this.count.textContent = wanted.length ? `${rows.length.toLocaleString("en")} of ${all}` : all;
   }
 
   // What has no value is last, in either direction; equal ones stay in their order.
