@@ -401,6 +401,23 @@ def test_conversations_may_be_json_and_hold_nulls() -> None:
     assert only(encode(task, tokenizer, {"m": [np.array(CHAT[:2], dtype=object)]})) == plain
 
 
+def test_a_tool_call_from_arrow_teaches_no_arguments_of_other_tools() -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    )
+    given: list[Any] = [{"city": "Paris", "days": [1, None]}, {"sum": {"left": 1}}, {"sum": {"right": 2}}, {}]
+    calls = [[{"type": "function", "function": {"name": "look", "arguments": arguments}}] for arguments in given]
+    chats = [[CHAT[0], {"role": "assistant", "content": "x", "tool_calls": call}] for call in calls]
+    plain = encode(task, tokenizer, {"m": chats})
+    arrow = pa.array(chats).to_pylist()
+    assert vars(encode(task, tokenizer, {"m": arrow})) == vars(plain)
+    assert vars(encode(task, tokenizer, {"m": [json.dumps(chat) for chat in arrow]})) == vars(plain)
+    pairs = zip(plain.features["input_ids"], plain.features["labels"], strict=True)
+    learned = [learnt(tokenizer, ids, labels) for ids, labels in pairs]
+    assert learned == [f"x{json.dumps(call)}<eos>" for call in calls]
+
+
 def test_conversations_may_have_the_form_of_sharegpt() -> None:
     tokenizer = trained_tokenizer()
     tokenizer.chat_template = PLAIN_TEMPLATE

@@ -27,9 +27,11 @@ _writing = threading.Lock()  # transformers compiles a template once, and what i
 
 
 def conversation(value: Any) -> list[dict[str, Any]]:
-    """The messages in a cell by `role` and `content` (text), without their nulls; ValueError says what is wrong.
+    """The messages in a cell by `role` and `content` (text); ValueError says what is wrong.
 
-    ShareGPT's `from` and `value` are understood too, content that comes in parts, and a known role in capitals.
+    ShareGPT's `from` and `value` are understood too, content that comes in parts, and a known role in capitals. Fields
+    that are null are left out at every depth, a call's arguments too: Arrow gives each message and each call the fields
+    of all others, and the same rows are to teach the same in every format.
     """
     if isinstance(value, str):
         try:
@@ -43,7 +45,7 @@ def conversation(value: Any) -> list[dict[str, Any]]:
         raise ValueError(f"{given} is no conversation; a list of messages with `role` and `content` is needed")
     messages = []
     for number, message in enumerate(value, start=1):
-        kept = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        kept: dict[str, Any] = _without_nulls(message) if isinstance(message, dict) else {}
         if "role" not in kept and kept.keys() >= {"from", "value"}:
             kept = {**kept, "role": _speaker(number, kept.pop("from")), "content": kept.pop("value")}
         if not isinstance(kept.get("role"), str) or not kept.keys() & {"content", "tool_calls"}:
@@ -55,6 +57,13 @@ def conversation(value: Any) -> list[dict[str, Any]]:
             kept["content"] = _content(number, kept["content"])
         messages.append(kept)
     return messages
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the fields that are null, at every depth; what is null in a list stays."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(held) for name, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list | tuple | np.ndarray) else value
 
 
 def _speaker(number: int, given: Any) -> str:
