@@ -492,6 +492,24 @@ def test_a_turn_of_which_the_template_writes_nothing_does_not_teach_to_end_at_on
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def test_turns_of_weight_0_are_read_and_not_learned(template: str) -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = template
+    plain, _ = only(encode(task, tokenizer, {"m": [CHAT]}))
+    for weights, places in (([0, 0, 0, 1], [3]), ([None, 1.0, 0, 0.0], [1]), ([1, None, None, None], [1, 3])):
+        chat = [{**turn, "weight": weight} for turn, weight in zip(CHAT, weights, strict=True)]
+        ids, labels = only(encode(task, tokenizer, {"m": [chat]}))
+        assert ids == plain
+        assert learnt(tokenizer, ids, labels) == "".join(f"{SENTENCES[place]}<eos>" for place in places)
+    opening = [{**CHAT[1], "weight": 0}, *CHAT[2:]]
+    assert learnt(tokenizer, *only(encode(task, tokenizer, {"m": [opening]}))) == f"{SENTENCES[3]}<eos>"
+    unheard = [{**turn, "weight": 0} for turn in CHAT]
+    assert encode(task, tokenizer, {"m": [unheard]}).dropped == {0: "weight 0 for every turn of the assistant's"}
+    made = encode(CausalLM(messages="m", train_on_prompt=True), tokenizer, {"m": [unheard, CHAT]})
+    assert made.bad == {0: "`m`: a turn has `weight` 0, but task.train_on_prompt learns all; leave one of them out"}
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
 def test_conversations_without_an_assistant_say_in_few_words_who_speaks(template: str) -> None:
     tokenizer = trained_tokenizer()
     tokenizer.chat_template = template
@@ -541,6 +559,7 @@ def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> Non
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "`m`: message 1 holds a part of type text;"),
         ([{"role": "user", "content": [3]}], "`m`: message 1 holds a part of type int; causal-lm reads text"),
+        ([CHAT[0], {**CHAT[1], "weight": 0.5}], "`m`: message 2 has `weight` 0.5; 0 (not learned) and 1 fit"),
         ([{"role": "user", "content": 5}], "`m`: message 1 has `content` of type int; causal-lm reads text"),
         ([{"from": "gpt", "value": {"a": 1}}], "`m`: message 1 has `content` of type dict; causal-lm reads text"),
         ([CHAT[0], {"role": "critic", "content": "x"}], "`m`: the chat template refuses it: who is critic?"),

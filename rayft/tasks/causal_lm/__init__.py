@@ -7,7 +7,7 @@ One row of MedQuAD, for `prompt: question` and `completion: answer`:
 
 The loss is taken over every token of a text, over the completion and the end-of-sequence token behind it, or over the
 assistant's turns of a conversation. A conversation is a list of {"role", "content"} or of ShareGPT's {"from",
-"value"}, or such a list as JSON.
+"value"}, or such a list as JSON; of its turns those with "weight": 0 are read and not learned.
 """
 
 from __future__ import annotations

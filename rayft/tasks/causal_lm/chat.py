@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
+from rayft.tasks.cells import quoted
 from rayft.tasks.texts import broken
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -55,8 +56,15 @@ def conversation(value: Any) -> list[dict[str, Any]]:
             kept["role"] = kept["role"].lower()
         if "content" in kept:
             kept["content"] = _content(number, kept["content"])
+        if kept.get("weight", 1) not in (0, 1):
+            raise ValueError(f"message {number} has `weight` {quoted(kept['weight'])}; 0 (not learned) and 1 fit")
         messages.append(kept)
     return messages
+
+
+def muted(message: dict[str, Any]) -> bool:
+    """Whether a message is a turn of the assistant's that is not to be learned, as OpenAI and ShareGPT mark it."""
+    return message["role"] == "assistant" and message.get("weight") == 0
 
 
 def _without_nulls(value: Any) -> Any:
@@ -92,6 +100,8 @@ def _content(number: int, given: Any) -> str:
 def why_silent(messages: list[dict[str, Any]]) -> str:
     """Why there is nothing to learn from in a conversation, in few different sentences."""
     roles = sorted({message["role"] for message in messages})
+    if any(map(muted, messages)) and all(muted(turn) for turn in messages if turn["role"] == EMPTY["role"]):
+        return "weight 0 for every turn of the assistant's"
     if EMPTY["role"] in roles:
         return "no words in the assistant's turns, as the chat template writes them"
     if set(roles) <= {*ROLES}:
@@ -114,11 +124,11 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
     They are those between the template's generation markers. A template without them shows them by what a turn adds to
     the conversation before it. Where the conversation goes on otherwise than it stood after a turn (templates that
     leave out past reasoning), each turn comes by itself, as the model would have met it. A turn that the template
-    writes like an empty one has no span: it would teach to end at once. ValueError where a turn does not continue the
-    prompt for it.
+    writes like an empty one has no span: it would teach to end at once. Nor has one with `weight` 0. ValueError where a
+    turn does not continue the prompt for it.
     """
     spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    silent = [number for number in spoken if _is_silent(tokenizer, messages[: number + 1])]
+    silent = [n for n in spoken if muted(messages[n]) or _is_silent(tokenizer, messages[: n + 1])]
     if MARKERS.search(tokenizer.get_chat_template()):
         return [_between_markers(tokenizer, messages, silent)]
     whole = rendered(tokenizer, messages)

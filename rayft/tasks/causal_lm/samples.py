@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rayft.tasks.causal_lm.chat import Span, assistant_spans, conversation, rendered, within
+from rayft.tasks.causal_lm.chat import Span, assistant_spans, conversation, muted, rendered, within
 from rayft.tasks.causal_lm.likelihood import IGNORED
 from rayft.tasks.causal_lm.words import ended, filled, pieces, tokenized
 from rayft.tasks.task import Columns
@@ -123,6 +123,8 @@ def _written(
             raise ValueError("there is no turn to answer")
         return [(rendered(tokenizer, messages, add_generation_prompt=True), [])]
     if form.train_on_prompt:
+        if any(map(muted, messages)):
+            raise ValueError("a turn has `weight` 0, but task.train_on_prompt learns all; leave one of them out")
         text = rendered(tokenizer, messages)
         return [(text, [(0, len(text))])]
     return assistant_spans(tokenizer, messages)
