@@ -435,6 +435,12 @@ def test_conversations_may_have_the_form_of_sharegpt() -> None:
 TESTING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}", "{% if m.content is string %}{{ m.content }}{% endif %}")
 CALLING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
 TRIMMING_TEMPLATE = MARKED_TEMPLATE.replace("m.content }}<eos>{% end", "m.content | trim }}<eos>{% end")
+# Those that know nothing of tools join content to other text; some look whether there is any.
+JOINING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}<eos>", "{{ m.content + '<eos>' }}")
+MARKED_JOINING_TEMPLATE = MARKED_TEMPLATE.replace("{{ m.content }}<eos>", "{{ m.content + '<eos>' }}")
+LOOKING_TEMPLATE = CALLING_TEMPLATE.replace(
+    "{{ m.content }}", "{% if m.content is defined %}[{{ m.content }}]{% endif %}"
+)
 CALLS = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
 
 
@@ -470,6 +476,9 @@ def test_content_in_parts_is_learned_as_its_text(template: str) -> None:
         (PLAIN_TEMPLATE, {"tool_calls": CALLS}, ""),
         (MARKED_TEMPLATE, {"tool_calls": CALLS, "content": ""}, ""),
         (CALLING_TEMPLATE, {"tool_calls": CALLS}, f"{CALLS}<eos>"),
+        (JOINING_TEMPLATE, {"tool_calls": CALLS, "content": None}, ""),
+        (JOINING_TEMPLATE, {"tool_calls": CALLS}, ""),
+        (MARKED_JOINING_TEMPLATE, {"tool_calls": CALLS}, ""),
     ],
 )
 @pytest.mark.parametrize("place", [1, 3])
@@ -489,6 +498,13 @@ def test_a_turn_of_which_the_template_writes_nothing_does_not_teach_to_end_at_on
     else:
         assert made.dropped == {1: "no words in the assistant's turns, as the chat template writes them"}
     assert learnt(tokenizer, made.features["input_ids"][0], made.features["labels"][0]) == "".join(said)
+
+
+def test_a_template_that_looks_whether_there_is_content_finds_none_in_a_tool_call() -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = LOOKING_TEMPLATE
+    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    assert learnt(tokenizer, *only(encode(task, tokenizer, {"m": [[CHAT[0], call]]}))) == f"{CALLS}<eos>"
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])

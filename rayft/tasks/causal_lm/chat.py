@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -111,11 +112,22 @@ def why_silent(messages: list[dict[str, Any]]) -> str:
 
 def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return str(_written(lambda told: tokenizer.apply_chat_template(told, **options), messages))
+
+
+def _written(write: Callable[[list[dict[str, Any]]], Any], messages: list[dict[str, Any]]) -> Any:
+    """What `write` makes of messages with a chat template; ValueError where that refuses them.
+
+    A message that only calls tools has no content. Templates that know nothing of tools join it to other text: they are
+    given an empty one, but only after the others, some of which look whether there is any, have had it without.
+    """
     try:
         with _writing:
-            return str(tokenizer.apply_chat_template(messages, **options))
+            return write(messages)
     except (TypeError, jinja2.TemplateError) as fault:
-        raise ValueError(f"the chat template refuses it: {fault}") from None
+        if all("content" in message for message in messages):
+            raise ValueError(f"the chat template refuses it: {fault}") from None
+    return _written(write, [message if "content" in message else {**message, "content": ""} for message in messages])
 
 
 def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tuple[str, list[Span]]]:
@@ -184,11 +196,7 @@ def _marked(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list[S
 
     template = tokenizer.get_chat_template()
     options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
-    try:
-        with _writing:
-            shown: Any = render_jinja_template([messages], **options)
-    except (TypeError, jinja2.TemplateError) as fault:
-        raise ValueError(f"the chat template refuses it: {fault}") from None
+    shown = _written(lambda told: render_jinja_template([told], **options), messages)
     return shown[0][0], shown[1][0]
 
 
