@@ -187,6 +187,7 @@ def test_the_text_column_is_the_default() -> None:
         ({"prompt": "{q", "completion": "a"}, "expected '}'"),
         ({"text": "t", "answer_after": "####"}, "a text has none"),
         ({"prompt": "q", "completion": "a", "answer_share": 0.5}, "answer_share is for answers that are counted"),
+        ({"prompt": "q", "completion": "a", "chat": True, "tools": "t"}, "tools are for conversations"),
         ({"messages": "m", "chat": True}, "chat makes turns of prompt and completion"),
         ({"max_length": 1}, "greater than or equal to 2"),
     ],
@@ -416,6 +417,39 @@ def test_a_tool_call_from_arrow_teaches_no_arguments_of_other_tools() -> None:
     pairs = zip(plain.features["input_ids"], plain.features["labels"], strict=True)
     learned = [learnt(tokenizer, ids, labels) for ids, labels in pairs]
     assert learned == [f"x{json.dumps(call)}<eos>" for call in calls]
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def test_a_rows_tools_are_shown_as_inference_shows_them(template: str) -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m", tools="t")
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template
+    assert task.columns() == task.columns(labelled=False) == ("m", "t")
+    tool = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"properties": {"city": {"type": "string"}}}},
+    }
+    other = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"properties": {"left": {"type": "number"}}}},
+    }
+    given: list[Any] = [[tool], json.dumps([other, tool]), [other], None, "", []]
+    rows = {"m": [CHAT] * 6, "t": given}
+    told = [[tool], [other, tool], [other], None, None, None]
+    shown = [tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False) for tools in told]
+    made, asked = encode(task, tokenizer, rows), encode(task, tokenizer, rows, labelled=False)
+    assert [words(tokenizer, ids) for ids in made.features["input_ids"]] == shown
+    prompts = [tokenizer.apply_chat_template(CHAT[:3], tools=tools, tokenize=False) + "<bot>" for tools in told]
+    assert [words(tokenizer, ids) for ids in asked.features["input_ids"]] == prompts
+    for ids, labels in zip(made.features["input_ids"], made.features["labels"], strict=True):
+        assert learnt(tokenizer, ids, labels).replace("\n", "") == f"{SENTENCES[1]}<eos>{SENTENCES[3]}<eos>"
+    arrow = pa.array([[tool], [other]]).to_pylist()  # each with the other's properties, null
+    assert arrow != [[tool], [other]]
+    mixed = encode(task, tokenizer, {"m": [CHAT] * 2, "t": arrow})
+    assert mixed.features["input_ids"] == [made.features["input_ids"][row] for row in (0, 2)]
+    bad = encode(task, tokenizer, {"m": [CHAT] * 3, "t": ["look", ["look"], tool]}).bad
+    assert bad[0].startswith("`t`: the text is not JSON")
+    assert bad[1] == "`t`: ['look'] is no list of tools; their definitions are needed"
+    assert bad[2].endswith("is no list of tools; their definitions are needed")
 
 
 def test_conversations_may_have_the_form_of_sharegpt() -> None:
