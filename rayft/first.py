@@ -33,6 +33,7 @@ _NAMES = {
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "ner", "pos"),
     "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
+    "tools": ("tools",),
     "prompt": ("prompt", "instruction", "question", "query", "source", "input"),
     "completion": ("completion", "output", "response", "answer", "reply", "target"),
 }
@@ -45,6 +46,7 @@ _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "
 _FORMS = (
     ("question", "context", "answers"),
     ("tokens", "tags"),
+    ("messages", "tools"),
     ("messages",),
     ("anchor", "positive", "negative"),
     ("anchor", "positive"),

@@ -35,7 +35,8 @@ def recipe_for(columns: list[str], sample: dict[str, list[Any]] | None = None, p
         (["anchor", "positive", "negative"], {"type": "sentence-embedding", "negative": "negative"}),
         (["id", "title", "context", "question", "answers"], {"type": "question-answering", "answers": "answers"}),
         (["id", "tokens", "ner_tags"], {"type": "token-classification", "tokens": "tokens", "tags": "ner_tags"}),
-        (["messages"], {"type": "causal-lm", "messages": "messages"}),
+        (["messages"], {"type": "causal-lm", "messages": "messages", "tools": None}),
+        (["messages", "tools"], {"type": "causal-lm", "messages": "messages", "tools": "tools"}),
         (["prompt", "completion"], {"type": "causal-lm", "prompt": "prompt", "completion": "completion"}),
         (["instruction", "output"], {"type": "causal-lm", "prompt": "instruction", "completion": "output"}),
         (

@@ -22,7 +22,7 @@ from rayft.recipe import Recipe, Source
 from rayft.tasks.task import Pretrained, Task
 
 # Part of every key: goes up when anything in preparation or in a task changes what the same rows are prepared to.
-FORMAT = 4
+FORMAT = 5
 
 SHARD_BYTES = 16 << 20  # of the source; each shard is sorted in one worker's memory
 MOST_SHARDS = 4096

@@ -39,13 +39,13 @@ def list_in(text: str) -> list[Any] | None:
     found: Any = None
     with suppress(*_UNREADABLE):
         found = json.loads(text)
-    if found is None and not _side_by_side(text):
+    if found is None and not side_by_side(text):
         with suppress(*_UNREADABLE):
             found = ast.literal_eval(text.strip())
     return found if isinstance(found, list) else None
 
 
-def _side_by_side(text: str) -> bool:
+def side_by_side(text: str) -> bool:
     """Whether two literals of text stand side by side, without a comma between them."""
     if not _QUOTES.search(text):  # nearly always, and much sooner known
         return False

@@ -91,7 +91,8 @@ class TextClassification(Task):
                     raise DataError(
                         f"column `{self.label}` holds lists of labels; set task.multi_label=true to train on them"
                     )
-                widths.add(_width(held))
+                if held is not None or label_name(value) is not None:  # an empty cell says nothing
+                    widths.add(_width(held))
                 try:
                     found.update(self._parse(value if held is None else held) or ())
                 except ValueError as fault:

@@ -187,6 +187,7 @@ def test_the_text_column_is_the_default() -> None:
         ({"prompt": "{q", "completion": "a"}, "expected '}'"),
         ({"text": "t", "answer_after": "####"}, "a text has none"),
         ({"prompt": "q", "completion": "a", "answer_share": 0.5}, "answer_share is for answers that are counted"),
+        ({"prompt": "q", "completion": "a", "chat": True, "tools": "t"}, "tools are for conversations"),
         ({"messages": "m", "chat": True}, "chat makes turns of prompt and completion"),
         ({"max_length": 1}, "greater than or equal to 2"),
     ],
@@ -401,6 +402,56 @@ def test_conversations_may_be_json_and_hold_nulls() -> None:
     assert only(encode(task, tokenizer, {"m": [np.array(CHAT[:2], dtype=object)]})) == plain
 
 
+def test_a_tool_call_from_arrow_teaches_no_arguments_of_other_tools() -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    )
+    given: list[Any] = [{"city": "Paris", "days": [1, None]}, {"sum": {"left": 1}}, {"sum": {"right": 2}}, {}]
+    calls = [[{"type": "function", "function": {"name": "look", "arguments": arguments}}] for arguments in given]
+    chats = [[CHAT[0], {"role": "assistant", "content": "x", "tool_calls": call}] for call in calls]
+    plain = encode(task, tokenizer, {"m": chats})
+    arrow = pa.array(chats).to_pylist()
+    assert vars(encode(task, tokenizer, {"m": arrow})) == vars(plain)
+    assert vars(encode(task, tokenizer, {"m": [json.dumps(chat) for chat in arrow]})) == vars(plain)
+    pairs = zip(plain.features["input_ids"], plain.features["labels"], strict=True)
+    learned = [learnt(tokenizer, ids, labels) for ids, labels in pairs]
+    assert learned == [f"x{json.dumps(call)}<eos>" for call in calls]
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def test_a_rows_tools_are_shown_as_inference_shows_them(template: str) -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m", tools="t")
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template
+    assert task.columns() == task.columns(labelled=False) == ("m", "t")
+    tool = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"properties": {"city": {"type": "string"}}}},
+    }
+    other = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"properties": {"left": {"type": "number"}}}},
+    }
+    given: list[Any] = [[tool], json.dumps([other, tool]), [other], None, "", []]
+    rows = {"m": [CHAT] * 6, "t": given}
+    told = [[tool], [other, tool], [other], None, None, None]
+    shown = [tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False) for tools in told]
+    made, asked = encode(task, tokenizer, rows), encode(task, tokenizer, rows, labelled=False)
+    assert [words(tokenizer, ids) for ids in made.features["input_ids"]] == shown
+    prompts = [tokenizer.apply_chat_template(CHAT[:3], tools=tools, tokenize=False) + "<bot>" for tools in told]
+    assert [words(tokenizer, ids) for ids in asked.features["input_ids"]] == prompts
+    for ids, labels in zip(made.features["input_ids"], made.features["labels"], strict=True):
+        assert learnt(tokenizer, ids, labels).replace("\n", "") == f"{SENTENCES[1]}<eos>{SENTENCES[3]}<eos>"
+    arrow = pa.array([[tool], [other]]).to_pylist()  # each with the other's properties, null
+    assert arrow != [[tool], [other]]
+    mixed = encode(task, tokenizer, {"m": [CHAT] * 2, "t": arrow})
+    assert mixed.features["input_ids"] == [made.features["input_ids"][row] for row in (0, 2)]
+    bad = encode(task, tokenizer, {"m": [CHAT] * 3, "t": ["look", ["look"], tool]}).bad
+    assert bad[0].startswith("`t`: the text is not JSON")
+    assert bad[1] == "`t`: ['look'] is no list of tools; their definitions are needed"
+    assert bad[2].endswith("is no list of tools; their definitions are needed")
+
+
 def test_conversations_may_have_the_form_of_sharegpt() -> None:
     tokenizer = trained_tokenizer()
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -418,6 +469,12 @@ def test_conversations_may_have_the_form_of_sharegpt() -> None:
 TESTING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}", "{% if m.content is string %}{{ m.content }}{% endif %}")
 CALLING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
 TRIMMING_TEMPLATE = MARKED_TEMPLATE.replace("m.content }}<eos>{% end", "m.content | trim }}<eos>{% end")
+# Those that know nothing of tools join content to other text; some look whether there is any.
+JOINING_TEMPLATE = PLAIN_TEMPLATE.replace("{{ m.content }}<eos>", "{{ m.content + '<eos>' }}")
+MARKED_JOINING_TEMPLATE = MARKED_TEMPLATE.replace("{{ m.content }}<eos>", "{{ m.content + '<eos>' }}")
+LOOKING_TEMPLATE = CALLING_TEMPLATE.replace(
+    "{{ m.content }}", "{% if m.content is defined %}[{{ m.content }}]{% endif %}"
+)
 CALLS = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
 
 
@@ -453,6 +510,9 @@ def test_content_in_parts_is_learned_as_its_text(template: str) -> None:
         (PLAIN_TEMPLATE, {"tool_calls": CALLS}, ""),
         (MARKED_TEMPLATE, {"tool_calls": CALLS, "content": ""}, ""),
         (CALLING_TEMPLATE, {"tool_calls": CALLS}, f"{CALLS}<eos>"),
+        (JOINING_TEMPLATE, {"tool_calls": CALLS, "content": None}, ""),
+        (JOINING_TEMPLATE, {"tool_calls": CALLS}, ""),
+        (MARKED_JOINING_TEMPLATE, {"tool_calls": CALLS}, ""),
     ],
 )
 @pytest.mark.parametrize("place", [1, 3])
@@ -472,6 +532,31 @@ def test_a_turn_of_which_the_template_writes_nothing_does_not_teach_to_end_at_on
     else:
         assert made.dropped == {1: "no words in the assistant's turns, as the chat template writes them"}
     assert learnt(tokenizer, made.features["input_ids"][0], made.features["labels"][0]) == "".join(said)
+
+
+def test_a_template_that_looks_whether_there_is_content_finds_none_in_a_tool_call() -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = LOOKING_TEMPLATE
+    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    assert learnt(tokenizer, *only(encode(task, tokenizer, {"m": [[CHAT[0], call]]}))) == f"{CALLS}<eos>"
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def test_turns_of_weight_0_are_read_and_not_learned(template: str) -> None:
+    tokenizer, task = trained_tokenizer(), CausalLM(messages="m")
+    tokenizer.chat_template = template
+    plain, _ = only(encode(task, tokenizer, {"m": [CHAT]}))
+    for weights, places in (([0, 0, 0, 1], [3]), ([None, 1.0, 0, 0.0], [1]), ([1, None, None, None], [1, 3])):
+        chat = [{**turn, "weight": weight} for turn, weight in zip(CHAT, weights, strict=True)]
+        ids, labels = only(encode(task, tokenizer, {"m": [chat]}))
+        assert ids == plain
+        assert learnt(tokenizer, ids, labels) == "".join(f"{SENTENCES[place]}<eos>" for place in places)
+    opening = [{**CHAT[1], "weight": 0}, *CHAT[2:]]
+    assert learnt(tokenizer, *only(encode(task, tokenizer, {"m": [opening]}))) == f"{SENTENCES[3]}<eos>"
+    unheard = [{**turn, "weight": 0} for turn in CHAT]
+    assert encode(task, tokenizer, {"m": [unheard]}).dropped == {0: "weight 0 for every turn of the assistant's"}
+    made = encode(CausalLM(messages="m", train_on_prompt=True), tokenizer, {"m": [unheard, CHAT]})
+    assert made.bad == {0: "`m`: a turn has `weight` 0, but task.train_on_prompt learns all; leave one of them out"}
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
@@ -524,6 +609,7 @@ def test_a_template_that_forgets_past_reasoning_gives_a_sample_per_turn() -> Non
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "`m`: message 1 holds a part of type text;"),
         ([{"role": "user", "content": [3]}], "`m`: message 1 holds a part of type int; causal-lm reads text"),
+        ([CHAT[0], {**CHAT[1], "weight": 0.5}], "`m`: message 2 has `weight` 0.5; 0 (not learned) and 1 fit"),
         ([{"role": "user", "content": 5}], "`m`: message 1 has `content` of type int; causal-lm reads text"),
         ([{"from": "gpt", "value": {"a": 1}}], "`m`: message 1 has `content` of type dict; causal-lm reads text"),
         ([CHAT[0], {"role": "critic", "content": "x"}], "`m`: the chat template refuses it: who is critic?"),

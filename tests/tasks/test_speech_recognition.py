@@ -90,10 +90,39 @@ def test_a_letter_without_a_sign_for_the_unknown_is_none_where_texts_are_evaluat
     for sign in ("<none>", "<pad>"):  # the blank is no letter
         bare = Wav2Vec2CTCTokenizer(str(vocabulary), unk_token=sign, pad_token="<pad>")
         assert spelled(bare, "AéB", evaluation=True) == spelled(bare, "AB")
+        assert spelled(bare, "éAB", evaluation=True) == spelled(bare, "AB")
         with pytest.raises(ValueError, match="'é' is not among the letters"):
             spelled(bare, "AéB")
-    with pytest.raises(ValueError, match=r"task\.case=upper fits"):  # all of it is in another case
-        spelled(tokenizer, "ab", evaluation=True)
+
+
+@pytest.mark.parametrize("text", ["ab", "Ab", "Ab.", "éb"])
+def test_evaluated_texts_in_another_case_than_the_models_are_refused_and_not_scored_as_errors(text: str) -> None:
+    tokenizer = made_tokenizer(("A", "B"))
+    for evaluation in (True, False):
+        with pytest.raises(ValueError, match=r"'[ab]' is not among the letters .*; task\.case=upper fits"):
+            spelled(tokenizer, text, evaluation)
+    both = made_tokenizer(("A", "B", "c"))
+    assert spelled(both, "Ac", evaluation=True) == both("Ac")["input_ids"]
+    assert tokenizer.unk_token_id in spelled(both, text, evaluation=True)
+
+
+def test_the_letters_that_a_tokenizer_lacks_are_those_that_it_takes_for_unknown(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps(made_tokenizer(("A", "B")).get_vocab()))
+    folding = Wav2Vec2CTCTokenizer(
+        str(vocabulary), bos_token=None, eos_token=None, unk_token="<unk>", pad_token="<pad>", do_lower_case=True
+    )
+    assert spelled(folding, "ab") == spelled(folding, "AB")
+    assert spelled(folding, "aöb", evaluation=True) == [*spelled(folding, "a"), 1, *spelled(folding, "b")]
+    with pytest.raises(ValueError, match="'ö' is not among the letters that the model writes; these fit: AB"):
+        spelled(folding, "aöb")
+
+
+def test_a_text_that_writes_out_the_sign_for_the_unknown_is_refused_where_it_would_be_learnt() -> None:
+    tokenizer = made_tokenizer(("<", ">", "k", "n", "u"))
+    assert spelled(tokenizer, "<unk>", evaluation=True) == [tokenizer.unk_token_id]
+    with pytest.raises(ValueError, match="'<unk>' is not among the letters"):
+        spelled(tokenizer, "<unk>")
 
 
 def test_rows_that_can_not_be_learnt_are_left_out_or_refused(folders: dict[str, str]) -> None:

@@ -82,8 +82,9 @@ def test_lists_in_text_are_lists(tokenizer: Any) -> None:
 @pytest.mark.parametrize("rows", [[[1, 0, 1], [0, 0, 0]], [[True, False, True], [0.0] * 3], ["[1, 0, 1]", "[0,0,0]"]])
 def test_zeros_and_ones_say_which_of_the_labels_apply(tokenizer: Any, rows: list[Any]) -> None:
     told = r"`label` holds lists of 3 zeros and ones; name what these stand for, in their order, in task\.labels, or"
-    with pytest.raises(DataError, match=told):
-        TextClassification(multi_label=True).facts([{"label": rows}])
+    for empty in ([], [None, "", float("nan")]):
+        with pytest.raises(DataError, match=told):
+            TextClassification(multi_label=True).facts([{"label": [*rows, *empty]}])
     names = ["toxic", "rude", "kind"]
     made = encode(tokenizer, {"text": ["a", "b"], "label": rows}, {"labels": names}, multi_label=True, labels=names)
     assert made.features["label"] == [[0, 2], []]

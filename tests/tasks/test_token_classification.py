@@ -66,10 +66,10 @@ def test_a_word_that_is_too_long_alone_is_cut_and_counted(tokenizer: Any) -> Non
 def test_text_is_cut_at_blanks_and_words_that_are_not_read_keep_their_place(tokenizer: Any) -> None:
     made = encoded(tokenizer, {"tokens": ["from Gardena  now"], "tags": ["O B-place O"]})
     assert made.references == [["O", "B-place", "O"]]
-    rows = {"tokens": ["['from', 'Gardena']", "[Music] from]"], "tags": ['["O", "B-place"]', "O O"]}
-    made = encoded(tokenizer, rows)
-    assert made.references == [["O", "B-place"], ["O", "O"]]
-    assert len(made.features["places"][1]) == 2
+    texts = ["['from', 'Gardena']", "[Music] from]", "[2024]", "[ 1 ]"]
+    made = encoded(tokenizer, {"tokens": texts, "tags": ['["O", "B-place"]', "O O", "O", "O O O"]})
+    assert made.references == [["O", "B-place"], ["O", "O"], ["O"], ["O", "O", "O"]]
+    assert [len(places) for places in made.features["places"]] == [2, 2, 1, 3]
     made = encoded(tokenizer, {"tokens": [["from", "\u200b\u200d", "Gardena"]], "tags": [["O", "O", "B-place"]]})
     (places,) = made.features["places"]
     assert [place >= 0 for place in places] == [True, False, True]
@@ -80,6 +80,16 @@ def test_text_is_cut_at_blanks_and_words_that_are_not_read_keep_their_place(toke
     [
         ({"tokens": [], "tags": []}, "`tokens` is []; it needs a list of words, or text"),
         ({"tokens": ["a", None], "tags": ["O", "O"]}, "`tokens`: word 1 is None; it needs text"),
+        ({"tokens": "['a', 1]", "tags": "O O"}, "`tokens`: word 1 is 1; it needs text"),
+        (
+            {"tokens": "['a' \"b's\"\n 'c']", "tags": "O O O"},
+            "`tokens` is '[\\'a\\' \"b\\'s\"\\n \\'c\\']', which is no list; ['two', 'words'] or two words fits",
+        ),
+        (
+            {"tokens": ["a", "b"], "tags": "['O' 'O']"},
+            "`tags` is \"['O' 'O']\", which is no list; ['B-PER', 'O'] or B-PER O fits",
+        ),
+        ({"tokens": ["a", "b"], "tags": "[0 1]"}, "`tags` is '[0 1]', which is no list"),
         ({"tokens": ["a", "b"], "tags": ["O"]}, "`tags` has 1 tags for 2 words; it needs one for each"),
         ({"tokens": ["a"], "tags": ["B-plaice"]}, "tag 'B-plaice' is not one of O, B-place, I-place; did you mean"),
         ({"tokens": ["\u200b"], "tags": ["O"]}, "`tokens` holds nothing that the tokenizer reads; it needs words"),
@@ -97,6 +107,11 @@ def test_tags_are_ordered_by_what_they_mark() -> None:
     rows = [{"ner_tags": [["I-b", "O", "B-b"], ["B-a", "O"]]}]
     assert task.facts(rows) == {"labels": ["O", "B-a", "B-b", "I-b"]}
     assert task.facts([{"ner_tags": ["I-b O B-b", "['B-a', 'O']"]}]) == {"labels": ["O", "B-a", "B-b", "I-b"]}
+    arrays = ["['B-a' 'O']", "[3 0]"]
+    assert task.facts([{"ner_tags": [*arrays, "O B-a"]}]) == {"labels": ["O", "B-a"]}
+    for array in arrays:
+        with pytest.raises(DataError, match=r"^`ner_tags` is .*, which is no list"):
+            task.facts([{"ner_tags": [array]}])
     with pytest.raises(DataError, match="only the tag 'O'; there is nothing to tell apart"):
         task.facts([{"ner_tags": [["O", "O"]]}])
     with pytest.raises(ValidationError, match="none twice"):

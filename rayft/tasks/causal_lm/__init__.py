@@ -7,7 +7,7 @@ One row of MedQuAD, for `prompt: question` and `completion: answer`:
 
 The loss is taken over every token of a text, over the completion and the end-of-sequence token behind it, or over the
 assistant's turns of a conversation. A conversation is a list of {"role", "content"} or of ShareGPT's {"from",
-"value"}, or such a list as JSON.
+"value"}, or such a list as JSON; of its turns those with "weight": 0 are read and not learned.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class CausalLM(Task):
     """The column of what is written behind a prompt, or a format string."""
     messages: str | None = None
     """The column of conversations: lists of {role, content}, or of ShareGPT's {from, value}, or such a list as JSON."""
+    tools: str | None = None
+    """The column of the tools that the assistant may call, a list of definitions or such a list as JSON, which the chat
+    template shows it; null: there are none."""
     chat: bool = False
     """Whether a prompt becomes a user's turn and its completion the assistant's, as the chat template writes them."""
     chat_template: str | None = None
@@ -108,6 +111,8 @@ class CausalLM(Task):
         given = [name for name in ("text", "prompt", "messages") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one of them")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools are for conversations; give their column as `messages`, or leave it out")
         if self.chat and self.prompt is None:
             raise ValueError("chat makes turns of prompt and completion; give both, or leave it out")
         if self.chat_template is not None and self.messages is None and not self.chat:
@@ -327,7 +332,8 @@ class CausalLM(Task):
 
     @property
     def _form(self) -> Form:
-        return Form(self.text, self.prompt, self.completion, self.messages, self.chat, self.train_on_prompt)
+        fields = (self.text, self.prompt, self.completion, self.messages, self.tools)
+        return Form(*fields, self.chat, self.train_on_prompt)
 
     def _cut(self, ids: list[int], labels: list[int], labelled: bool) -> list[Sample]:
         """A sample as features of at most `max_length` tokens; a text's share one, so that all are predicted once."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rayft.tasks.causal_lm.chat import Span, assistant_spans, conversation, rendered, within
+from rayft.tasks.causal_lm.chat import Span, Template, assistant_spans, conversation, muted, rendered, tools_in, within
 from rayft.tasks.causal_lm.likelihood import IGNORED
 from rayft.tasks.causal_lm.words import ended, filled, pieces, tokenized
 from rayft.tasks.task import Columns
@@ -24,13 +24,14 @@ class Form:
     prompt: str | None
     completion: str | None
     messages: str | None
+    tools: str | None
     chat: bool
     train_on_prompt: bool
 
     def columns(self, labelled: bool = True) -> tuple[str, ...]:
         """The columns that the form names; those of prompts alone without labels."""
         if self.messages is not None:
-            return (self.messages,)
+            return (self.messages,) if self.tools is None else (self.messages, self.tools)
         forms = (self.text, self.prompt, self.completion if labelled else None)
         names = (name for form in forms if form is not None for _, name in pieces(form) if name is not None)
         return tuple(dict.fromkeys(names))
@@ -90,6 +91,17 @@ def _texts(form: Form, rows: Columns, labelled: bool, bad: dict[int, str]) -> di
     return texts
 
 
+def _tools(form: Form, rows: Columns, bad: dict[int, str]) -> dict[int, list[dict[str, Any]] | None]:
+    """Row -> the tools that its assistant may call."""
+    found: dict[int, list[dict[str, Any]] | None] = {}
+    for row, cell in enumerate([] if form.tools is None else rows[form.tools]):
+        try:
+            found[row] = tools_in(cell)
+        except ValueError as fault:
+            bad[row] = f"`{form.tools}`: {fault}"
+    return found
+
+
 def _shown(
     form: Form, rows: Columns, tokenizer: Any, labelled: bool, bad: dict[int, str]
 ) -> Iterator[tuple[int, str, list[Span]]]:
@@ -99,21 +111,25 @@ def _shown(
         cells: dict[int, Any] = dict(enumerate(rows[form.messages]))
     else:  # prompts as a user's turn, completions as the assistant's answer
         column, cells = form.prompt, _texts(form, rows, labelled, bad)
+    tools = _tools(form, rows, bad)
     for row, cell in cells.items():
+        if row in bad:
+            continue
+        template = Template(tokenizer, tools.get(row))
         try:
             if form.messages is not None:
                 messages, empty = conversation(cell), False
             else:
                 turns = zip(("user", "assistant"), cell, strict=False)
                 messages, empty = [{"role": role, "content": text} for role, text in turns], not cell[-1].strip()
-            for text, spans in _written(form, messages, tokenizer, labelled):
+            for text, spans in _written(form, messages, template, labelled):
                 yield row, text, [] if empty and labelled else spans
         except ValueError as fault:
             bad[row] = f"`{column}`: {fault}"
 
 
 def _written(
-    form: Form, messages: list[dict[str, Any]], tokenizer: Any, labelled: bool
+    form: Form, messages: list[dict[str, Any]], template: Template, labelled: bool
 ) -> list[tuple[str, list[Span]]]:
     """One text, or where the template shows a turn otherwise once it is past, one per assistant turn."""
     if not labelled:
@@ -121,11 +137,13 @@ def _written(
             messages.pop()
         if not messages:
             raise ValueError("there is no turn to answer")
-        return [(rendered(tokenizer, messages, add_generation_prompt=True), [])]
+        return [(rendered(template, messages, add_generation_prompt=True), [])]
     if form.train_on_prompt:
-        text = rendered(tokenizer, messages)
+        if any(map(muted, messages)):
+            raise ValueError("a turn has `weight` 0, but task.train_on_prompt learns all; leave one of them out")
+        text = rendered(template, messages)
         return [(text, [(0, len(text))])]
-    return assistant_spans(tokenizer, messages)
+    return assistant_spans(template, messages)
 
 
 def _by_spans(tokenizer: Any, shown: list[tuple[int, str, list[Span]]]) -> Iterator[tuple[int, Sample]]:

@@ -6,7 +6,8 @@ One row of the spoken digits:
 
 Two kinds of model learn it. wav2vec2 and its kin give each frame a letter or a blank (CTC); where the model comes
 without a tokenizer, its letters are those of the training texts, and one that only other texts have is an error of it
-wherever it stands. Whisper writes the text, after the tokens that name the `language` and say that it is to transcribe.
+wherever it stands, unless it writes the letter in the other case: `case` mends that. Whisper writes the text, after the
+tokens that name the `language` and say that it is to transcribe.
 """
 
 from __future__ import annotations

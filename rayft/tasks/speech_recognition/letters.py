@@ -7,25 +7,38 @@ from typing import Any
 
 from rayft.tasks.later import torch
 
+CASES = ("upper", "lower")
+
 
 def spelled(tokenizer: Any, text: str, evaluation: bool = False) -> list[int]:
     """The letters of a text; ValueError names one that the tokenizer lacks, and how to have it.
 
     For evaluation such a letter is the unknown one, or none where there is no sign for that: no model can write it, and
-    a score that leaves its text out would be too good. A text of which another case is known is refused even so.
+    a score that leaves its text out would be too good. A model that writes a single case is refused letters in the
+    other even so: they would be errors in every word, and need not be.
     """
-    ids: list[Any] = tokenizer(text)["input_ids"]  # None where a letter is unknown and there is no sign for that
-    if not {None, tokenizer.unk_token_id} & set(ids):
-        return ids
+    unknown = {None, tokenizer.unk_token_id}  # None where there is no sign for the unknown
+    ids = _ids(tokenizer, text)
+    if not unknown & set(ids):
+        return tokenizer(text)["input_ids"]
     known = tokenizer.get_vocab()
-    lacking = [letter for letter in text if letter not in known and letter != " "]
-    missing = lacking[0]
-    other = next((case for case in ("upper", "lower") if getattr(missing, case)() in known), None)
-    if evaluation and (other is None or len(lacking) < len(text.replace(" ", ""))):
+    # Asked one by one: a tokenizer may change the case itself.
+    lacking = [letter for letter in dict.fromkeys(text) if letter != " " and unknown & {*_ids(tokenizer, letter)}]
+    cases = [next((case for case in CASES if getattr(letter, case)() in known), None) for letter in lacking]
+    letters = sorted(token for token in known if len(token) == 1 and token != tokenizer.word_delimiter_token)
+    single = not (any(map(str.isupper, letters)) and any(map(str.islower, letters)))
+    if evaluation and not (single and any(cases)):
         return [number for number in ids if number not in (None, tokenizer.pad_token_id)]
-    letters = "".join(sorted(token for token in known if len(token) == 1 and token != tokenizer.word_delimiter_token))
-    fits = f"task.case={other} fits" if other else f"these fit: {letters}"
+    # Nothing is lacking where the sign for the unknown itself is written out.
+    pairs = zip(lacking, cases, strict=True)
+    missing, case = max(pairs, key=lambda pair: pair[1] is not None, default=(tokenizer.unk_token, None))
+    fits = f"task.case={case} fits" if case else f"these fit: {''.join(letters)}"
     raise ValueError(f"{missing!r} is not among the letters that the model writes; {fits}")
+
+
+def _ids(tokenizer: Any, text: str) -> list[Any]:
+    """As the tokenizer maps them; when called it fails where the first is None."""
+    return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
 
 
 def frames_needed(ids: list[int]) -> int:

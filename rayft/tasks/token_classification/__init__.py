@@ -7,8 +7,8 @@ One row of WNUT 2017:
 
 Tags that begin with B- and I- (or as IOB1, IOE and IOBES have it) mark entities, which are scored whole; any other tag,
 say a part of speech, marks a run of words. A word's tag is learned and read at its first piece. Text in `tokens` or
-`tags` is a list as JSON or Python writes one, or else what blanks separate. A row that is longer than `max_length` is
-cut at a word into several features.
+`tags` is a list as JSON or Python writes one, or else what blanks separate; an array as NumPy writes one, ['a' 'b'], is
+refused. A row that is longer than `max_length` is cut at a word into several features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from rayft.errors import DataError
-from rayft.tasks.cells import in_brackets, list_in, quoted
+from rayft.tasks.cells import in_brackets, list_in, quoted, side_by_side
 from rayft.tasks.labels import NUMBER, LabelNames, fit_head, in_order, index_of, known_labels, label_name, shown
 from rayft.tasks.later import torch, transformers
 from rayft.tasks.loading import from_pretrained, load_config, load_tokenizer, pad, padded
@@ -66,12 +66,17 @@ class TokenClassification(Task):
         if self.labels is not None:
             return {"labels": list(self.labels)}
         found: set[str] = set()
+        unread = ""  # a bad row, which is told with its place where there are others
         for batch in rows:
             for value in batch[self.tags]:
-                found.update(name for name in map(label_name, listed(value)) if name)
+                try:
+                    found.update(name for name in map(label_name, self._tags(value)) if name)
+                except ValueError as fault:
+                    unread = str(fault)
         if len(found) < 2:
             only = f"only the tag {quoted(found.pop())}" if found else "no tags"
-            raise DataError(f"column `{self.tags}` of the training rows holds {only}; there is nothing to tell apart")
+            poor = f"column `{self.tags}` of the training rows holds {only}; there is nothing to tell apart"
+            raise DataError(unread or poor)
         if all(NUMBER.fullmatch(name) for name in found):  # with "0" for a name even O would mark entities
             numbers = f"numbers, {shown(in_order(found))}, which don't say what they mark"
             fits = "name the tags in the order of their numbers, from 0 on: task.labels=[O,B-PER,I-PER,...]"
@@ -205,7 +210,11 @@ class TokenClassification(Task):
 
     def _words(self, value: Any) -> list[str]:
         """ValueError says what is wrong."""
-        words = listed(value)
+        words = _words_in(value) if isinstance(value, str) else _entries(value)
+        if words is None:
+            raise ValueError(
+                f"`{self.tokens}` is {quoted(value)}, which is no list; ['two', 'words'] or two words fits"
+            )
         if not words:
             raise ValueError(f"`{self.tokens}` is {quoted(value)}; it needs a list of words, or text")
         for place, word in enumerate(words):
@@ -213,9 +222,20 @@ class TokenClassification(Task):
                 raise ValueError(f"`{self.tokens}`: word {place} is {quoted(word)}; it needs text")
         return words
 
+    def _tags(self, value: Any) -> list[Any]:
+        """What names the tags in a cell; ValueError where text in brackets is no list."""
+        if not isinstance(value, str):
+            return _entries(value)
+        if not in_brackets(value):
+            return value.split()
+        held = list_in(value)
+        if held is None:
+            raise ValueError(f"`{self.tags}` is {quoted(value)}, which is no list; ['B-PER', 'O'] or B-PER O fits")
+        return held
+
     def _truth(self, value: Any, words: list[str], index: dict[str, int]) -> list[int]:
         """The index of each word's tag; ValueError says what is wrong."""
-        tags = listed(value)
+        tags = self._tags(value)
         if len(tags) != len(words):
             raise ValueError(f"`{self.tags}` has {len(tags)} tags for {len(words)} words; it needs one for each")
         return [self._index(label_name(tag) or "", index) for tag in tags]
@@ -227,11 +247,20 @@ class TokenClassification(Task):
         return index_of(name, index, "tag")
 
 
-def listed(value: Any) -> list[Any]:
-    """What a cell holds: the entries of a list, also of one that text is, or what blanks separate in other text."""
-    if isinstance(value, str):
-        held = list_in(value) if in_brackets(value) else None
-        return value.split() if held is None else held
+def _words_in(text: str) -> list[Any] | None:
+    """The entries of a list that text is, or what blanks separate in other text; None for an array as NumPy writes one.
+
+    Words stand in brackets too, as in [2024] or [Music]: a list without any text is none.
+    """
+    if not in_brackets(text):
+        return text.split()
+    if side_by_side(text):
+        return None
+    held = list_in(text)
+    return text.split() if held is None or (held and not any(isinstance(word, str) for word in held)) else held
+
+
+def _entries(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple | np.ndarray) else []
 
 
