@@ -82,7 +82,8 @@ def init(
             raise RunRefused(f"{output} exists; name another file with --output, or replace it with --force")
         if output != "-":
             storage.check_writable(output, file=True)
-        from rayft.data import source
+        from rayft.data.pieces import fragments
+        from rayft.data.source import distinct
         from rayft.first import first_recipe, look, split_column
         from rayft.recipe import Source
         from rayft.tasks.cells import short
@@ -90,10 +91,10 @@ def init(
         train = _train_split(data)
         if train != data:
             answer.say(f"note: {data} holds several splits; {train} is trained on")
-        pieces = source.fragments([Source(path=train)])
+        pieces = fragments([Source(path=train)])
         columns, sample = look(pieces, train)
         if column := split_column(columns):
-            sample[column] = source.distinct(pieces, column)
+            sample[column] = distinct(pieces, column)
         text, unused = first_recipe(columns, sample, train)
         if unused:
             answer.say(f"note: these columns are not used: {', '.join(map(short, unused))}")

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from rayft import document, tasks
 from rayft.data.classes import PICTURES, SOUNDS
-from rayft.data.source import Fragment, peek
+from rayft.data.pieces import Fragment
+from rayft.data.source import peek
 from rayft.errors import DataError
 from rayft.layout import taken
 from rayft.tasks.cells import in_brackets, list_in, short

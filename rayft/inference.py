@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from rayft import storage
+from rayft.data.pieces import Fragment, row_id
 from rayft.data.places import cut_hashes
-from rayft.data.source import BadRow, Fragment, Rows, read, row_id, table_of
+from rayft.data.source import BadRow, Rows, read, table_of
 from rayft.data.splits import units_of
 from rayft.data.spread import Batched, packed, unpacked
 from rayft.errors import ModelError, RayftError, TrainingError, WorkersLost

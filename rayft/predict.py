@@ -65,7 +65,7 @@ def predict(target: str, data: str, path: str, *, show: Show) -> dict[str, Any]:
     output.refuse(path)
     found = _find(target)
     model = _model(found)
-    from rayft.data.source import fragments
+    from rayft.data.pieces import fragments
     from rayft.inference import Reading, answers, cluster_for_models
 
     sources = (Source(path=data),)
@@ -165,7 +165,7 @@ class Scored:
 
 
 def _given(data: str) -> Scored:
-    from rayft.data.source import fragments
+    from rayft.data.pieces import fragments
 
     sources = (Source(path=data),)
     return Scored(data, "eval", sources, fragments(sources, "test"))

@@ -108,7 +108,8 @@ class _Check:
         self.faults.extend(sentence for sentence in sentences if sentence not in self.faults)
 
     def _from_here(self) -> None:
-        from rayft.data.source import fragments, peek
+        from rayft.data.pieces import fragments
+        from rayft.data.source import peek
 
         recipe = self.recipe
         with self._gathering(), suppress(StorageError):
@@ -234,7 +235,7 @@ class _Check:
 
     def _listed(self) -> list[str]:
         """The splits whose files are there, or that are not to have any; a fault for each of the others."""
-        from rayft.data.source import fragments
+        from rayft.data.pieces import fragments
 
         found = []
         for split in SPLITS:

@@ -73,6 +73,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data.json_rows",
         "data.classes",
         "data.hub",
+        "data.pieces",
         "data.source",
         "data.prepared",
         "data.scan",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayft import document
-from rayft.data.source import fragments
+from rayft.data.pieces import fragments
 from rayft.errors import DataError
 from rayft.first import first_recipe, look
 from rayft.recipe import Recipe, Source

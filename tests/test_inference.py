@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from exported import LABELS, WORDS, classifier, reader, writer
 from rayft import tasks
-from rayft.data.source import fragments
+from rayft.data.pieces import fragments
 from rayft.errors import DataError, ModelError, TrainingError
 from rayft.inference import Answering, Answers, Model, Reading, _Read
 from rayft.recipe import Source
@@ -135,8 +135,8 @@ def test_prompts_are_continued(tmp_path: Path) -> None:
 
 
 def test_only_rows_cut_for_validation_are_read(tmp_path: Path) -> None:
+    from rayft.data.pieces import row_id
     from rayft.data.places import cut_hashes
-    from rayft.data.source import row_id
 
     rows = [{"text": text, "label": "ham"} for text in texts(50)]
     used = model(classifier(tmp_path / "model"))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayft import output, storage
-from rayft.data.source import fragments
+from rayft.data.pieces import fragments
 from rayft.errors import RunRefused, StorageRefused
 from rayft.output import Output
 from rayft.recipe import Source

@@ -86,8 +86,8 @@ def test_a_run_is_scored_on_its_own_test_rows_and_on_others(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_without_other_rows_those_cut_from_train_are_scored(tmp_path: Path) -> None:
+    from rayft.data.pieces import row_id
     from rayft.data.places import cut_hashes
-    from rayft.data.source import row_id
 
     folder = a_run(tmp_path, train=jsonl(tmp_path / "train.jsonl", rows(80)))
     hashes = cut_hashes(torch.tensor([row_id(0, row) for row in range(80)]).numpy()).tolist()

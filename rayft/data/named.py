@@ -12,7 +12,8 @@ from typing import Any
 
 from rayft import storage
 from rayft.data.formats import holds_contents
-from rayft.data.source import FILE_NAME, METADATA, TABLES, Fragment, candidates, fragments, peek, read
+from rayft.data.pieces import FILE_NAME, METADATA, TABLES, Fragment, fragments
+from rayft.data.source import candidates, peek, read
 from rayft.recipe import Source
 
 _THREADS = 16

@@ -18,11 +18,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from rayft import storage
+from rayft.data.pieces import work
 from rayft.data.prepared import Manifest, Prepared
 from rayft.data.read import columns
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
-from rayft.data.source import unmatched, work
+from rayft.data.source import unmatched
 from rayft.data.splits import (
     BLOB_BYTES,
     OWN_BLOB_BYTES,

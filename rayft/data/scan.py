@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft import storage
 from rayft.data import places
-from rayft.data.source import BadRow, Fragment, read, row_id, unmatched
+from rayft.data.pieces import Fragment, row_id
+from rayft.data.source import BadRow, read, unmatched
 from rayft.data.spread import READ_BYTES, processors, sooner_here, spread
 from rayft.errors import DataError
 from rayft.recipe import Source

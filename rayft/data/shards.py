@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from rayft import retry, storage
 from rayft.data import places
 from rayft.data.pack import pack, packed_table
-from rayft.data.source import BadRow, Fragment, Rows, read, row_id
+from rayft.data.pieces import Fragment, row_id
+from rayft.data.source import BadRow, Rows, read
 from rayft.models import fetch_model
 from rayft.recipe import Source
 from rayft.tasks.task import Encoded, Pretrained, Task

@@ -16,8 +16,8 @@ from typing import Any
 
 from rayft import storage
 from rayft.data import named
+from rayft.data.pieces import Fragment, fragments, identity
 from rayft.data.scan import Scan
-from rayft.data.source import Fragment, fragments, identity
 from rayft.recipe import Recipe, Source
 from rayft.tasks.task import Pretrained, Task
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from rayft import storage
 from rayft.data.named import left_behind
-from rayft.data.source import METADATA
+from rayft.data.pieces import METADATA
 from rayft.errors import DataError, RunRefused, StorageError
 from rayft.paths import Place, local_paths, places
 from rayft.recipe import Recipe

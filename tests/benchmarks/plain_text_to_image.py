@@ -26,7 +26,8 @@ from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 from transformers import CLIPTextModel
 
-from rayft.data.source import fragments, read
+from rayft.data.pieces import fragments
+from rayft.data.source import read
 from rayft.models import without_weights
 from rayft.recipe import Recipe
 from rayft.tasks.task import Pretrained

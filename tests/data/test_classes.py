@@ -11,7 +11,8 @@ import soundfile
 from PIL import Image
 
 from rayft.data.classes import PICTURES, SOUNDS, parts
-from rayft.data.source import fragments, identity, read
+from rayft.data.pieces import fragments, identity
+from rayft.data.source import read
 from rayft.data.splits import passed_over
 from rayft.entries import Entry
 from rayft.errors import DataError

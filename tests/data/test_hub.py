@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rayft.data.hub import HubData, parse
-from rayft.data.source import fragments, identity, read
+from rayft.data.pieces import fragments, identity
+from rayft.data.source import read
 from rayft.errors import DataError
 from rayft.recipe import Source
 

@@ -11,7 +11,7 @@ import pytest
 
 from rayft import storage
 from rayft.data.named import identity
-from rayft.data.source import fragments
+from rayft.data.pieces import fragments
 from rayft.errors import DataError
 from rayft.recipe import Source
 

@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from rayft.data import scan as module
+from rayft.data.pieces import fragments, row_id
 from rayft.data.places import cut_hashes
 from rayft.data.scan import Scan, scan
-from rayft.data.source import fragments, row_id
 from rayft.errors import DataError
 from rayft.recipe import Source
 from rayft.tasks.task import Columns, Task

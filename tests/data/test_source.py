@@ -15,7 +15,8 @@ import pytest
 
 from rayft import storage
 from rayft.data import classes, source
-from rayft.data.source import Fragment, Rows, distinct, fragments, identity, peek, read, row_id, unmatched, work
+from rayft.data.pieces import Fragment, fragments, identity, row_id, work
+from rayft.data.source import Rows, distinct, peek, read, unmatched
 from rayft.errors import DataError
 from rayft.recipe import Source
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayft.data.source import Fragment
+from rayft.data.pieces import Fragment
 from rayft.data.splits import (
     BLOB_BYTES,
     LEAST_BLOB,

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from group import run_group
+from rayft.data.pieces import fragments
 from rayft.data.prepare import prepare
-from rayft.data.source import fragments, read
+from rayft.data.source import read
 from rayft.inference import Answering, Block, Model
 from rayft.models import fetch_model
 from rayft.recipe import Recipe, set_field

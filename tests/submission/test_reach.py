@@ -10,7 +10,8 @@ import pytest
 
 import small
 from rayft import storage
-from rayft.data.source import fragments, read
+from rayft.data.pieces import fragments
+from rayft.data.source import read
 from rayft.errors import RunRefused
 from rayft.recipe import Recipe
 from rayft.submission import reach
