@@ -258,6 +258,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     from rayft.training import prefix
     from rayft.training.evaluate import mixed
     from rayft.training.states import Writer
+    from rayft.training.watch import Watch
 
     quiet()
     recipe = Recipe.parse(task.recipe)
@@ -273,6 +274,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
             written = prefix.compute(
                 source, Prepared.open(task.prepared[split]), writers,
                 rank=task.rank, world=task.world, batch_size=2 * recipe.train.micro_batch_size,
+                watch=Watch(None, task.rank),
             )  # fmt: skip
         found |= {(split, depth): one for depth, one in written.items()}
     return found

@@ -25,6 +25,7 @@ from rayft.tasks.stacked import Blocks
 from rayft.training.evaluate import Network, sharded
 from rayft.training.standin import Enough, Prefix, captured
 from rayft.training.states import Part, States, Writer, commit, found, new_attempt, states_folder
+from rayft.training.together import together
 from rayft.training.watch import Watch
 
 # What a machine does per second: enough to tell whether storing is worth it, and the same on every machine.
@@ -200,6 +201,7 @@ def compute(
     rank: int,
     world: int,
     batch_size: int,
+    watch: Watch,
     told: Callable[[int], None] = lambda rows: None,
 ) -> dict[int, Part]:
     """Writes what the blocks give for the rows `rank`, `rank + world`, … of a split, at each depth of `writers`.
@@ -224,7 +226,8 @@ def compute(
                         _write(writer, table, caught[depth])
                 done += table.num_rows
                 told(done)
-        return {depth: writer.close(spent[depth]) for depth, writer in writers.items()}
+        with watch.busy("storing the frozen blocks"):
+            return {depth: writer.close(spent[depth]) for depth, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.discard()
@@ -278,8 +281,10 @@ def fill(
             _compute_all(source, prefix.depth, prepared[split], folders[split], size, emit, watch)
     else:
         _acquaint(source, prepared["train"])
-    for split, folder in folders.items():
-        prefix.stores[split] = States(folder)
+    with watch.busy("fetching the frozen blocks"):
+        for split, folder in folders.items():
+            prefix.stores[split] = States(folder)
+        together()
     return prefix
 
 
@@ -314,7 +319,8 @@ def _compute_all(
         emit({"event": "stage", "name": "computing the frozen blocks", "done": min(done * world, rows), "total": rows})
 
     writers = {depth: Writer(folder, _said(new_attempt()), rank)}
-    part = compute(source, prepared, writers, rank=rank, world=world, batch_size=size, told=told)[depth]
+    part = compute(source, prepared, writers, rank=rank, world=world, batch_size=size, watch=watch, told=told)[depth]
+    together()  # whoever uploads more slowly is not waited for in a collective
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, part)
     if rank == 0:

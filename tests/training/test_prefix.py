@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from group import run_group
 from rayft import storage
@@ -15,8 +18,9 @@ from rayft.data.prepare import prepare
 from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
-from rayft.training import checkpoint, checkpoints, standin, states
+from rayft.training import checkpoint, checkpoints, prefix, standin, states
 from rayft.training.prefix import Cost, Trial, impossible
+from rayft.training.watch import Watch
 from small import recipe as small_recipe
 from small import small_bert
 from whole import trained_all
@@ -201,6 +205,34 @@ def test_a_gpu_computes_sooner_in_sixteen_bits_than_states_are_read(
     width = 4 if dtype == "float32" else 2
     tried = Trial(None, 512 * 2048 * width, 2 * 0.7e9 * 512)
     assert (tried.cost(100, 10_000, Recipe.parse(plain, overrides=overrides)).too_dear() is None) is pays
+
+
+def test_states_that_are_long_on_their_way_are_waited_for_as_for_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where one rank is on it longer than others, outside of any collective."""
+    told: list[str] = []
+    watch = Watch(None, 0)
+    saying = lambda event: lambda *_: told.append(f"{event}, busy" if watch._busy else event)  # noqa: E731
+    replaced = {
+        "states_folder": lambda folder, *_: folder, "found": lambda folder: None, "_said": lambda value: value,
+        "trial": lambda *_: Trial(None), "Writer": lambda *_: SimpleNamespace(close=saying("uploaded")),
+        "sharded": lambda module: True, "captured": lambda *_: nullcontext({}), "strided": lambda *_, **__: [],
+        "together": saying("all have come"), "commit": saying("committed"), "States": saying("copied"),
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(prefix, name, value)
+    group = {"get_rank": 0, "get_world_size": 1, "all_gather_object": None, "barrier": None}
+    for name, answer in group.items():
+        monkeypatch.setattr(dist, name, lambda *_, answer=answer: answer)
+    manifest = SimpleNamespace(rows=0, shards=[])
+    plain = {"name": "x", "task": {"type": "text-classification"}, "model": {"path": "m"}, "data": {"train": "d.csv"}}
+    prefix.fill(
+        Recipe.parse({**plain, "train": {"epochs": 1}, "deepspeed": {"zero_stage": 0}}),
+        SimpleNamespace(network=None, module=None, blocks=None),  # type: ignore[arg-type]
+        SimpleNamespace(depth=1, first=False, stores={}),  # type: ignore[arg-type]
+        {"train": SimpleNamespace(folder="split", manifest=manifest)},  # type: ignore[dict-item]
+        None, identity="i", emit=lambda event: None, watch=watch,
+    )  # fmt: skip
+    assert told == ["uploaded, busy", "all have come", "committed", "copied, busy", "all have come, busy"]
 
 
 def test_states_with_more_or_fewer_positions_than_the_batch_are_fitted() -> None:
