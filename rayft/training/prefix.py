@@ -8,7 +8,7 @@ keeps what was computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -115,10 +115,15 @@ class Trial:
     bytes: float = 0.0
     operations: float = 0.0
 
-    def cost(self, rows: int, passes: float, recipe: Recipe) -> Cost:
-        """Where the recipe trains, in its dtype."""
+    def cost(self, rows: dict[str, int], passes: dict[str, float], missing: Collection[str], recipe: Recipe) -> Cost:
+        """Of the splits, with so many `rows` each, where the recipe trains, in its dtype.
+
+        What is missing is spent for, and all of them save: an earlier start that was killed between two splits must not
+        change what is worth it, or losses would differ in the last bit.
+        """
         speed = GPU_FLOPS[recipe.model.dtype] if recipe.cluster.gpus_per_worker else CPU_FLOPS
-        return Cost(rows, passes, self.operations / speed, self.bytes, storage.free(recipe.storage))
+        spent, saved = sum(rows[split] for split in missing), sum(rows[split] * passes[split] for split in rows)
+        return Cost(spent, saved, self.operations / speed, self.bytes, storage.free(recipe.storage))
 
 
 def trial(source: Source, prefix: Prefix, prepared: Prepared, batch_size: int) -> Trial:
@@ -265,12 +270,11 @@ def fill(
     missing: list[str] = _said([split for split, folder in folders.items() if found(folder) is None])
     if missing:
         size = 2 * recipe.train.micro_batch_size
-        tried = trial(source, prefix, prepared[missing[0]], size)
+        tried = trial(source, prefix, next(iter(prepared.values())), size)
         dear = None
         if passes is not None and recipe.model.cache_frozen == "auto":
-            rows = {split: prepared[split].manifest.rows for split in missing}
-            again = sum(rows[split] * passes[split] for split in missing)
-            dear = tried.cost(sum(rows.values()), again, recipe).too_dear()
+            rows = {split: data.manifest.rows for split, data in prepared.items()}
+            dear = tried.cost(rows, passes, missing, recipe).too_dear()
         why: str | None = _said(tried.why_not or dear)
         if why is not None:
             if recipe.model.cache_frozen == "on":

@@ -105,6 +105,23 @@ def test_a_run_that_goes_on_keeps_to_stored_states_or_to_none_as_it_began(recipe
 
 
 @pytest.mark.slow
+def test_a_start_that_was_killed_between_two_splits_changes_no_loss(recipes: dict[str, dict[str, Any]]) -> None:
+    """Of one evaluation alone, storing what it passes through would not be worth it."""
+    fields = {"train__epochs": 8, "train__evaluate_every": "8 epoch", "deepspeed__zero_stage": 0}
+    cases = [with_fields(recipes["bert"], name=f"killed-{when}", **fields) for when in ("never", "between")]
+    recipe = Recipe.parse(cases[0])
+    splits = prepare(recipe, recipe.model.path)
+    found = []
+    for case, gone in zip(cases, (["train", "validation"], ["validation"]), strict=True):
+        for split in gone:
+            storage.delete(f"{splits[split].folder}/frozen")
+        found += run_group(trained_all, 1, [case])[0]
+    never, between = found
+    assert never["served"] == between["served"] > 0
+    assert between["losses"] == never["losses"]
+
+
+@pytest.mark.slow
 def test_where_the_head_reads_the_first_token_no_other_is_stored_of_the_last_block(
     recipes: dict[str, dict[str, Any]],
 ) -> None:
@@ -204,7 +221,21 @@ def test_a_gpu_computes_sooner_in_sixteen_bits_than_states_are_read(
     overrides = [f"{name}={value}" for name, value in {**fields, "train.epochs": 100}.items()]
     width = 4 if dtype == "float32" else 2
     tried = Trial(None, 512 * 2048 * width, 2 * 0.7e9 * 512)
-    assert (tried.cost(100, 10_000, Recipe.parse(plain, overrides=overrides)).too_dear() is None) is pays
+    cost = tried.cost({"train": 100}, {"train": 100.0}, ["train"], Recipe.parse(plain, overrides=overrides))
+    assert (cost.too_dear() is None) is pays
+
+
+@pytest.mark.parametrize("missing", [["train", "validation"], ["train"], ["validation"]])
+def test_what_is_worth_storing_as_a_whole_is_so_where_a_part_of_it_is_there(tmp_path: Path, missing: list[str]) -> None:
+    recipe = Recipe.parse(
+        {"name": "x", "task": {"type": "text-classification"}, "model": {"path": "m"}, "data": {"train": "d.csv"}},
+        overrides=["train.epochs=3", f"storage={tmp_path}"],
+    )
+    tried = Trial(None, 18_000, 0.004 * prefix.CPU_FLOPS)
+    rows, passes = {"train": 1000, "validation": 1000}, {"train": 3.0, "validation": 1.0}
+    cost = tried.cost(rows, passes, missing, recipe)
+    assert (cost.rows, cost.passes, cost.too_dear()) == (1000 * len(missing), 4000, None)
+    assert tried.cost({"validation": 1000}, passes, ["validation"], recipe).too_dear()
 
 
 def test_states_that_are_long_on_their_way_are_waited_for_as_for_work(monkeypatch: pytest.MonkeyPatch) -> None:
