@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -205,6 +206,19 @@ def test_nothing_to_carry_is_an_error(base: str, tmp_path: Path) -> None:
         storage.download(storage.join(base, "nothing"), str(tmp_path / "x"))
     with pytest.raises(StorageMissing, match="nowhere"):
         storage.upload(str(tmp_path / "nowhere"), base)
+
+
+def test_a_large_file_moves_piece_by_piece(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody could tell a slow copy from one that hangs."""
+    monkeypatch.setattr(storage, "_PART", 5 << 20)  # the least that S3 takes
+    (tmp_path / "large").write_bytes(bytes(11 << 20))
+    seen = [storage.Moved.pieces]
+    storage.upload(str(tmp_path / "large"), storage.join(base, "large"))
+    seen.append(storage.Moved.pieces)
+    storage.fetch(storage.join(base, "large"), str(tmp_path / "again"))
+    seen.append(storage.Moved.pieces)
+    sent = 2 if storage.is_local(base) else 3  # of 8 and of 5 MiB
+    assert [after - before for before, after in itertools.pairwise(seen)] == [sent, 2]
 
 
 def test_check_writable_leaves_no_trace(base: str) -> None:

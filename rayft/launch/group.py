@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayft import storage
 from rayft.data.feed import Feed, streams
 from rayft.data.prepared import Prepared
-from rayft.errors import RayftError, WorkersLost
+from rayft.errors import ClusterError, RayftError, WorkersLost
 from rayft.launch import controller, placement, prestart, session
 from rayft.launch.board import Board, Place, standstill
 from rayft.launch.failure import Left, cause
@@ -189,6 +189,7 @@ class _Group:
         self.leaving: Left | None = None
         self.ended: RayftError | None = None
         self.left = False
+        self._given_up, self._begun = False, time.time()
         self._deadline = float("inf")
         self._asked = self._looked = time.monotonic()
         self._larger = 0
@@ -197,14 +198,14 @@ class _Group:
     def run(self) -> Left | None:
         fitting = threading.Thread(target=self._fit, daemon=True)
         fitting.start()
-        while fitting.is_alive():
+        while fitting.is_alive() and not self._given_up:
             fitting.join(TURN_S)
             self._turn()
         self._turn()
         self._growth.end()
         if self.ended is not None:
             raise self.ended
-        if self.failure is None and not self.left:
+        if self.failure is None and not self.left and not self._given_up:
             return None
         if self.leaving is not None:  # a worker that fails while all are leaving changes nothing
             return Left(self.leaving.why, self.leaving.text, late=not self.left)
@@ -246,17 +247,24 @@ class _Group:
         self.board.tell.remote(LEAVE)
 
     def _end(self, why: RayftError | None) -> None:
-        """Kills the workers, each by a task on its machine: a process that hangs hears no order."""
+        """Kills the workers, each by a task on its machine: a process that hangs hears no order.
+
+        Those that never began are not waited for: Ray would try to start them as long as this process lives.
+        """
         self.ended, self._deadline = why, float("inf")
+        self._given_up = not self.places
         for place in self.places:
             there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
             _kill.options(scheduling_strategy=there).remote(place.pid)
 
-    def _machines(self) -> Left | None:
-        """A wish to move, where machines of this group have been told to leave, or there is room for more workers."""
+    def _machines(self) -> Left | ClusterError | None:
+        """A wish to move, where machines of this group have been told to leave, or there is room for more workers; or
+        why they can't begin."""
         if time.monotonic() - self._asked < NOTICE_S:
             return None
         self._asked = time.monotonic()
+        if not self.places and (why := prestart.failing(self._begun)) is not None:
+            return ClusterError(why)
         about_to = placement.leaving()
         if losing := [place for place in self.places if place.node_id in about_to]:
             return Left(

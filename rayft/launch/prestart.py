@@ -25,6 +25,7 @@ KEPT_S = 120  # how long a process waits to be taken
 ANSWER_S = 5.0
 KNOWN_S = 10.0  # within which a process that was asked for is known to its raylet, unless something is wrong
 LOOK_S = 0.02
+FAILING_S = 20.0  # for which processes fail to begin before it is no passing trouble
 # What Ray calls when a process has started. (The runtime environment's own field for it counts for whole jobs alone.)
 HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "rayft.launch.ahead.worker"}
 
@@ -68,15 +69,44 @@ def _wait(before: set[int], count: int) -> None:
         time.sleep(LOOK_S)
 
 
+def failing(since: float) -> str | None:
+    """Why no worker of this job's has been able to begin `since` then, in seconds since 1970; None while that can't be
+    said.
+
+    A process in which the hook fails ends at once, and Ray starts another, for ever.
+    """
+    import ray
+
+    job = ray.get_runtime_context().get_job_id()
+    ended = [
+        worker
+        for worker in _table()
+        if worker.job_id.hex() == job
+        and worker.end_time_ms >= 1000 * since
+        and worker.exit_detail.startswith("Failed to execute the setup hook")
+    ]
+    ended.sort(key=lambda worker: int(worker.end_time_ms))
+    if not ended or ended[-1].end_time_ms - ended[0].end_time_ms < 1000 * FAILING_S:
+        return None
+    why = ended[-1].exit_detail.strip().splitlines()[-1]
+    where = ended[-1].worker_address.ip_address
+    return f"no worker can begin on {where} ({why}); the same version of rayft has to be installed on every machine"
+
+
+def _table() -> list[Any]:
+    """What Ray knows of each process that it has started, WorkerTableData."""
+    messages: Any = importlib.import_module("ray.core.generated.gcs_pb2")
+    state: Any = importlib.import_module("ray._private.state").state
+    rows = state._connect_and_get_accessor().get_worker_table()
+    return [messages.WorkerTableData.FromString(row) for row in rows]
+
+
 def _known() -> set[int]:
     """The processes with the hook that their raylet knows, by number; on this machine."""
     import psutil
 
-    messages: Any = importlib.import_module("ray.core.generated.gcs_pb2")
-    state: Any = importlib.import_module("ray._private.state").state
     found = set()
-    for row in state._connect_and_get_accessor().get_worker_table():
-        worker = messages.WorkerTableData.FromString(row)
+    for worker in _table():
         with contextlib.suppress(psutil.Error):
             if worker.is_alive and set(HOOK) <= set(psutil.Process(worker.pid).environ()):
                 found.add(worker.pid)

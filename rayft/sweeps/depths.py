@@ -142,15 +142,16 @@ def _worth(
     seconds = 0.0
     asked = [depth for depth in shares if any(depth in found for found in missing.values())]
     for depth, tried in _tried(recipe, prepared["train"], warm, asked).items():
-        rows = {split: prepared[split].manifest.rows for split in missing if depth in missing[split]}
-        passes = sum(rows[split] * often[split] * shares[depth] * trials for split in rows)
-        cost = tried.cost(sum(rows.values()), passes, recipe)
+        rows = {split: prepared[split].manifest.rows for split in missing}
+        passes = {split: often[split] * shares[depth] * trials for split in rows}
+        lacking = [split for split in rows if depth in missing[split]]
+        cost = tried.cost(rows, passes, lacking, recipe)
         dear = cost.too_dear() if recipe.model.cache_frozen == "auto" else None
         if why := tried.why_not or dear:
             text = f"the output of {depth} frozen blocks is not stored: {why}"
             show({"event": "note", "text": text})
         else:
-            for split in rows:
+            for split in lacking:
                 kept[split][depth] = missing[split][depth]
             seconds = max(seconds, cost.rows * cost.seconds)  # one pass gives all depths on its way to the deepest
     return kept, seconds
@@ -258,6 +259,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
     from rayft.training import prefix
     from rayft.training.evaluate import mixed
     from rayft.training.states import Writer
+    from rayft.training.watch import Watch
 
     quiet()
     recipe = Recipe.parse(task.recipe)
@@ -273,6 +275,7 @@ def part(task: Task, threads: int) -> dict[tuple[str, int], Any]:
             written = prefix.compute(
                 source, Prepared.open(task.prepared[split]), writers,
                 rank=task.rank, world=task.world, batch_size=2 * recipe.train.micro_batch_size,
+                watch=Watch(None, task.rank),
             )  # fmt: skip
         found |= {(split, depth): one for depth, one in written.items()}
     return found

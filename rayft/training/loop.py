@@ -31,6 +31,7 @@ from rayft.training.saver import Saver
 from rayft.training.schedule import due, learning_rate, seed_step
 from rayft.training.standin import Prefix
 from rayft.training.timing import Timing
+from rayft.training.together import together
 from rayft.training.watch import Watch
 
 Emit = Callable[[dict[str, Any]], None]
@@ -252,8 +253,7 @@ def train(
             if evaluates:
                 job.learn()
     except NotFinite:  # on every rank alike
-        job.saver.finish()  # the last good checkpoint may still be on its way
-        dist.barrier()  # until rank 0 has committed it: the group ends with the first that raises
+        _written(job)  # by all: the group ends with the first that raises
         raise
     return True
 
@@ -270,8 +270,15 @@ def _settle(job: Job, progress: Progress, timing: Timing, save: bool, leave: boo
     if save or better or leave or progress.finished:
         save_checkpoint(job, progress, timing)
     if leave:
-        job.saver.finish()
+        _written(job)
     return not leave
+
+
+def _written(job: Job) -> None:
+    """Waits until the checkpoint that may be on its way is committed, on every rank, and as long as that takes."""
+    with job.watch.busy("writing a checkpoint"):
+        job.saver.finish()
+        together()  # whoever uploads more slowly is not waited for in a collective
 
 
 def _record(job: Job, step: Step, timing: Timing) -> None:
@@ -317,8 +324,9 @@ def _evaluate(job: Job, progress: Progress, timing: Timing) -> tuple[bool, bool]
 
 
 def save_checkpoint(job: Job, progress: Progress, timing: Timing) -> None:
-    """Begins to save a checkpoint of where the run stands; see `Saver`."""
+    """Begins to save a checkpoint of where the run stands, when the one before it is committed; see `Saver`."""
     begun = time.monotonic()
+    _written(job)
     job.watch.at("copying a checkpoint")
     state = {
         **vars(progress),

@@ -8,7 +8,7 @@ keeps what was computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from rayft.tasks.stacked import Blocks
 from rayft.training.evaluate import Network, sharded
 from rayft.training.standin import Enough, Prefix, captured
 from rayft.training.states import Part, States, Writer, commit, found, new_attempt, states_folder
+from rayft.training.together import together
 from rayft.training.watch import Watch
 
 # What a machine does per second: enough to tell whether storing is worth it, and the same on every machine.
@@ -114,10 +115,15 @@ class Trial:
     bytes: float = 0.0
     operations: float = 0.0
 
-    def cost(self, rows: int, passes: float, recipe: Recipe) -> Cost:
-        """Where the recipe trains, in its dtype."""
+    def cost(self, rows: dict[str, int], passes: dict[str, float], missing: Collection[str], recipe: Recipe) -> Cost:
+        """Of the splits, with so many `rows` each, where the recipe trains, in its dtype.
+
+        What is missing is spent for, and all of them save: an earlier start that was killed between two splits must not
+        change what is worth it, or losses would differ in the last bit.
+        """
         speed = GPU_FLOPS[recipe.model.dtype] if recipe.cluster.gpus_per_worker else CPU_FLOPS
-        return Cost(rows, passes, self.operations / speed, self.bytes, storage.free(recipe.storage))
+        spent, saved = sum(rows[split] for split in missing), sum(rows[split] * passes[split] for split in rows)
+        return Cost(spent, saved, self.operations / speed, self.bytes, storage.free(recipe.storage))
 
 
 def trial(source: Source, prefix: Prefix, prepared: Prepared, batch_size: int) -> Trial:
@@ -200,6 +206,7 @@ def compute(
     rank: int,
     world: int,
     batch_size: int,
+    watch: Watch,
     told: Callable[[int], None] = lambda rows: None,
 ) -> dict[int, Part]:
     """Writes what the blocks give for the rows `rank`, `rank + world`, … of a split, at each depth of `writers`.
@@ -224,7 +231,8 @@ def compute(
                         _write(writer, table, caught[depth])
                 done += table.num_rows
                 told(done)
-        return {depth: writer.close(spent[depth]) for depth, writer in writers.items()}
+        with watch.busy("storing the frozen blocks"):
+            return {depth: writer.close(spent[depth]) for depth, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.discard()
@@ -262,12 +270,11 @@ def fill(
     missing: list[str] = _said([split for split, folder in folders.items() if found(folder) is None])
     if missing:
         size = 2 * recipe.train.micro_batch_size
-        tried = trial(source, prefix, prepared[missing[0]], size)
+        tried = trial(source, prefix, next(iter(prepared.values())), size)
         dear = None
         if passes is not None and recipe.model.cache_frozen == "auto":
-            rows = {split: prepared[split].manifest.rows for split in missing}
-            again = sum(rows[split] * passes[split] for split in missing)
-            dear = tried.cost(sum(rows.values()), again, recipe).too_dear()
+            rows = {split: data.manifest.rows for split, data in prepared.items()}
+            dear = tried.cost(rows, passes, missing, recipe).too_dear()
         why: str | None = _said(tried.why_not or dear)
         if why is not None:
             if recipe.model.cache_frozen == "on":
@@ -278,8 +285,10 @@ def fill(
             _compute_all(source, prefix.depth, prepared[split], folders[split], size, emit, watch)
     else:
         _acquaint(source, prepared["train"])
-    for split, folder in folders.items():
-        prefix.stores[split] = States(folder)
+    with watch.busy("fetching the frozen blocks"):
+        for split, folder in folders.items():
+            prefix.stores[split] = States(folder)
+        together()
     return prefix
 
 
@@ -314,7 +323,8 @@ def _compute_all(
         emit({"event": "stage", "name": "computing the frozen blocks", "done": min(done * world, rows), "total": rows})
 
     writers = {depth: Writer(folder, _said(new_attempt()), rank)}
-    part = compute(source, prepared, writers, rank=rank, world=world, batch_size=size, told=told)[depth]
+    part = compute(source, prepared, writers, rank=rank, world=world, batch_size=size, watch=watch, told=told)[depth]
+    together()  # whoever uploads more slowly is not waited for in a collective
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, part)
     if rank == 0:

@@ -15,6 +15,7 @@ import pytest
 
 from rayft import storage
 from rayft.data import classes, source
+from rayft.data import pieces as pieces_module
 from rayft.data.pieces import Fragment, fragments, identity, row_id, work
 from rayft.data.source import Rows, distinct, peek, read, unmatched
 from rayft.errors import DataError
@@ -90,7 +91,7 @@ def test_a_large_parquet_file_is_cut_into_runs_of_row_groups(tmp_path: Path, mon
     path = tmp_path / "a.parquet"
     table = pa.table({"text": [f"row {i}" for i in range(1000)], "nested": [{"a": [i]} for i in range(1000)]})
     pq.write_table(table, path, row_group_size=64)
-    monkeypatch.setattr(source, "PART_BYTES", 3 * pq.ParquetFile(path).metadata.row_group(0).total_byte_size)
+    monkeypatch.setattr(pieces_module, "PART_BYTES", 3 * pq.ParquetFile(path).metadata.row_group(0).total_byte_size)
     pieces = fragments([Source(path=str(path))])
     assert len(pieces) > 3
     assert [(piece.file, piece.rows) for piece in pieces[:2]] == [(0, 192), (0, 192)]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,3 +104,36 @@ def test_the_memory_of_gpus_grows_in_place_unless_the_environment_says_otherwise
     for gpus in (0, 1):
         own = prestart.environment(Cluster(gpus_per_worker=gpus))["env_vars"]
         assert own.get("PYTORCH_ALLOC_CONF") == (expected if gpus else None)
+
+
+HOOKED = "Failed to execute the setup hook method, x. For more details, see below.\nModuleNotFoundError: No module\n"
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    ("ended", "fails"),
+    [
+        ([(0, HOOKED), (10, HOOKED), (21, HOOKED)], True),
+        ([(0, HOOKED), (19, HOOKED)], False),  # a folder that could not be read for a moment
+        ([(0, "killed"), (21, HOOKED), (22, "killed")], False),
+        ([(-5, HOOKED), (16, HOOKED)], False),  # of an earlier start
+        ([], False),
+    ],
+)
+def test_workers_that_fail_to_begin_again_and_again_are_told_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, ended: list[tuple[int, str]], fails: bool
+) -> None:
+    def table(job: str) -> list[Any]:
+        where = SimpleNamespace(ip_address="192.0.2.7")
+        return [
+            SimpleNamespace(
+                job_id=bytes.fromhex(job), end_time_ms=1000 * (100 + s), exit_detail=why, worker_address=where
+            )
+            for s, why in ended
+        ]
+
+    monkeypatch.setattr(prestart, "_table", lambda: table(ray.get_runtime_context().get_job_id()))
+    said = prestart.failing(100)
+    assert (said or "").startswith("no worker can begin on 192.0.2.7 (ModuleNotFoundError: No module)") is fails
+    monkeypatch.setattr(prestart, "_table", lambda: table("fefefefe"))
+    assert prestart.failing(100) is None  # another job's

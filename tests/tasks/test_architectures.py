@@ -29,6 +29,7 @@ from rayft.tasks.text_classification import TextClassification
 from rayft.training import assembly, engine, freeze, prefix, states
 from rayft.training.evaluate import Network
 from rayft.training.standin import Prefix, captured
+from rayft.training.watch import Watch
 from tasks.architectures import ARCHITECTURES, LENGTHS, ROWS, Architecture, Rows, inputs
 
 BLOCKED = [name for name, architecture in ARCHITECTURES.items() if architecture.first]
@@ -126,7 +127,7 @@ class Stored:
         """Two batches, so that rows of one length and another were padded to different lengths."""
         folder = f"{self.prepared.folder}/frozen"
         writers = {self.prefix.depth: states.Writer(folder, "a", 0)}
-        parts = prefix.compute(self.source, self.prepared, writers, rank=0, world=1, batch_size=3)
+        parts = prefix.compute(self.source, self.prepared, writers, rank=0, world=1, batch_size=3, watch=Watch(None, 0))
         states.commit(folder, [parts[self.prefix.depth]])
         self.prefix.stores["train"] = states.States(folder)
 

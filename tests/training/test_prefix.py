@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from group import run_group
 from rayft import storage
@@ -15,8 +18,9 @@ from rayft.data.prepare import prepare
 from rayft.errors import Damaged
 from rayft.models import fetch_model, model_identity
 from rayft.recipe import Recipe
-from rayft.training import checkpoint, checkpoints, standin, states
+from rayft.training import checkpoint, checkpoints, prefix, standin, states
 from rayft.training.prefix import Cost, Trial, impossible
+from rayft.training.watch import Watch
 from small import recipe as small_recipe
 from small import small_bert
 from whole import trained_all
@@ -112,6 +116,23 @@ def test_states_are_stored_below_activations_that_are_computed_again(recipes: di
     for off, on in zip(found[::2], found[1::2], strict=True):
         assert on["losses"] == pytest.approx(off["losses"], rel=1e-6)
         assert on["served"] > 0
+
+
+@pytest.mark.slow
+def test_a_start_that_was_killed_between_two_splits_changes_no_loss(recipes: dict[str, dict[str, Any]]) -> None:
+    """Of one evaluation alone, storing what it passes through would not be worth it."""
+    fields = {"train__epochs": 8, "train__evaluate_every": "8 epoch", "deepspeed__zero_stage": 0}
+    cases = [with_fields(recipes["bert"], name=f"killed-{when}", **fields) for when in ("never", "between")]
+    recipe = Recipe.parse(cases[0])
+    splits = prepare(recipe, recipe.model.path)
+    found = []
+    for case, gone in zip(cases, (["train", "validation"], ["validation"]), strict=True):
+        for split in gone:
+            storage.delete(f"{splits[split].folder}/frozen")
+        found += run_group(trained_all, 1, [case])[0]
+    never, between = found
+    assert never["served"] == between["served"] > 0
+    assert between["losses"] == never["losses"]
 
 
 @pytest.mark.slow
@@ -214,7 +235,49 @@ def test_a_gpu_computes_sooner_in_sixteen_bits_than_states_are_read(
     overrides = [f"{name}={value}" for name, value in {**fields, "train.epochs": 100}.items()]
     width = 4 if dtype == "float32" else 2
     tried = Trial(None, 512 * 2048 * width, 2 * 0.7e9 * 512)
-    assert (tried.cost(100, 10_000, Recipe.parse(plain, overrides=overrides)).too_dear() is None) is pays
+    cost = tried.cost({"train": 100}, {"train": 100.0}, ["train"], Recipe.parse(plain, overrides=overrides))
+    assert (cost.too_dear() is None) is pays
+
+
+@pytest.mark.parametrize("missing", [["train", "validation"], ["train"], ["validation"]])
+def test_what_is_worth_storing_as_a_whole_is_so_where_a_part_of_it_is_there(tmp_path: Path, missing: list[str]) -> None:
+    recipe = Recipe.parse(
+        {"name": "x", "task": {"type": "text-classification"}, "model": {"path": "m"}, "data": {"train": "d.csv"}},
+        overrides=["train.epochs=3", f"storage={tmp_path}"],
+    )
+    tried = Trial(None, 18_000, 0.004 * prefix.CPU_FLOPS)
+    rows, passes = {"train": 1000, "validation": 1000}, {"train": 3.0, "validation": 1.0}
+    cost = tried.cost(rows, passes, missing, recipe)
+    assert (cost.rows, cost.passes, cost.too_dear()) == (1000 * len(missing), 4000, None)
+    assert tried.cost({"validation": 1000}, passes, ["validation"], recipe).too_dear()
+
+
+def test_states_that_are_long_on_their_way_are_waited_for_as_for_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where one rank is on it longer than others, outside of any collective."""
+    told: list[str] = []
+    watch = Watch(None, 0)
+    saying = lambda event: lambda *_: told.append(f"{event}, busy" if watch._busy else event)  # noqa: E731
+    replaced = {
+        "states_folder": lambda folder, *_: folder, "found": lambda folder: None, "_said": lambda value: value,
+        "trial": lambda *_: Trial(None), "Writer": lambda *_: SimpleNamespace(close=saying("uploaded")),
+        "sharded": lambda module: True, "captured": lambda *_: nullcontext({}), "strided": lambda *_, **__: [],
+        "together": saying("all have come"), "commit": saying("committed"), "States": saying("copied"),
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(prefix, name, value)
+    group = {"get_rank": 0, "get_world_size": 1, "all_gather_object": None, "barrier": None}
+    for name, answer in group.items():
+        monkeypatch.setattr(dist, name, lambda *_, answer=answer: answer)
+    manifest = SimpleNamespace(rows=0, shards=[])
+    plain = {"name": "x", "task": {"type": "text-classification"}, "model": {"path": "m"}, "data": {"train": "d.csv"}}
+    prefix.fill(
+        Recipe.parse({**plain, "train": {"epochs": 1}, "deepspeed": {"zero_stage": 0}}),
+        SimpleNamespace(network=None, module=None, blocks=None),  # type: ignore[arg-type]
+        SimpleNamespace(depth=1, first=False, stores={}),  # type: ignore[arg-type]
+        {"train": SimpleNamespace(folder="split", manifest=manifest)},  # type: ignore[dict-item]
+        None, identity="i", emit=lambda event: None, watch=watch,
+    )  # fmt: skip
+    assert told == ["uploaded, busy", "all have come", "committed", "copied, busy", "all have come, busy"]
 
 
 def test_states_with_more_or_fewer_positions_than_the_batch_are_fitted() -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from group import run_group
 from rayft import attempts, storage
-from rayft.errors import StorageError, Superseded, TrainingError
-from rayft.training import checkpoints
+from rayft.errors import NotFinite, StorageError, Superseded, TrainingError
+from rayft.training import checkpoints, loop
+from rayft.training.progress import Progress
 from rayft.training.saver import Saver
+from rayft.training.timing import Timing
+from rayft.training.watch import Watch
+from test_loop import STEPS, recipe
 
 
 def engine_of(width: int = 4) -> Any:
@@ -111,3 +116,35 @@ def test_waiting_returns_when_the_thread_has_ended(monkeypatch: pytest.MonkeyPat
     threading.Timer(0.05, gate.set).start()
     saver.wait()
     assert gate.is_set()
+
+
+@pytest.mark.parametrize("then", ["another is due", "the rank leaves", "the loss is not finite"])
+def test_a_checkpoint_that_takes_long_to_write_is_waited_for_by_all_as_for_work(
+    monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Outside of any collective, and so that the driver sees whether it gets on: or a slow upload ends the run."""
+    told: list[str] = []
+    watch = Watch(None, 0)
+    waits = lambda event: lambda: told.append(f"{event}, {'busy' if watch._busy else 'still'}")  # noqa: E731
+    monkeypatch.setattr(loop, "together", waits("all have come"))
+    monkeypatch.setattr(loop.checkpoint, "loss_scale", lambda engine: None)
+    saver = SimpleNamespace(finish=waits("written"), save=lambda *_: told.append("copied"))
+    job: Any = SimpleNamespace(
+        watch=watch, saver=saver, recipe=recipe(), attempt=1, steps_per_epoch=STEPS, total_steps=STEPS, engine=None,
+        prepared={}, norms=SimpleNamespace(statistics=dict), learn=lambda: None,
+    )  # fmt: skip
+
+    def diverges(*_: Any) -> Any:
+        raise NotFinite(1, "loss", "lower train.learning_rate")
+
+    if then == "another is due":
+        loop.save_checkpoint(job, Progress(), Timing())
+    elif then == "the rank leaves":
+        loop._settle(job, Progress(), Timing(), save=False, leave=True)
+    else:
+        monkeypatch.setattr(loop, "steps", diverges)
+        with pytest.raises(NotFinite):
+            list(loop.train(job, iter(()), Progress(), Timing(), STEPS))
+    waited = ["written, busy", "all have come, busy"]
+    expected = {"another is due": [*waited, "copied"], "the rank leaves": [*waited, "copied", *waited]}
+    assert told == expected.get(then, waited)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from rayft import storage
 from rayft.training import watch
 from rayft.training.watch import LEAVE, Used, Watch, beat_s, works
 
@@ -73,16 +75,32 @@ def test_a_board_that_is_gone_ends_the_telling_and_nothing_else() -> None:
         assert not watched.leave
 
 
-IDLE, COMPUTES, READS = (1.0, 0.05, 10), (1.0, 0.2, 0), (1.0, 0.0, 200)  # seconds, of a processor, blocks
+# Seconds, of a processor, blocks, pieces.
+IDLE, COMPUTES, READS, SENDS = (1.0, 0.05, 10, 0), (1.0, 0.2, 0, 0), (1.0, 0.0, 200, 0), (8.0, 0.1, 10, 1)
 
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(IDLE, False), (COMPUTES, True), (READS, True), ((8.0, 0.2, 200), False), ((8.0, 1.0, 0), True)],
+    [
+        (IDLE, False),
+        (COMPUTES, True),
+        (READS, True),
+        (SENDS, True),
+        ((8.0, 0.2, 200, 0), False),
+        ((8.0, 1.0, 0, 0), True),
+    ],
 )
-def test_a_process_works_that_computes_or_reads(step: tuple[float, float, int], expected: bool) -> None:
-    seconds, cpu, blocks = step
-    assert works(Used(5.0, 3.0, 100), Used(5.0 + seconds, 3.0 + cpu, 100 + blocks)) is expected
+def test_a_process_works_that_computes_or_reads_or_sends(step: tuple[float, float, int, int], expected: bool) -> None:
+    seconds, cpu, blocks, pieces = step
+    before, after = Used(5.0, 3.0, 100, 7), Used(5.0 + seconds, 3.0 + cpu, 100 + blocks, 7 + pieces)
+    assert works(before, after) is expected
+
+
+def test_what_storage_has_moved_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(b"x")
+    before = Used.now()
+    storage.fetch(str(tmp_path / "from"), str(tmp_path / "to"))
+    assert Used.now().pieces == before.pieces + 1
 
 
 @pytest.mark.usefixtures("ray_local", "quick")
