@@ -30,7 +30,8 @@ RATE = "train.learning_rate"
 
 def alone(function: str, folder: Path) -> Any:
     """What a function of this module gives for `folder`, in a process of its own, whose group of one stays there."""
-    text = f"import json, pathlib, test_trial; print(json.dumps(test_trial.{function}(pathlib.Path({str(folder)!r}))))"
+    found = f"test_trial.{function}(pathlib.Path({str(folder)!r}))"
+    text = f"import json, pathlib; from sweeps import test_trial; print(json.dumps({found}))"
     command = [sys.executable, "-c", text]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert done.returncode == 0, done.stderr
