@@ -54,7 +54,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.path": "/m"}, "model.path"),
     ({"model.path": "./m", "cluster.shared_storage": True}, "model.path"),
     ({"tune": SWEEP}, "tune.search.model.path"),
-    *(({"tune": {**SWEEP, "search": {"data.train": {"choice": [value]}}}}, "tune.search.data.train") for value in ROWS),
+    *(
+        (
+            {"data.validation": "s3://bucket/b.csv", "tune": {**SWEEP, "search": {"data.train": {"choice": [value]}}}},
+            "tune.search.data.train",
+        )
+        for value in ROWS
+    ),
     ({"data.train": [f"s3://bucket/{number:0100}.csv" for number in range(8000)]}, "the recipe"),
     ({"submit.image": "rayft 0.1"}, "submit.image"),
     ({"submit.image": "registry.io/rayft@sha256:12"}, "submit.image"),
