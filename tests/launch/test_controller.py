@@ -24,7 +24,7 @@ seen = set()
 def show(event):
     if event["event"] == "step":
         from ray._private.state import actors
-        from rayft.prestart import HOOK
+        from rayft.launch.prestart import HOOK
         seen.update((actor["ActorClassName"], actor["ActorID"]) for actor in actors().values())
         for one in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has just ended

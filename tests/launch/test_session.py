@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SCRIPT = """
 import os, signal, psutil
 from rayft.errors import TrainingError
-from rayft.session import cluster, refuse_lost
+from rayft.launch.session import cluster, refuse_lost
 
 os.setpgid(0, 0)
 with cluster():
@@ -49,7 +49,7 @@ def test_a_signal_to_the_commands_group_spares_its_cluster_and_a_lost_cluster_is
 STANDING = """
 import os, psutil, ray, signal
 from rayft.launch import agent
-from rayft.session import cluster
+from rayft.launch.session import cluster
 
 with cluster():
     assert ray.get(ray.remote(lambda: 7).remote()) == 7

@@ -239,7 +239,7 @@ def test_any_other_host_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STARTED = """
 import sys
-from rayft.dashboard import serve
+from rayft.reports.dashboard import serve
 serve(sys.argv[1], sys.argv[2], 0, lambda text: print(text, flush=True))
 """
 

@@ -34,7 +34,7 @@ def test_a_worker_without_gpus_looks_for_none(monkeypatch: pytest.MonkeyPatch) -
 SEEN = """
 import torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-from rayft.trial import alone
+from rayft.sweeps.trial import alone
 alone(1, gpu=False)
 from deepspeed.accelerator import get_accelerator
 print(get_accelerator().device_name(), torch.distributed.get_backend())
