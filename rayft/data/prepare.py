@@ -23,7 +23,7 @@ from rayft.data.prepared import Manifest, Prepared
 from rayft.data.read import columns
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
-from rayft.data.source import unmatched
+from rayft.data.source import absent, unmatched
 from rayft.data.splits import (
     BLOB_BYTES,
     OWN_BLOB_BYTES,
@@ -361,6 +361,7 @@ def _manifest(split: Split, plan: Plan, folder: str, tally: _Tally, known: Scan)
         shards=[shard.entry for shard in written],
         cut=known.cut if plan.threshold is not None else 0,
         passed_over={} if split.cut else passed_over(split.pieces),
+        absent=[] if split.cut else absent(split.pieces, split.sources, counts.met),
     )
 
 

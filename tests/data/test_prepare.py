@@ -423,6 +423,18 @@ def test_files_that_give_no_rows_are_told_of_the_split_that_was_named(place: Pat
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_values_asked_for_that_no_row_has_are_told_again_of_prepared_rows(place: Path) -> None:
+    train = {"path": str(place / "train.csv"), "where": {"label": ["a", "xyz", "B"]}}
+    both = [train, {"path": str(place / "test.csv"), "where": {"label": ["a"]}}]
+    for sources, source in ((train, ""), (both, " of source 1")):
+        first, again = (made(place, train=sources) for _ in range(2))
+        asks = "asks for 'xyz', 'B' (did you mean 'b'?) in `label`, which no row has; there are 'a', 'b'"
+        assert first["train"].manifest.notes("train")[0] == f"train: `where`{source} {asks}"
+        assert again["train"].manifest.absent == first["train"].manifest.absent
+        assert first["validation"].manifest.absent == []  # cut from train
+
+
+@pytest.mark.usefixtures("ray_local")
 def test_weights_repeat_rows_in_places_of_their_own(place: Path) -> None:
     sources = [{"path": str(place / "train.csv"), "weight": 2.25}, {"path": str(place / "test.csv"), "weight": 0.5}]
     prepared = made(place, Words(window=100), train=sources, validation=str(place / "test.csv"))["train"]
