@@ -302,7 +302,9 @@ def _faults(recipe: Recipe, split: Split, counts: Counts) -> list[str]:
     rows = counts.source_rows + counts.bad
     if counts.bad and recipe.data.on_bad_row == "error":
         some = f"at least {counts.bad:,}" if counts.bad >= ENOUGH_BAD else f"{counts.bad:,} of {rows:,}"
-        return [f"{what}: {some} rows are bad; mend them, or leave them out with data.on_bad_row=skip\n{first}"]
+        most = f" (data.on_bad_row=skip leaves out at most {MOST_BAD:.0%})"
+        mend = most if counts.bad > MOST_BAD * rows else ", or leave them out with data.on_bad_row=skip"
+        return [f"{what}: {some} rows are bad; mend them{mend}\n{first}"]
     if counts.bad > MOST_BAD * rows:
         return [f"{what}: {counts.bad:,} of {rows:,} rows are bad, and at most {MOST_BAD:.0%} are skipped\n{first}"]
     if not counts.source_rows:

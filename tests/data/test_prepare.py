@@ -339,6 +339,10 @@ def test_bad_rows_are_told_with_file_and_row_or_skipped_and_counted(place: Path)
     path.write_text("".join(lines[10:20]))
     with pytest.raises(DataError, match=r"data.train: 3 of 10 rows are bad, and at most 10% are skipped"):
         made(place, train=str(path), validation=str(place / "test.csv"), on_bad_row="skip")
+    with pytest.raises(DataError) as raised:  # what would be refused is not offered
+        made(place, train=str(path), validation=str(place / "test.csv"))
+    told = "data.train: 3 of 10 rows are bad; mend them (data.on_bad_row=skip leaves out at most 10%)"
+    assert str(raised.value).splitlines()[0] == told
 
 
 @pytest.mark.usefixtures("ray_local")
