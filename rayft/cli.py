@@ -339,18 +339,24 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete what nothing needs: unused prepared shards, remains of attempts, failed runs without a checkpoint."""
+    """Delete what nothing needs: unused prepared shards, remains of attempts, failed runs without a checkpoint.
+
+    What may belong to something that has only just begun stays until it is a day old.
+    """
     with answering(json) as answer:
         from dataclasses import asdict
 
         from rayft import leftovers
         from rayft.text import aligned, size
 
-        found = leftovers.leftovers(storage, lambda sentence: answer.say(f"warning: {sentence}"))
+        found, young = leftovers.survey(storage, lambda sentence: answer.say(f"warning: {sentence}"))
         total = size(sum(one.bytes for one in found))
         lines = aligned([(size(one.bytes), one.path, one.why) for one in found], right={0})
         if not found:
-            answer.give({"removed": [], "bytes": 0}, "nothing to delete")
+            many = len(young) > 1
+            things, be, stay = ("things", "are", "stay") if many else ("thing", "is", "stays")
+            kept = f"{len(young)} {things} ({size(sum(one.bytes for one in young))}) {be} younger than a day and {stay} until then"
+            answer.give({"removed": [], "bytes": 0}, "nothing to delete" + (f"; {kept}" if young else ""))
             return
         answer.say(*lines)
         if not yes and not _agreed(f"delete {total}?"):

@@ -249,6 +249,11 @@ def test_clean_asks_first(tmp_path: Path) -> None:
     assert [gone["path"] for gone in json.loads(done.stdout)["removed"]] == [str(torn)]
     assert not torn.exists()
     assert rayft("clean", str(tmp_path), stdin="y\n").stdout == "nothing to delete\n"
+    unused = tmp_path / "prepared" / ("a" * 32)
+    storage.write_text(str(unused / "manifest.json"), "x" * 2000)
+    young = "nothing to delete; 1 thing (2.0 kB) is younger than a day and stays until then\n"
+    assert rayft("clean", str(tmp_path)).stdout == young
+    storage.delete(str(unused))
     Path(run, "run.json").write_text("{")
     first, last = rayft("clean", str(tmp_path)).stdout.splitlines()
     assert first.startswith(f"warning: {run}/run.json is damaged")
