@@ -295,6 +295,19 @@ def test_init_writes_a_recipe_that_check_reads_and_never_overwrites_it(tmp_path:
 
 
 @pytest.mark.slow
+def test_init_of_a_folder_that_lists_its_files_reads_the_list_and_not_its_train_split(tmp_path: Path) -> None:
+    """Else the folders of people in it would be classes, of which validation has others."""
+    splits = ("train", "validation", "test")
+    lines = [f"{split}/{number:03d}/a.jpg,{number:03d},{split}" for number, split in enumerate(splits)]
+    storage.write_text(str(tmp_path / "faces/metadata.csv"), "\n".join(["file_name,identity,split", *lines]))
+    for number, split in enumerate(splits):
+        storage.write_text(str(tmp_path / f"faces/{split}/{number:03d}/a.jpg"), "x")
+    done = rayft("init", "faces", "-o", "-", cwd=tmp_path)
+    assert "type: face-recognition" in done.stdout
+    assert all(f"{split}: {{path: faces, where: {{split: {split}}}}}" in done.stdout for split in splits)
+
+
+@pytest.mark.slow
 def test_init_of_a_folder_of_splits_trains_on_its_train_split_alone(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         (tmp_path / "rows").mkdir(exist_ok=True)
