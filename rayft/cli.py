@@ -106,12 +106,17 @@ def init(
 
 
 def _train_split(data: str) -> str:
-    """What to train on: of a folder that holds a train split, that; else all of it. Test rows never train a model."""
+    """What to train on: of a folder that holds a train split, that; else all of it. Test rows never train a model.
+
+    Of a folder with a metadata file the columns say what rows it has, also which are for what.
+    """
     from rayft import storage
+    from rayft.data.pieces import METADATA
 
     inside = [*(entry.path for entry in storage.listing(data, recursive=False)), *storage.folders(data)]
     named = [path for path in inside if path.rpartition("/")[2].partition(".")[0] in ("train", "training")]
-    return named[0] if len(named) == 1 and len(inside) > 1 else data
+    described = any(path.rpartition("/")[2] in METADATA for path in inside)
+    return named[0] if len(named) == 1 and len(inside) > 1 and not described else data
 
 
 @app.command()
@@ -339,18 +344,24 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete what nothing needs: unused prepared shards, remains of attempts, failed runs without a checkpoint."""
+    """Delete what nothing needs: unused prepared shards, remains of attempts, failed runs without a checkpoint.
+
+    What may belong to something that has only just begun stays until it is a day old.
+    """
     with answering(json) as answer:
         from dataclasses import asdict
 
         from rayft import leftovers
         from rayft.text import aligned, size
 
-        found = leftovers.leftovers(storage, lambda sentence: answer.say(f"warning: {sentence}"))
+        found, young = leftovers.survey(storage, lambda sentence: answer.say(f"warning: {sentence}"))
         total = size(sum(one.bytes for one in found))
         lines = aligned([(size(one.bytes), one.path, one.why) for one in found], right={0})
         if not found:
-            answer.give({"removed": [], "bytes": 0}, "nothing to delete")
+            some, be, stay = ("things", "are", "stay") if len(young) > 1 else ("thing", "is", "stays")
+            much = size(sum(one.bytes for one in young))
+            kept = f"; {len(young)} {some} ({much}) {be} younger than a day and {stay} until then" if young else ""
+            answer.give({"removed": [], "bytes": 0}, f"nothing to delete{kept}")
             return
         answer.say(*lines)
         if not yes and not _agreed(f"delete {total}?"):

@@ -41,6 +41,7 @@ _NAMES = {
 _SPLIT = ("split", "subset", "partition")  # a column that says which rows are for what
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _BESIDE = ("input", *_NAMES["context"])  # what a prompt is about
+_PEOPLE = ("identity", "person", "person_id", "identity_id")  # of whom a picture is
 _CAPTIONS = ("caption", "prompt", "description")  # of a picture
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text", "text_pair"))
 # What columns are together for, the most telling first.
@@ -121,7 +122,8 @@ def _files(columns: Sequence[str], sample: Mapping[str, Sequence[Any]]) -> Itera
         values = [str(value).lower() for value in sample.get(column, ())]
         for field, endings in (("audio", SOUNDS), ("image", PICTURES)):
             if values and all(value.endswith(endings) for value in values):
-                for role, names in (("text", (*_NAMES["text"], *_CAPTIONS)), ("label", _NAMES["label"])):
+                roles = {"identity": _PEOPLE, "text": (*_NAMES["text"], *_CAPTIONS), "label": _NAMES["label"]}
+                for role, names in roles.items():
                     found = next((lower[name] for name in names if name in lower), None)
                     if found is not None:
                         yield {field: column, role: found}

@@ -27,7 +27,12 @@ class Leftover:
 
 
 def leftovers(where: str, warn: Callable[[str], None] = lambda sentence: None) -> list[Leftover]:
-    """What nothing under the storage `where` needs any more; runs that are running lose nothing.
+    """What nothing under the storage `where` needs any more; see `survey`."""
+    return survey(where, warn)[0]
+
+
+def survey(where: str, warn: Callable[[str], None] = lambda sentence: None) -> tuple[list[Leftover], list[Leftover]]:
+    """What nothing needs any more, and what would be that but is younger than a day; running runs lose nothing.
 
     Runs that failed, stopped or were lost over a day ago without a checkpoint or a model, but no trials of a sweep;
     checkpoints that were never committed, and other remains of attempts; prepared shards that no remaining run refers
@@ -35,16 +40,21 @@ def leftovers(where: str, warn: Callable[[str], None] = lambda sentence: None) -
     Where a run's file can't be read all shards stay, and `warn` is told why.
     """
     found = list(report.walk(report.existing(where)))
-    dead = {run: state for run, state in found if _fruitless(run, state)}
-    kept = [(run, state) for run, state in found if run not in dead]
-    barren = [_whole(run, f"{report.status(state)}, without a checkpoint or a model") for run, state in dead.items()]
-    torn = [leftover for run, state in kept for leftover in _torn(run, state)]
+    barren = {run: state for run, state in found if _fruitless(run, state)}
+    kept = [(run, state) for run, state in found if run not in barren or report.age(state.get("heartbeat")) < DAY_S]
+    aged = [
+        (_whole(run, f"{report.status(state)}, without a checkpoint or a model"), report.age(state.get("heartbeat")))
+        for run, state in barren.items()
+    ]
+    # Of a young run that goes whole, no part counts a second time.
+    aged += [one for run, state in kept for one in _torn(run, state) if one[1] >= DAY_S or run not in barren]
     dark = [run for run, state in kept if report.status(state) == report.UNREADABLE]
     for run in dark:
         warn(
             f"{shown(storage.join(run, 'run.json'))} is damaged, and may refer to any of the prepared shards: all stay"
         )
-    return [*barren, *torn, *([] if dark else _unused(where, [state for _, state in kept]))]
+    aged += [] if dark else _unused(where, [state for _, state in kept])
+    return [one for one, age in aged if age >= DAY_S], [one for one, age in aged if age < DAY_S]
 
 
 def remove(where: str, agreed: list[Leftover]) -> list[Leftover]:
@@ -57,8 +67,8 @@ def remove(where: str, agreed: list[Leftover]) -> list[Leftover]:
 
 
 def _fruitless(run: str, state: Json) -> bool:
-    """Whether a run ended over a day ago and holds nothing to resume from or to use."""
-    if report.status(state) not in ("failed", "stopped", "lost") or report.age(state.get("heartbeat")) < DAY_S:
+    """Whether a run has ended and holds nothing to resume from or to use."""
+    if report.status(state) not in ("failed", "stopped", "lost"):
         return False
     if storage.exists(storage.join(run, "export")) or any(True for _ in report.folders_below(run)):
         return False
@@ -68,47 +78,50 @@ def _fruitless(run: str, state: Json) -> bool:
     return not any(storage.committed(path) is not None for path in storage.folders(storage.join(run, "checkpoints")))
 
 
-def _torn(run: str, state: Json) -> Iterator[Leftover]:
-    """What attempts of a run left half-done. A lost run may only be slow: it is given a day."""
+def _torn(run: str, state: Json) -> Iterator[tuple[Leftover, float]]:
+    """What attempts of a run left half-done, with an age. A lost run may only be slow: others are old at once."""
     said = report.status(state)
-    if said in ("running", report.UNREADABLE) or (said == "lost" and report.age(state.get("heartbeat")) < DAY_S):
+    if said in ("running", report.UNREADABLE):
         return
+    age = report.age(state.get("heartbeat")) if said == "lost" else float("inf")
     for path in storage.folders(storage.join(run, "checkpoints")):
         if storage.committed(path) is None:
-            yield _whole(path, "a checkpoint that was never committed")
+            yield _whole(path, "a checkpoint that was never committed"), age
     if storage.listing(storage.join(run, SCRATCH)):
-        yield _whole(storage.join(run, SCRATCH), "what Ray Train keeps while an attempt lasts")
+        yield _whole(storage.join(run, SCRATCH), "what Ray Train keeps while an attempt lasts"), age
 
 
-def _unused(where: str, states: list[Json]) -> Iterator[Leftover]:
-    """Prepared folders that none of the runs refers to; in the others, attempts whose shards are not the ones used."""
+def _unused(where: str, states: list[Json]) -> Iterator[tuple[Leftover, float]]:
+    """Prepared folders that no run refers to, and in others attempts whose shards are not the used ones; with ages."""
     used = {key for state in states for key in _keys(state)}
     for path in storage.folders(storage.join(where, PREPARED)):
         key = path.rpartition("/")[2]
         if _KEY.fullmatch(key) and key not in used:
-            entries = storage.listing(path)
-            if report.age(_changed(path, entries)) >= DAY_S:
-                yield Leftover(path, "prepared shards that no run refers to", sum(entry.size for entry in entries))
+            yield _aged(path, "prepared shards that no run refers to")
         elif key in used:
             yield from _half_prepared(path)
 
 
-def _half_prepared(path: str) -> Iterator[Leftover]:
+def _half_prepared(path: str) -> Iterator[tuple[Leftover, float]]:
     """What was left by preparations of the same rows that were killed, or that another was ahead of."""
     yield from _unnamed(path, "shards", "path", but="frozen")
     for states in storage.folders(storage.join(path, "frozen")):
         yield from _unnamed(states, "parts", "data")
 
 
-def _unnamed(path: str, listed: str, file: str, but: str = "") -> Iterator[Leftover]:
-    """The attempts in a folder whose files its manifest does not name, and that nobody has written to for a day."""
+def _unnamed(path: str, listed: str, file: str, but: str = "") -> Iterator[tuple[Leftover, float]]:
+    """The attempts in a folder whose files its manifest does not name, with how long nobody has written to them."""
     manifest = storage.read_object(storage.join(path, "manifest.json")) or {}
     named = {entry[file].partition("/")[0] for entry in manifest.get(listed) or ()}
     for attempt in storage.folders(path):
         if attempt.rpartition("/")[2] not in {*named, but}:
-            entries = storage.listing(attempt)
-            if report.age(_changed(attempt, entries)) >= DAY_S:
-                yield Leftover(attempt, "a preparation that was never finished", sum(entry.size for entry in entries))
+            yield _aged(attempt, "a preparation that was never finished")
+
+
+def _aged(path: str, why: str) -> tuple[Leftover, float]:
+    """A folder that can go, and the seconds since something changed below it."""
+    entries = storage.listing(path)
+    return Leftover(path, why, sum(entry.size for entry in entries)), report.age(_changed(path, entries))
 
 
 def _changed(path: str, entries: Sequence[storage.Entry]) -> float:

@@ -249,6 +249,11 @@ def test_clean_asks_first(tmp_path: Path) -> None:
     assert [gone["path"] for gone in json.loads(done.stdout)["removed"]] == [str(torn)]
     assert not torn.exists()
     assert rayft("clean", str(tmp_path), stdin="y\n").stdout == "nothing to delete\n"
+    unused = tmp_path / "prepared" / ("a" * 32)
+    storage.write_text(str(unused / "manifest.json"), "x" * 2000)
+    young = "nothing to delete; 1 thing (2.0 kB) is younger than a day and stays until then\n"
+    assert rayft("clean", str(tmp_path)).stdout == young
+    storage.delete(str(unused))
     Path(run, "run.json").write_text("{")
     first, last = rayft("clean", str(tmp_path)).stdout.splitlines()
     assert first.startswith(f"warning: {run}/run.json is damaged")
@@ -287,6 +292,19 @@ def test_init_writes_a_recipe_that_check_reads_and_never_overwrites_it(tmp_path:
     code = "from rayft.recipe import Recipe; print(Recipe.load('recipe.yaml').data.train[0].path)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "train.csv\n"
+
+
+@pytest.mark.slow
+def test_init_of_a_folder_that_lists_its_files_reads_the_list_and_not_its_train_split(tmp_path: Path) -> None:
+    """Else the folders of people in it would be classes, of which validation has others."""
+    splits = ("train", "validation", "test")
+    lines = [f"{split}/{number:03d}/a.jpg,{number:03d},{split}" for number, split in enumerate(splits)]
+    storage.write_text(str(tmp_path / "faces/metadata.csv"), "\n".join(["file_name,identity,split", *lines]))
+    for number, split in enumerate(splits):
+        storage.write_text(str(tmp_path / f"faces/{split}/{number:03d}/a.jpg"), "x")
+    done = rayft("init", "faces", "-o", "-", cwd=tmp_path)
+    assert "type: face-recognition" in done.stdout
+    assert all(f"{split}: {{path: faces, where: {{split: {split}}}}}" in done.stdout for split in splits)
 
 
 @pytest.mark.slow

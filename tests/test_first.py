@@ -91,6 +91,7 @@ def test_pictures_call_for_a_model_of_pictures() -> None:
     [
         (["file_name", "text"], {"type": "text-to-image", "image": "file_name", "text": "text"}),
         (["path", "caption", "split"], {"type": "text-to-image", "image": "path", "text": "caption"}),
+        (["path", "person", "label"], {"type": "face-recognition", "image": "path", "identity": "person"}),
         (["path", "category"], {"type": "image-classification", "image": "path", "label": "category"}),
     ],
     ids=str,

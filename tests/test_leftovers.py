@@ -29,6 +29,16 @@ def test_prepared_shards_go_when_old_and_unused(where: str) -> None:
     assert [os.path.exists(path) for path in (used, young, old)] == [True, True, False]
 
 
+def test_what_is_younger_than_a_day_is_told_and_counted_once(where: str) -> None:
+    lost = write_run(where, "one", status="failed")
+    storage.delete(storage.join(lost, "checkpoints"))
+    young = shards(where, OTHER, 0.5)
+    old, later = leftovers.survey(where)
+    assert old == []
+    assert [one.path for one in later] == [lost, young]
+    assert later[1].bytes == 100
+
+
 def test_of_shards_in_use_only_what_a_killed_preparation_has_left_goes(where: str) -> None:
     write_run(where, "one")
     folder = shards(where, KEY, 9)

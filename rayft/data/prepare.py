@@ -23,7 +23,7 @@ from rayft.data.prepared import Manifest, Prepared
 from rayft.data.read import columns
 from rayft.data.scan import Scan, scan
 from rayft.data.shards import Counts, Encoder, Plan, Shard, Written, encode_rows, read_rows, write_shard
-from rayft.data.source import unmatched
+from rayft.data.source import absent, unmatched
 from rayft.data.splits import (
     BLOB_BYTES,
     OWN_BLOB_BYTES,
@@ -302,7 +302,9 @@ def _faults(recipe: Recipe, split: Split, counts: Counts) -> list[str]:
     rows = counts.source_rows + counts.bad
     if counts.bad and recipe.data.on_bad_row == "error":
         some = f"at least {counts.bad:,}" if counts.bad >= ENOUGH_BAD else f"{counts.bad:,} of {rows:,}"
-        return [f"{what}: {some} rows are bad; mend them, or leave them out with data.on_bad_row=skip\n{first}"]
+        most = f" (data.on_bad_row=skip leaves out at most {MOST_BAD:.0%})"
+        mend = most if counts.bad > MOST_BAD * rows else ", or leave them out with data.on_bad_row=skip"
+        return [f"{what}: {some} rows are bad; mend them{mend}\n{first}"]
     if counts.bad > MOST_BAD * rows:
         return [f"{what}: {counts.bad:,} of {rows:,} rows are bad, and at most {MOST_BAD:.0%} are skipped\n{first}"]
     if not counts.source_rows:
@@ -361,6 +363,7 @@ def _manifest(split: Split, plan: Plan, folder: str, tally: _Tally, known: Scan)
         shards=[shard.entry for shard in written],
         cut=known.cut if plan.threshold is not None else 0,
         passed_over={} if split.cut else passed_over(split.pieces),
+        absent=[] if split.cut else absent(split.pieces, split.sources, counts.met),
     )
 
 

@@ -23,6 +23,7 @@ class Manifest(BaseModel):
     shards       [{"path" below the prepared folder, "rows", "row_groups": rows of each, "bytes" in memory, "checksum"}]
     cut          rows that were cut from train for validation, told in both splits
     passed_over  ending -> files beside the rows' files that gave no rows
+    absent       what `where` asks for and no row has, as sentences
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,10 +43,11 @@ class Manifest(BaseModel):
     shards: list[dict[str, Any]]
     cut: int = 0
     passed_over: dict[str, int] = {}
+    absent: list[str] = []
 
     def notes(self, split: str) -> list[str]:
         """What a user should know about how the rows became what they are."""
-        found = []
+        found = [f"{split}: {sentence}" for sentence in self.absent]
         if self.cut and split == "validation":
             found.append(f"validation: not given, so {_rows(self.cut)} cut from train by a hash of their place")
         if self.truncated:

@@ -102,7 +102,10 @@ class Blob:
 
 @dataclass
 class Counts:
-    """What was seen of a split. `lengths` counts features by the upper bound of their size, see `bound`."""
+    """What was seen of a split. `lengths` counts features by the upper bound of their size, see `bound`.
+
+    `met` are (source, place in `asked(where)`) of the values that some row has.
+    """
 
     source_rows: int = 0
     truncated: int = 0
@@ -110,6 +113,7 @@ class Counts:
     lengths: Counter[int] = field(default_factory=Counter)
     bad: int = 0
     examples: list[tuple[int, int, str]] = field(default_factory=list)  # (file, row, sentence), the first in order
+    met: set[tuple[int, int]] = field(default_factory=set)
 
     def add(self, other: Counts) -> None:
         self.source_rows += other.source_rows
@@ -118,6 +122,7 @@ class Counts:
         self.lengths += other.lengths
         self.bad += other.bad
         self.examples = sorted(self.examples + other.examples)[:EXAMPLES]
+        self.met |= other.met
 
     def add_bad(self, file: int, row: BadRow) -> None:
         self.bad += 1
@@ -182,6 +187,7 @@ def _own(rows: Rows, plan: Plan, file: int) -> Rows:
         [rows.numbers[i] for i in mine],
         [rows.lines[i] for i in mine],
         [row for row, own in zip(rows.bad, bad, strict=True) if own],
+        rows.met,
     )
 
 
@@ -202,6 +208,7 @@ def encode_rows(blob: Blob, plans: dict[str, Plan], encoder: Encoder) -> Iterato
     tables: list[pa.Table] = []
     shards: list[npt.NDArray[np.int64]] = []
     for fragment, rows in blob.batches:
+        counts.met.update((fragment.source, place) for place in rows.met)
         for row in rows.bad:
             counts.add_bad(fragment.file, row)
         if not rows.numbers:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from rayft.tasks.cells import quoted, short
 from rayft.tasks.texts import broken
 
 _SHOWN = 12  # names that a message lists
+_HELD = 8  # values of a column that stand in for one that is not there
 _LOOKED = 8  # pieces that are looked at for what a column holds
 
 
@@ -35,12 +37,17 @@ class BadRow:
 
 @dataclass
 class Rows:
-    """A batch. `numbers` count the file's rows from 0, `lines` from 1 (0: no lines); `bad` rows are in neither."""
+    """A batch. `numbers` count the file's rows from 0, `lines` from 1 (0: no lines); `bad` rows are in neither.
+
+    `met` are places in `asked(where)` of values that a row of the piece has, each told in one of its batches; the row
+    need not be in the batch, where another column keeps it out.
+    """
 
     columns: dict[str, list[Any]]
     numbers: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
+    met: set[int] = field(default_factory=set)
 
 
 def read(
@@ -66,7 +73,10 @@ def read(
         theirs = _present(fragment.path, table.columns, theirs, source)
         chosen = {ours: names[0] for ours, names in theirs.items()} if folder is None else {}
     batch = Rows({ours: [] for ours in columns})
+    unmet = dict(enumerate(asked(source.where)))
     for row in table.rows:
+        if unmet and not row.fault:
+            _meet(row, unmet, batch)
         if row.fault:
             batch.bad.append(BadRow(fragment.path, row.number, row.fault, row.line))
         elif not source.where or all(_matches(row.values.get(name), value) for name, value in source.where.items()):
@@ -77,8 +87,22 @@ def read(
         if len(batch.numbers) + len(batch.bad) == batch_size:
             yield batch
             batch = Rows({ours: [] for ours in columns})
-    if batch.numbers or batch.bad:
+    if batch.numbers or batch.bad or batch.met:
         yield batch
+
+
+def asked(where: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Each value that `where` asks for, with its column."""
+    listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in where.items()}
+    return [(name, one) for name, values in listed.items() for one in values]
+
+
+def _meet(row: formats.Row, unmet: dict[int, tuple[str, Any]], batch: Rows) -> None:
+    """Moves the values that the row has from `unmet` to the batch: a piece soon has all, and compares no more."""
+    found = [place for place, (name, one) in unmet.items() if _matches(row.values.get(name), one)]
+    for place in found:
+        del unmet[place]
+    batch.met.update(found)
 
 
 def candidates(names: dict[str, str], columns: Sequence[str]) -> dict[str, list[str]]:
@@ -106,6 +130,36 @@ def unmatched(fragments: Sequence[Fragment], sources: Sequence[Source]) -> str:
                 held = ", ".join(map(quoted, found[:_SHOWN])) + more
                 told.append(f"; `where` asks for {quoted(value)} in `{column}`, which holds {held}")
     return "".join(dict.fromkeys(told))
+
+
+def absent(fragments: Sequence[Fragment], sources: Sequence[Source], met: Collection[tuple[int, int]]) -> list[str]:
+    """What `where` asks for and no row has, a sentence for each column, with what is there instead.
+
+    `met` holds (source, place in `asked(where)`) of what some row has.
+    """
+    told = []
+    for index, source in enumerate(sources):
+        missing = defaultdict[str, list[Any]](list)
+        for place, (column, value) in enumerate(asked(source.where)):
+            if (index, place) not in met:
+                missing[column].append(value)
+        pieces = [piece for piece in fragments if piece.source == index][:_LOOKED]
+        which = f" of source {index + 1}" if len(sources) > 1 else ""
+        told += [f"`where`{which} {_missed(column, values, pieces)}" for column, values in missing.items()]
+    return told
+
+
+def _missed(column: str, values: Sequence[Any], pieces: Sequence[Fragment]) -> str:
+    found = distinct(pieces, column)
+    listed, strange = [], False
+    for value in values[:_SHOWN]:
+        same = [one for one in found if one.lower() == str(value).lower()]
+        near = same or difflib.get_close_matches(str(value), found, 1)
+        strange = strange or not near
+        listed.append(quoted(value) + (f" (did you mean {quoted(near[0])}?)" if near else ""))
+    asks = ", ".join(listed) + (", …" if len(values) > _SHOWN else "")
+    held = ", ".join(map(quoted, found[:_HELD])) + (", …" if len(found) > _HELD else "")
+    return f"asks for {asks} in `{column}`, which no row has" + (f"; there are {held}" if strange and found else "")
 
 
 def peek(fragment: Fragment, rows: int = 100) -> tuple[list[str], dict[str, list[Any]]]:

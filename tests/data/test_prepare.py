@@ -339,6 +339,10 @@ def test_bad_rows_are_told_with_file_and_row_or_skipped_and_counted(place: Path)
     path.write_text("".join(lines[10:20]))
     with pytest.raises(DataError, match=r"data.train: 3 of 10 rows are bad, and at most 10% are skipped"):
         made(place, train=str(path), validation=str(place / "test.csv"), on_bad_row="skip")
+    with pytest.raises(DataError) as raised:  # what would be refused is not offered
+        made(place, train=str(path), validation=str(place / "test.csv"))
+    told = "data.train: 3 of 10 rows are bad; mend them (data.on_bad_row=skip leaves out at most 10%)"
+    assert str(raised.value).splitlines()[0] == told
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -420,6 +424,18 @@ def test_files_that_give_no_rows_are_told_of_the_split_that_was_named(place: Pat
         "train": {".png": 1},
         "validation": {},  # cut from train
     }
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_values_asked_for_that_no_row_has_are_told_again_of_prepared_rows(place: Path) -> None:
+    train = {"path": str(place / "train.csv"), "where": {"label": ["a", "xyz", "B"]}}
+    both = [train, {"path": str(place / "test.csv"), "where": {"label": ["a"]}}]
+    for sources, source in ((train, ""), (both, " of source 1")):
+        first, again = (made(place, train=sources) for _ in range(2))
+        asks = "asks for 'xyz', 'B' (did you mean 'b'?) in `label`, which no row has; there are 'a', 'b'"
+        assert first["train"].manifest.notes("train")[0] == f"train: `where`{source} {asks}"
+        assert again["train"].manifest.absent == first["train"].manifest.absent
+        assert first["validation"].manifest.absent == []  # cut from train
 
 
 @pytest.mark.usefixtures("ray_local")

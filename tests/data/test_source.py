@@ -17,7 +17,7 @@ from rayft import storage
 from rayft.data import classes, source
 from rayft.data import pieces as pieces_module
 from rayft.data.pieces import Fragment, fragments, identity, row_id, work
-from rayft.data.source import Rows, distinct, peek, read, unmatched
+from rayft.data.source import Rows, absent, distinct, peek, read, unmatched
 from rayft.errors import DataError
 from rayft.recipe import Source
 
@@ -197,6 +197,35 @@ def test_what_a_column_holds_is_told_where_nothing_in_it_is_asked_for(tmp_path: 
 
     assert told(label=1, text="a") == "; `where` asks for 1 in `label`, which holds 'ham', 'spam'"
     assert told(label="spam") == ""
+
+
+def test_values_asked_for_that_no_row_has_are_told_with_what_is_there(tmp_path: Path) -> None:
+    """A misspelt one of several would leave its rows out without a word."""
+    accents = ["DEU/German", "GRC/Greek"] * 5
+    for name in ("a", "b"):
+        rows = [f"{row},{accent},{row % 2}" for row, accent in enumerate(accents)]
+        written(tmp_path / f"{name}.csv", "\n".join(["text,accent,half", *rows]))
+
+    def told(*wheres: dict[str, Any]) -> list[str]:
+        sources = [Source(path=str(tmp_path), where=where) for where in wheres]
+        pieces = fragments(sources)
+        met = {
+            (piece.source, place)
+            for piece in pieces
+            for rows in read(piece, sources[piece.source], {}, ("text",), batch_size=2)
+            for place in rows.met
+        }
+        return absent(pieces, sources, met)
+
+    assert told({"accent": ["DEU/German", "GRC/Greek"]}, {}) == []
+    assert told({"accent": ["GRC/Greek"], "half": 0}) == []  # there are both, though never in one row
+    assert told({"accent": ["DEU/German", "GRC/greek"], "half": [0, 1]}) == [
+        "`where` asks for 'GRC/greek' (did you mean 'GRC/Greek'?) in `accent`, which no row has"
+    ]
+    assert told({}, {"accent": ["DEU/German", "x"], "half": [1, 7]}) == [
+        "`where` of source 2 asks for 'x' in `accent`, which no row has; there are 'DEU/German', 'GRC/Greek'",
+        "`where` of source 2 asks for 7 in `half`, which no row has; there are '0', '1'",
+    ]
 
 
 def test_identity_is_the_content_the_order_the_filter_and_the_weight_and_never_a_path(tmp_path: Path) -> None:
