@@ -108,6 +108,16 @@ def test_nothing_of_pydantic_shows() -> None:
     assert "Input" not in text
 
 
+def test_the_names_of_a_section_are_told_once() -> None:
+    assert told({"name": "n", "yyy": 1, "zzz": 2, "inner": {"yyy": 3, "zzz": 4, "sise": 5}}) == [
+        "inner.yyy: unknown key, got 3; known here: size, rate, kind, names",
+        "inner.zzz: unknown key, got 4",
+        "inner.sise: unknown key, got 5; did you mean `inner.size`?",
+        "yyy: unknown key, got 1; known here: name, inner, many, one_or_more, on",
+        "zzz: unknown key, got 2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -116,7 +126,6 @@ def test_nothing_of_pydantic_shows() -> None:
         (("inner", "rates"), "inner.rate"),
         (("nam",), "name"),
         (("inner", "on"), "on"),
-        (("batch_size",), "train.global_batch_size"),
         (("qqq",), None),
     ],
 )
