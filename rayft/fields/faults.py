@@ -109,6 +109,8 @@ def _fault(path: Path, errors: list[ErrorDetails], data: Any, schema: Schema, li
     fits = _fits(here, schema)
     if kinds == {"string_type"} and isinstance(value, int | float):
         fits = f"text fits, so put it in quotes: '{value}'"
+    elif kinds == {"string_type"} and isinstance(value, dict | list):  # as YAML reads {words} and [words]
+        fits = "text fits; where this is meant as text, put it in quotes, in two pairs on a command line: '\"...\"'"
     return Fault(where, what, show(value), fits, near)
 
 

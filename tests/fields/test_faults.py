@@ -63,6 +63,13 @@ def told(data: dict[str, Any]) -> list[str]:
         ),
         ({"names": "a"}, "inner.names: not a list, got 'a'; a list of text fits"),
         ({"names": ["a", 3]}, "inner.names.1: not text, got 3; text fits, so put it in quotes: '3'"),
+        (
+            {"names": [{"words": None}]},
+            (
+                'inner.names.0: not text, got {"words": null}; text fits; where this is meant as text, put it in '
+                "quotes, in two pairs on a command line: '\"...\"'"
+            ),
+        ),
         ({"names": [""]}, "inner.names.0: empty, got ''; text fits"),
         ({"sise": 2}, "inner.sise: unknown key, got 2; did you mean `inner.size`?"),
         ({"zzz": 2}, "inner.zzz: unknown key, got 2; known here: size, rate, kind, names"),
