@@ -117,9 +117,8 @@ class Recipe(Section):
     def written(cls, text: str, source: str) -> Recipe:
         """The recipe in the text of a file that rayft has written, less the fields that have gone since then."""
         read = document.read(text)
-        for error in _errors_of(read.value) if isinstance(read.value, dict) else ():
-            if error["type"] == "extra_forbidden":
-                _replace(read.value, faults.place(error, read.value), missing=False)
+        if isinstance(read.value, dict):
+            _mend(read.value, [error for error in _errors_of(read.value) if error["type"] == "extra_forbidden"])
         return cls._checked(read, source, ())
 
     @classmethod
@@ -326,12 +325,19 @@ def _sound_part(data: Mapping[str, Any]) -> Recipe | None:
         recipe, errors = _validated(rest)
         if recipe is not None:
             return recipe
-        for error in errors:
-            path = faults.place(error, rest)
-            if error["type"] == "missing" and path not in _STAND_INS:
-                path = path[:-1]
-            _replace(rest, path, error["type"] == "missing")
+        _mend(rest, errors)
     return None
+
+
+def _mend(data: dict[str, Any], errors: Sequence[ErrorDetails]) -> None:
+    """Removes what `errors` complain about, or its section where a part without a stand-in is missing.
+
+    All places are found first, since what is gone is looked for in vain: its section would go too. The last go first,
+    so that those before them in a list stay where they are.
+    """
+    places = dict.fromkeys((faults.place(error, data), error["type"] == "missing") for error in errors)
+    for path, missing in reversed(places):
+        _replace(data, path[:-1] if missing and path not in _STAND_INS else path, missing)
 
 
 def _replace(data: dict[str, Any], path: faults.Path, missing: bool) -> None:

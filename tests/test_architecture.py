@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "models",
         "document",
         "fields",
+        "fields.elsewhere",
         "fields.faults",
         "fields.sections",
         "fields.machines",

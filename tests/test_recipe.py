@@ -145,6 +145,34 @@ def test_what_should_be_a_section_is_one_fault(data: dict[str, Any]) -> None:
     assert "not a section" in fault
 
 
+@pytest.mark.parametrize("given", ["10%", True, None, -1, 1.5, float("nan"), [1], {}])
+def test_a_wrong_warmup_is_one_fault_that_says_what_fits(given: Any) -> None:
+    (fault,) = faults_of({**SMALL, "train": {"epochs": 1, "warmup": given}})
+    assert fault.startswith("train.warmup: neither a share nor a number of steps")
+    assert fault.endswith("; a share from 0 to below 1, or a whole number of steps, fits")
+
+
+@pytest.mark.parametrize("override", ["cluster.workers=[1]", "model.freeze.layers=some", "cluster.workers={min: x}"])
+def test_a_value_that_no_form_of_a_field_takes_leaves_the_rest_of_its_section(override: str) -> None:
+    data = {**SMALL, "model": {"path": "m", "dtype": "float16"}, "cluster": {"gpus_per_worker": 2}}
+    places = {fault.partition(":")[0] for fault in faults_of(data, override)}
+    assert "train.epochs" not in places
+    assert "cluster.gpus_per_worker" in places  # the rule that workers have one GPU
+
+
+def test_faulty_entries_of_a_list_leave_the_sound_ones() -> None:
+    entries = [{"path": "a.csv", "weight": -1}, {"path": 3}, "s3://key:secret@bucket/b.csv"]
+    places = [fault.partition(":")[0] for fault in faults_of({**SMALL, "data": {"train": "a.csv", "test": entries}})]
+    assert places == ["data.test.0.weight", "data.test.1.path"]
+
+
+def test_a_share_of_the_rows_for_validation_is_told_to_be_left_out() -> None:
+    (fault,) = faults_of({**SMALL, "data": {"train": "a.csv", "validation": 0.05}})
+    what, _, fits = fault.partition("; ")
+    assert what == "data.validation: not rows, got 0.05"
+    assert fits == "a share is not asked for: leave it out, and a tenth of `data.train` is kept apart"
+
+
 def test_an_unknown_key_stands_for_the_rule_about_what_was_meant() -> None:
     assert faults_of({**SMALL, "train": {"epoch": 3}}) == [
         "train.epoch: unknown key, got 3; did you mean `train.epochs`?"

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from rayft.errors import Fault
+from rayft.fields import elsewhere
 
 # What a signed URL has in its query, whatever store has signed it (`sig`, `X-Amz-Signature`, `X-Goog-Signature`): who
 # holds it can read, or write.
@@ -49,31 +50,6 @@ _WHAT = {
 
 _BOUNDS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
 
-# What other trainers call a thing -> what it is called here.
-_ELSEWHERE = {
-    "lr": "train.learning_rate",
-    "batch_size": "train.global_batch_size",
-    "train_batch_size": "train.global_batch_size",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "lr_scheduler_type": "train.schedule",
-    "scheduler": "train.schedule",
-    "warmup_ratio": "train.warmup",
-    "warmup_steps": "train.warmup",
-    "gradient_clipping": "train.max_grad_norm",
-    "eval_steps": "train.evaluate_every",
-    "save_steps": "train.save_every",
-    "save_total_limit": "checkpoints.keep",
-    "fp16": "model.dtype",
-    "bf16": "model.dtype",
-    "torch_dtype": "model.dtype",
-    "model_name_or_path": "model.path",
-    "num_workers": "cluster.workers",
-    "output_dir": "storage",
-}
-
 
 def translate(errors: Sequence[ErrorDetails], data: Any, schema: Schema) -> list[tuple[Path, Fault]]:
     """One fault for each place in `data` that `errors` complain about, in their order."""
@@ -82,7 +58,8 @@ def translate(errors: Sequence[ErrorDetails], data: Any, schema: Schema) -> list
         by_place.setdefault(place(error, data), []).append(error)
     # Of a union's complaints those that look deepest are about the form that was meant.
     deepest = [path for path in by_place if not any(_above(path, other) for other in by_place)]
-    return [(path, _fault(path, by_place[path], data, schema)) for path in deepest]
+    listed: set[Path] = set()  # the sections whose names are told already, with the first of their unknown keys
+    return [(path, _fault(path, by_place[path], data, schema, listed)) for path in deepest]
 
 
 def _above(path: Path, other: Path) -> bool:
@@ -104,7 +81,7 @@ def place(error: ErrorDetails, data: Any) -> Path:
     return tuple(path)
 
 
-def _fault(path: Path, errors: list[ErrorDetails], data: Any, schema: Schema) -> Fault:
+def _fault(path: Path, errors: list[ErrorDetails], data: Any, schema: Schema, listed: set[Path]) -> Fault:
     where, error = dotted(path), errors[0]
     kind, context = error["type"], error.get("ctx", {})
     here = list(at(schema, path))
@@ -112,9 +89,11 @@ def _fault(path: Path, errors: list[ErrorDetails], data: Any, schema: Schema) ->
         return Fault(where, "missing", fits=_fits(here, schema))
     value = _inside(data, path)
     if kind == "extra_forbidden":
-        near = nearest(path, schema)
-        known = None if near else _known(list(at(schema, path[:-1])))
-        return Fault(where, "unknown key", show(value), known, near)
+        near, fits = nearest(path, schema), elsewhere.sentence(where)
+        if not near and not fits and path[:-1] not in listed:
+            listed.add(path[:-1])
+            fits = _known(list(at(schema, path[:-1])))
+        return Fault(where, "unknown key", show(value), fits, near)
     if kind == "rayft":
         return Fault(where, context["what"], show(value), context["fits"] or _fits(here, schema), context["nearest"])
     if kind == "value_error":  # a validator's own sentence
@@ -130,6 +109,8 @@ def _fault(path: Path, errors: list[ErrorDetails], data: Any, schema: Schema) ->
     fits = _fits(here, schema)
     if kinds == {"string_type"} and isinstance(value, int | float):
         fits = f"text fits, so put it in quotes: '{value}'"
+    elif kinds == {"string_type"} and isinstance(value, dict | list):  # as YAML reads {words} and [words]
+        fits = "text fits; where this is meant as text, put it in quotes, in two pairs on a command line: '\"...\"'"
     return Fault(where, what, show(value), fits, near)
 
 
@@ -214,13 +195,15 @@ def nearest(path: Path, schema: Schema) -> str | None:
     known = [name for name in names(schema) if name != dotted(path)]
     siblings = [name for node in at(schema, path[:-1]) for name in node.get("properties", ())]
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-    plain = key.lower().replace("-", "_")
+    plain = elsewhere.plain(key)
     if plain in siblings:
         return prefix + plain
+    if there := elsewhere.field(dotted(path)):
+        return there if there in known else None
     if plain in leaves:
         return leaves[plain]
-    if plain in _ELSEWHERE:
-        return _ELSEWHERE[plain]
+    if elsewhere.sentence(plain):  # a name that looks like it would mislead
+        return None
     if close := difflib.get_close_matches(plain, siblings, 1, 0.6):
         return prefix + close[0]
     if close := difflib.get_close_matches(plain, list(leaves), 1, 0.8):
@@ -232,7 +215,7 @@ def nearest_name(name: str, schema: Schema) -> str | None:
     """The known dotted name nearest to a whole dotted name."""
     head, _, leaf = name.rpartition(".")
     found = nearest((*head.split("."), leaf) if head else (leaf,), schema)
-    return found or closest(name, names(schema))
+    return found or (None if elsewhere.sentence(name) else closest(name, names(schema)))
 
 
 def closest(word: str, known: Sequence[str]) -> str | None:

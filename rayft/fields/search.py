@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from rayft.document import set_field
 from rayft.errors import Fault, RecipeError
-from rayft.fields import faults
+from rayft.fields import elsewhere, faults
 from rayft.fields.sections import Metric, Natural, Number, Positive, Section, Whole, wrong
 
 # Fields that say which run it is, or where and on what it runs, so that trials can't differ in them.
@@ -115,7 +115,7 @@ def unsearchable(
         if instead := _instead(name, data):
             yield Fault(where, "not a field that trials can differ in", fits=instead)
         elif not any(True for _ in faults.at(schema, tuple(name.split(".")))):
-            fits = "a dotted name such as `train.learning_rate` fits"
+            fits = elsewhere.sentence(name) or "a dotted name such as `train.learning_rate` fits"
             yield Fault(where, "no such field in this recipe", None, fits, faults.nearest_name(name, schema))
         else:
             for value in space.values():

@@ -181,12 +181,18 @@ Sources = Annotated[_Several, BeforeValidator(_sources, json_schema_input_type=_
 SomeSources = Annotated[_Several | None, BeforeValidator(_sources, json_schema_input_type=_Given | None)]
 
 
+def _no_share(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise wrong("not rows", "a share is not asked for: leave it out, and a tenth of `data.train` is kept apart")
+    return value
+
+
 class Data(Section):
     """Where the rows come from."""
 
     train: Sources
     """The rows that are learned: a path, a section that says more, or a list of both, which are mixed."""
-    validation: SomeSources = None
+    validation: Annotated[SomeSources, BeforeValidator(_no_share)] = None
     """The rows that say which model is best; null: a tenth of `train`, at most 10,000, by a hash of the row's id."""
     test: SomeSources = None
     """The rows on which the best model is scored at the end; null: there are no test scores."""
@@ -283,8 +289,10 @@ class EarlyStopping(Section):
     """Evaluations in a row without a better score after which the run ends."""
 
 
-def _warmup(value: float) -> float:
-    if value < 0 or (isinstance(value, float) and value >= 1):
+def _warmup(value: Any) -> Any:
+    """Asked before the types are: of two that don't fit, neither's sentence says what would."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 <= value < 1 or (isinstance(value, int) and value >= 1)):
         raise wrong(
             "neither a share nor a number of steps", "a share from 0 to below 1, or a whole number of steps, fits"
         )
@@ -308,7 +316,7 @@ class Train(Section):
     """0.9: each block learns at 0.9 of the rate of the one above it, the topmost at 0.9 of the head's."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after the warm-up: it falls to 0 in a line or a cosine, or it stays."""
-    warmup: Annotated[Number | Whole, AfterValidator(_warmup)] = 0.0
+    warmup: Annotated[Number | Whole, BeforeValidator(_warmup)] = 0.0
     """How long the learning rate rises from 0: a share of the steps (below 1), or a whole number of steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     """The weight decay of AdamW; biases and norms have none."""

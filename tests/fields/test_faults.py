@@ -63,6 +63,13 @@ def told(data: dict[str, Any]) -> list[str]:
         ),
         ({"names": "a"}, "inner.names: not a list, got 'a'; a list of text fits"),
         ({"names": ["a", 3]}, "inner.names.1: not text, got 3; text fits, so put it in quotes: '3'"),
+        (
+            {"names": [{"words": None}]},
+            (
+                'inner.names.0: not text, got {"words": null}; text fits; where this is meant as text, put it in '
+                "quotes, in two pairs on a command line: '\"...\"'"
+            ),
+        ),
         ({"names": [""]}, "inner.names.0: empty, got ''; text fits"),
         ({"sise": 2}, "inner.sise: unknown key, got 2; did you mean `inner.size`?"),
         ({"zzz": 2}, "inner.zzz: unknown key, got 2; known here: size, rate, kind, names"),
@@ -108,6 +115,16 @@ def test_nothing_of_pydantic_shows() -> None:
     assert "Input" not in text
 
 
+def test_the_names_of_a_section_are_told_once() -> None:
+    assert told({"name": "n", "yyy": 1, "zzz": 2, "inner": {"yyy": 3, "zzz": 4, "sise": 5}}) == [
+        "inner.yyy: unknown key, got 3; known here: size, rate, kind, names",
+        "inner.zzz: unknown key, got 4",
+        "inner.sise: unknown key, got 5; did you mean `inner.size`?",
+        "yyy: unknown key, got 1; known here: name, inner, many, one_or_more, on",
+        "zzz: unknown key, got 2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -116,7 +133,6 @@ def test_nothing_of_pydantic_shows() -> None:
         (("inner", "rates"), "inner.rate"),
         (("nam",), "name"),
         (("inner", "on"), "on"),
-        (("batch_size",), "train.global_batch_size"),
         (("qqq",), None),
     ],
 )
