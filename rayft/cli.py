@@ -33,6 +33,9 @@ Storage = Annotated[str, typer.Argument(metavar="STORAGE", help="The folder or U
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or an exported model's.")]
 
 
+INTERRUPTED = "interrupted; started again, the run goes on from its last checkpoint, or begins anew where it has none"
+
+
 def main() -> None:
     """Runs the command line and exits with its code."""
     for stream in (sys.stdout, sys.stderr):
@@ -147,7 +150,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Train what a recipe says, or go on where its run stopped."""
-    with answering(json, interrupted="interrupted; started again, the run goes on from its last checkpoint") as answer:
+    with answering(json, interrupted=INTERRUPTED) as answer:
         from rayft.display import Display
         from rayft.recipe import Recipe
 

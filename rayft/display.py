@@ -67,6 +67,7 @@ class Display:
         self.began = clock()
         self.told_at = self.began  # when the last line was printed
         self.tenth = 0  # of the training steps, the last one told
+        self.told_step = 0
         self.figures = ""
         self.trials: dict[int, Event] = {}  # the newest event of each
         self.progress = Progress(
@@ -153,8 +154,10 @@ class Display:
         pieces = [f"{step:,}/{steps:,}", *([f"{duration(left)} left"] if left is not None else [])]
         self.progress.update(self.bar, description="training", completed=step, total=steps, count=" ".join(pieces))
         tenth = 10 * step // steps
-        if (not self.live and tenth != self.tenth) or self._quiet_for_long():
+        just_told = step < steps and abs(step - self.told_step) <= steps // 20
+        if (not self.live and tenth != self.tenth and not just_told) or self._quiet_for_long():
             self._line(self.separator.join([f"step {pieces[0]}", self.figures, *pieces[1:]]))
+            self.told_step = step
         self.tenth = tenth
 
     def _scores(self, event: Event) -> None:

@@ -94,7 +94,9 @@ def _ending(record: Record) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Stopped) as error:
-        record.end("stopped", str(error) or "interrupted; the same command goes on from the last checkpoint")
+        record.end(
+            "stopped", str(error) or "interrupted; the same command goes on from the last checkpoint, if there is one"
+        )
         raise
     except Exception as error:
         told = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"

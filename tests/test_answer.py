@@ -65,3 +65,24 @@ def test_stdout_is_given_back_after_the_answer() -> None:
     answer, after = done.stdout.decode().rsplit("\n", 2)[:2]
     assert json.loads(answer) == {"a": [1, None, {"b": [2.5, "ü"]}]}
     assert (after, done.stderr) == ("after", b"aside\n")
+
+
+def test_a_signal_while_the_command_line_is_imported_ends_it_as_any_later_one() -> None:
+    code = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Interrupting(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == NAME:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+from rayft.__main__ import main
+main()
+"""
+    for name in ("rayft.answer", "rayft.cli", "typer"):
+        command = [sys.executable, "-c", code.replace("NAME", repr(name))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 130
+        assert "Traceback" not in done.stderr

@@ -198,7 +198,10 @@ def test_interrupted_run_ends_with_130_and_says_what_comes_next(flags: list[str]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == "interrupted; started again, the run goes on from its last checkpoint\n"
+    assert (
+        err
+        == "interrupted; started again, the run goes on from its last checkpoint, or begins anew where it has none\n"
+    )
     assert json.loads(out) == {"error": "interrupted", "exit_code": 130} if flags else out == ""
 
 
